@@ -1,0 +1,93 @@
+"""Checks of shapes, dtypes and devices that every public operator makes before anything runs.
+
+Messages name the argument, what was expected and what came. Values (row indices, key ranges) are checked inside the
+operators, where no host synchronisation is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE_DTYPES = (*FLOAT_DTYPES, torch.float64)
+
+
+def describe(value: object) -> str:
+    """Say what came: a tensor as its dtype, shape and device, anything else as its type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return type(value).__name__
+
+
+def expect_tensor(
+    argument: str,
+    value: object,
+    *,
+    shape: Sequence[int | str | torch.SymInt] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+    hint: str = "",
+) -> Tensor:
+    """Check one tensor argument and return it.
+
+    Args:
+        argument: Its name, as the caller wrote it.
+        value: What came.
+        shape: One entry per dimension: a size that must match, or a name for a size that may be anything.
+        dtypes: The dtypes that are taken.
+        device: The device that it must be on.
+        hint: What to do, appended to the message.
+
+    Returns:
+        The tensor itself.
+
+    Raises:
+        TypeError: if it is no tensor or has another dtype.
+        ValueError: if its shape or device is another.
+    """
+    suffix = f"; {hint}" if hint else ""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {describe(value)}{suffix}")
+    if dtypes is not None and value.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{argument}: expected dtype {names}, got {describe(value)}{suffix}")
+    if shape is not None and not _shape_matches(value, shape):
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{argument}: expected shape [{wanted}], got {describe(value)}{suffix}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{argument}: expected a tensor on {device}, got {describe(value)}{suffix}")
+    return value
+
+
+def _shape_matches(value: Tensor, shape: Sequence[int | str | torch.SymInt]) -> bool:
+    if value.dim() != len(shape):
+        return False
+    return all(
+        isinstance(want, str) or size == want for size, want in zip(value.shape, shape, strict=True)
+    )
+
+
+def expect_choice(argument: str, value: str, choices: Sequence[str]) -> str:
+    """Check that a string argument is one of its choices and return it.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def expect_int(argument: str, value: int, *, minimum: int, maximum: int | None = None) -> int:
+    """Check that an integer argument lies in its range and return it.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if value < minimum or (maximum is not None and value > maximum):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(f"{argument}: expected at least {minimum}{upper}, got {value}")
+    return value

@@ -1,0 +1,6 @@
+"""Helpers for testing kernels: error budgets, poisoned memory, odd views, ahead-of-time compilation."""
+
+from collavo_kernels.testing.budget import assert_within_budget, relative_error
+from collavo_kernels.testing.memory import offset_view, poisoned_empty
+
+__all__ = ["assert_within_budget", "offset_view", "poisoned_empty", "relative_error"]
