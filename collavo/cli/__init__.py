@@ -1,0 +1,53 @@
+"""The ``collavo`` command: one file per subcommand, loaded only when it is asked for.
+
+A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status). What a user did wrong
+(``ValueError``, a missing file) is printed as one line; anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "train and measure a tiny CoLLaVO on drawn scenes, in minutes on a CPU",
+    "train": "train a model: crayon prompt tuning (cpt) or instruction tuning (cit)",
+    "chat": "answer questions about an image with its panoptic map",
+    "eval": "measure Class2Binary and Box2Class on a COCO panoptic folder",
+    "show": "draw an image's segments, crayon grid and numbered boxes",
+    "convert": "turn released CoLLaVO weights into a model folder",
+    "info": "print versions, devices and the backend of every operator, with reasons",
+    "bench": "run the benchmarks and write their tables and plots",
+}
+_MODULES = {"eval": "evaluate"}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser; only the named subcommand's module is imported."""
+    parser = argparse.ArgumentParser(prog="collavo", description=__doc__.splitlines()[0])
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, summary in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=summary, description=summary)
+        if name == command:
+            module = importlib.import_module(f"collavo.cli.{_MODULES.get(name, name)}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status.
+
+    Args:
+        argv: The command line without the program's name; None takes ``sys.argv``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    args = build_parser(command).parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"collavo {args.command}: error: {error}", file=sys.stderr)
+        return 2
