@@ -17,7 +17,6 @@ COMMANDS = {
     "chat": "answer questions about an image with its panoptic map",
     "eval": "measure Class2Binary and Box2Class on a COCO panoptic folder",
     "show": "draw an image's segments, crayon grid and numbered boxes",
-    "convert": "turn released CoLLaVO weights into a model folder",
     "info": "print versions, devices and the backend of every operator, with reasons",
     "bench": "run the benchmarks and write their tables and plots",
 }
