@@ -1,9 +1,10 @@
-"""Which backend serves an operator: one ordered table per operator, each backend saying why it declines.
+"""Which backend serves an operator: one ordered table each, and every backend says why it declines.
 
-A backend is a file in an operator's folder. The table is tried in order and the first backend that takes the device,
-runs on this machine and accepts the inputs serves the call. ``backend="..."`` on a call, or the environment variable
-``COLLAVO_BACKEND`` (a name for all operators, or ``operator=name`` pairs separated by commas), asks for one by name;
-a named backend that cannot serve is an error, never a silent fallback.
+A backend is a file in an operator's folder. The table is tried in order and the first backend that
+takes the device, runs on this machine and accepts the inputs serves the call. ``backend="..."`` on
+a call, or the environment variable ``COLLAVO_BACKEND`` (a name for all operators, or
+``operator=name`` pairs separated by commas), asks for one by name; a named backend that cannot
+serve is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Backend(Generic[Inputs]):
 
 
 class Operator(Generic[Inputs]):
-    """An operator's name and its backends, in order of preference; the last one is the reference."""
+    """An operator's name and its backends in order of preference; the last is the reference."""
 
     def __init__(self, name: str, backends: tuple[Backend[Inputs], ...]) -> None:
         if not backends or backends[-1].name != "reference":
@@ -89,14 +90,14 @@ class Operator(Generic[Inputs]):
     def select_backward(
         self, inputs: Inputs, device_type: str, requested: str = ""
     ) -> Backend[Inputs]:
-        """Return the backend whose backward serves: the forward's, or the reference's if it has none."""
+        """Return the backend whose backward serves; the reference if the forward's has none."""
         chosen = self.select(inputs, device_type, requested)
         if chosen.backward is None or chosen.declines_backward(inputs) is not None:
             return self.reference
         return chosen
 
     def explain(self, device_type: str) -> list[tuple[Backend[Inputs], Reason]]:
-        """List every backend with the reason why it does not serve this device type here (None: it can)."""
+        """List every backend with why it does not serve this device type here (None: it can)."""
         rows: list[tuple[Backend[Inputs], Reason]] = []
         for backend in self.backends:
             reason = backend.reason_against(device_type)
@@ -114,7 +115,9 @@ class Operator(Generic[Inputs]):
             )
         reason = backend.reason_against(device_type) or backend.declines(inputs)
         if reason is not None:
-            raise ValueError(f"backend: {requested!r} cannot serve this call of {self.name}: {reason}")
+            raise ValueError(
+                f"backend: {requested!r} cannot serve this call of {self.name}: {reason}"
+            )
         return backend
 
 

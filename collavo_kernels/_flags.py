@@ -1,7 +1,8 @@
 """Bad values that a GPU kernel met, remembered on the device and reported when asked.
 
-A GPU kernel cannot raise without a host synchronisation. It treats a bad row index as -1 and an inverted key range as
-empty, sets a bit in one int32 word per device, and goes on; ``check()`` reads the word and raises.
+A GPU kernel cannot raise without a host synchronisation. It treats a bad row index as -1 and an
+inverted key range as empty, sets a bit in one int32 word per device, and goes on; ``check()``
+reads the word and raises.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ def error_word(device: torch.device) -> Tensor:
 def check(device: torch.device | str | None = None) -> None:
     """Raise if a kernel met bad values since the last check, and clear the record.
 
-    CPU backends raise at once and never need this. On a GPU it waits for the device, so call it where a wait does not
+    CPU backends raise at once and never need this. On a GPU it waits for the device, so call it
+    where a wait does not
     matter: at the end of a step, or when results look wrong.
 
     Args:
-        device: The device to look at; None looks at every device that an operator of this package has run on.
+        device: The device to look at; None looks at every device that an operator of this package
+            has run on.
 
     Raises:
         ValueError: naming the argument whose values were bad.

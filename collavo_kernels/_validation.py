@@ -1,7 +1,7 @@
 """Checks of shapes, dtypes and devices that every public operator makes before anything runs.
 
-Messages name the argument, what was expected and what came. Values (row indices, key ranges) are checked inside the
-operators, where no host synchronisation is needed.
+Messages name the argument, what was expected and what came. Values (row indices, key ranges) are
+checked inside the operators, where no host synchronisation is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def expect_tensor(
     Args:
         argument: Its name, as the caller wrote it.
         value: What came.
-        shape: One entry per dimension: a size that must match, or a name for a size that may be anything.
+        shape: One entry per dimension: a size that must match, or a name for a size that may be
+            anything.
         dtypes: The dtypes that are taken.
         device: The device that it must be on.
         hint: What to do, appended to the message.
@@ -58,7 +59,9 @@ def expect_tensor(
         wanted = ", ".join(str(size) for size in shape)
         raise ValueError(f"{argument}: expected shape [{wanted}], got {describe(value)}{suffix}")
     if device is not None and value.device != device:
-        raise ValueError(f"{argument}: expected a tensor on {device}, got {describe(value)}{suffix}")
+        raise ValueError(
+            f"{argument}: expected a tensor on {device}, got {describe(value)}{suffix}"
+        )
     return value
 
 

@@ -30,7 +30,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Any:
-    """Load recorded tensors by name: ``golden("nf4") -> (tensors, facts)``; skips where they are absent."""
+    """Load recorded tensors: ``golden("nf4") -> (tensors, facts)``; skips where they are absent."""
     from safetensors.torch import load_file
 
     def load(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The ``collavo`` command: one file per subcommand, loaded only when it is asked for.
 
-A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status). What a user did wrong
-(``ValueError``, a missing file) is printed as one line; anything else keeps its traceback.
+A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status).
+What a user did wrong (``ValueError``, a missing file) is printed as one line; anything else keeps
+its traceback.
 """
 
 from __future__ import annotations

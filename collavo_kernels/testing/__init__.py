@@ -1,4 +1,4 @@
-"""Helpers for testing kernels: error budgets, poisoned memory, odd views, ahead-of-time compilation."""
+"""Helpers for testing kernels: error budgets, poisoned memory, odd views, compiling ahead."""
 
 from collavo_kernels.testing.budget import assert_within_budget, relative_error
 from collavo_kernels.testing.memory import offset_view, poisoned_empty

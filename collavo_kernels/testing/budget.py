@@ -27,10 +27,11 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def assert_within_budget(
     actual: Tensor, low_precision: Tensor, exact: Tensor, *, name: str = "output"
 ) -> None:
-    """Assert that a kernel errs at most twice as much as an honest PyTorch run of the same precision.
+    """Assert that a kernel errs at most twice as much as PyTorch does in the same precision.
 
-    The budget is ``2 * (max|low_precision - exact| + eps(dtype) * max|exact|)``: twice the error that plain PyTorch
-    makes in the same dtype, and a rounding band for tensors that plain PyTorch happens to hit exactly.
+    The budget is ``2 * (max|low_precision - exact| + eps(dtype) * max|exact|)``: twice the error
+    that plain PyTorch makes in the same dtype, and a rounding band for tensors that plain PyTorch
+    happens to hit exactly.
 
     Args:
         actual: The kernel's result, any shape, float32 / bfloat16 / float16.
@@ -39,7 +40,8 @@ def assert_within_budget(
         name: What to call the tensor in the message.
 
     Raises:
-        AssertionError: naming the tensor, its error and its budget; also if shapes or dtypes differ, or on NaN.
+        AssertionError: naming the tensor, its error and its budget; also if shapes or dtypes
+            differ, or on NaN.
     """
     if actual.shape != exact.shape or actual.dtype != low_precision.dtype:
         raise AssertionError(

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+_ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+)
 
 
 def _poison(tensor: Tensor) -> Tensor:
@@ -29,7 +34,8 @@ def _poison(tensor: Tensor) -> Tensor:
 def poisoned_empty() -> Iterator[None]:
     """Fill what ``torch.empty`` and its relatives return with NaN (integers with an absurd value).
 
-    A kernel that leaves a part of its output unwritten then fails its test instead of passing on recycled memory.
+    A kernel that leaves a part of its output unwritten then fails its test instead of passing on
+    recycled memory.
 
     Example:
         >>> import torch
@@ -59,8 +65,8 @@ def poisoned_empty() -> Iterator[None]:
 def offset_view(tensor: Tensor) -> Tensor:
     """Return a non-contiguous view with an odd storage offset that holds the same values.
 
-    It catches kernels that assume alignment or contiguity. The memory around the values holds NaN (floats) or an absurd
-    value (integers), so a read outside the view shows.
+    It catches kernels that assume alignment or contiguity. The memory around the values holds NaN
+    (floats) or an absurd value (integers), so a read outside the view shows.
 
     Args:
         tensor: Any shape with at least one dimension, any dtype.

@@ -1,0 +1,121 @@
+"""Compile Triton kernels for GPUs that are not there; read registers, spills and shared memory.
+
+``triton.compile`` needs no GPU, so a machine without one can still show that a kernel compiles for
+every target, fits into shared memory and keeps its inner loop in registers. None of this replaces
+a run on the hardware.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+# Bytes of shared memory a block can have; Triton does not check them at compile time.
+SHARED_LIMITS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What the compiler says of one kernel on one target.
+
+    Attributes:
+        target: One of ``TARGETS``.
+        registers: Registers per thread (vector registers on AMD).
+        spill_bytes: Bytes of stack or scratch per thread; above 0 means that registers spill.
+        shared_bytes: Shared memory per block in bytes.
+        shared_limit: What the target offers per block in bytes.
+    """
+
+    target: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+
+
+def compile_ahead(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, object],
+    target: str,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> CompiledKernel:
+    """Compile a Triton kernel for one target without a GPU.
+
+    Args:
+        kernel: The ``@triton.jit`` function.
+        signature: Every run-time argument's type by name, such as ``"*fp16"``, ``"i32"`` or
+            ``"fp32"``; pointers are taken to be 16-byte aligned, as torch's allocations are.
+        constexprs: Every compile-time argument's value by name.
+        target: One of ``TARGETS``.
+        num_warps: Warps per block.
+        num_stages: Stages of software pipelining.
+
+    Returns:
+        Registers, spills and shared memory.
+
+    Raises:
+        ValueError: if the target is unknown or an argument has neither a type nor a value.
+        RuntimeError: if ``TRITON_INTERPRET=1`` is set, since then there is nothing to compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if not isinstance(kernel, JITFunction):
+        raise RuntimeError("compile_ahead: TRITON_INTERPRET is set; run it in a process without it")
+    missing = [n for n in kernel.arg_names if n not in signature and n not in constexprs]
+    if missing:
+        raise ValueError(f"signature: no type or value for {', '.join(missing)}")
+    types = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if types[n].startswith("*")
+    }
+    vendor, _, arch = target.partition(":")
+    gpu = GPUTarget("cuda", int(arch), 32) if vendor == "cuda" else GPUTarget("hip", arch, 64)
+    source = ASTSource(fn=kernel, signature=types, constexprs=dict(constexprs), attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=gpu, options=options)
+    registers, spills = _nvidia_usage(compiled) if vendor == "cuda" else _amd_usage(compiled)
+    return CompiledKernel(
+        target, registers, spills, int(compiled.metadata.shared), SHARED_LIMITS[target]
+    )
+
+
+def _nvidia_usage(compiled: Any) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [str(tool), "--dump-resource-usage", str(cubin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+
+
+def _amd_usage(compiled: Any) -> tuple[int, int]:
+    text = compiled.asm["amdgcn"]
+    registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+    return registers, _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's report has no {pattern!r}")
+    return int(found.group(1))
