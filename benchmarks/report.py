@@ -1,0 +1,211 @@
+"""What a run measured: one row per measurement, printed as a table and kept as CSV and markdown."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+HEADERS = ("case", "mode", "dtype", "provider", "median", "p20-p80", "GB/s", "GFLOP/s", "roof")
+HEADERS_END = ("error", "peak MB")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured call; also the columns of the CSV files, in order.
+
+    Times are milliseconds, rates are per second in units of 1e9, ``roof`` is the least time
+    possible on this machine (measured in the same run) over the median, ``error`` is relative to
+    float64, ``peak_mb`` (GPU only) is what the call allocated beyond its inputs in 1e6 bytes.
+    An empty field was not measured.
+    """
+
+    op: str
+    provider: str
+    mode: str
+    case: str
+    dtype: str
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    gb_per_s: float | None
+    gflop_per_s: float | None
+    roof: float | None
+    peak_mb: float | None
+    error: float | None
+    config_json: str
+    device: str
+    threads: int
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a later run of the same measurement replaces."""
+        return (self.case, self.mode, self.dtype, self.provider)
+
+
+COLUMNS = tuple(field.name for field in fields(Measurement))
+
+
+def device_name(device: torch.device) -> str:
+    """Name the device as its maker does, e.g. ``NVIDIA H200`` or ``AMD EPYC``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if match:
+            return match.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def facts(device: torch.device) -> dict[str, str | int]:
+    """Say where and with what a measurement was made."""
+    try:
+        import triton
+
+        triton_version = str(triton.__version__)
+    except ImportError:
+        triton_version = ""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
+def format_time(milliseconds: float) -> str:
+    """Return the time with the unit that reads best: us, ms or s."""
+    if milliseconds < 1:
+        return f"{milliseconds * 1e3:.3g} us"
+    return f"{milliseconds:.4g} ms" if milliseconds < 1e4 else f"{milliseconds / 1e3:.4g} s"
+
+
+def _cells(row: Measurement) -> list[str]:
+    def number(value: float | None, pattern: str) -> str:
+        return "" if value is None else format(value, pattern)
+
+    return [
+        row.case,
+        row.mode,
+        row.dtype,
+        row.provider,
+        format_time(row.p50_ms),
+        f"{format_time(row.p20_ms)} - {format_time(row.p80_ms)}",
+        number(row.gb_per_s, ".4g"),
+        number(row.gflop_per_s, ".4g"),
+        number(row.roof, ".0%"),
+        number(row.error, ".1e"),
+        number(row.peak_mb, ".4g"),
+    ]
+
+
+def markdown_table(rows: Sequence[Measurement]) -> str:
+    """Lay the rows out as a markdown table that also reads well in a terminal."""
+    lines = [[*HEADERS, *HEADERS_END], *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+    def join(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(f"{c:<{w}}" for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([join(lines[0]), rule, *(join(line) for line in lines[1:])])
+
+
+def read_csv(path: Path) -> list[Measurement]:
+    """Read a result file written by :func:`save`; raises ``ValueError`` on other columns."""
+    with path.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}")
+        return [_parse(row) for row in reader]
+
+
+def _parse(row: Mapping[str, str]) -> Measurement:
+    values: dict[str, object] = dict(row)
+    for name in ("p20_ms", "p50_ms", "p80_ms"):
+        values[name] = float(row[name])
+    for name in ("gb_per_s", "gflop_per_s", "roof", "peak_mb", "error"):
+        values[name] = float(row[name]) if row[name] else None
+    values["threads"] = int(row["threads"])
+    return Measurement(**values)  # type: ignore[arg-type]
+
+
+def save(rows: Sequence[Measurement], root: Path = RESULTS) -> list[Path]:
+    """Merge rows into ``<root>/<device>/<op>.csv`` and write ``<op>.md`` beside each.
+
+    A row replaces an older one of the same case, mode, dtype and provider.
+    """
+    written: list[Path] = []
+    groups: dict[tuple[str, str], list[Measurement]] = {}
+    for row in rows:
+        groups.setdefault((row.device, row.op), []).append(row)
+    for (device, op), fresh in groups.items():
+        folder = root / slug(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{op}.csv"
+        merged = {row.key: row for row in (read_csv(path) if path.exists() else [])}
+        merged.update({row.key: row for row in fresh})
+        ordered = list(merged.values())
+        _write_csv(path, ordered)
+        title = f"# {op} on {device}\n\n"
+        _replace(path.with_suffix(".md"), title + markdown_table(ordered) + "\n")
+        written.append(path)
+    return written
+
+
+def slug(name: str) -> str:
+    """Return the name as a folder name: lower case, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def _write_csv(path: Path, rows: Sequence[Measurement]) -> None:
+    temporary = path.with_suffix(".csv.tmp")
+    with temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row)
+            for name, value in values.items():
+                if isinstance(value, float):
+                    values[name] = f"{value:.5g}"
+            writer.writerow(values)
+    os.replace(temporary, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def config_json(config: Mapping[str, object] | None) -> str:
+    """Return the configuration as one compact, sorted JSON object."""
+    return json.dumps(dict(config or {}), sort_keys=True, separators=(",", ":"), default=str)
