@@ -1,0 +1,173 @@
+"""Draw the kept results as SVG: one plot per operator and device, and one overview per device.
+
+``python -m benchmarks.plots`` reads ``results/<device>/<op>.csv`` and writes
+``plots/<device>/<op>.svg`` and ``plots/<device>/overview.svg``. The colours are told apart by
+colour-blind readers; the background is transparent and the text grey, for light and dark pages.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+
+PLOTS = Path(__file__).parent / "plots"
+TEXT = "#7d7d7d"
+# Okabe and Ito's palette without its black, which is lost on a dark page.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#999999")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+STYLE = {
+    "svg.hashsalt": "collavo",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def is_ours(provider: str) -> bool:
+    """Whether the provider is this package (``ours``, ``ours:cpu``, ...)."""
+    return provider.split(":")[0] == "ours"
+
+
+def label(row: report.Measurement) -> str:
+    """Name a line of the plot: case, mode and dtype."""
+    return f"{row.case}, {row.mode}, {row.dtype}"
+
+
+def providers(rows: Sequence[report.Measurement]) -> list[str]:
+    """List the providers, ours first, else in the order of the file."""
+    names = list(dict.fromkeys(row.provider for row in rows))
+    return sorted(names, key=lambda name: not is_ours(name))
+
+
+def speedups(rows: Sequence[report.Measurement]) -> dict[str, float]:
+    """Return, by line, the best other provider's median over our best; lines without both drop."""
+    result: dict[str, float] = {}
+    for name in dict.fromkeys(map(label, rows)):
+        line = [row for row in rows if label(row) == name]
+        ours = [row.p50_ms for row in line if is_ours(row.provider)]
+        others = [row.p50_ms for row in line if not is_ours(row.provider)]
+        if ours and others:
+            result[name] = min(others) / min(ours)
+    return result
+
+
+def draw_operator(rows: Sequence[report.Measurement], path: Path) -> None:
+    """Draw the medians of one operator on one device, the roof as a tick on each line."""
+    plt = _pyplot()
+    lines = list(dict.fromkeys(map(label, rows)))
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.32 * len(lines)))
+    for index, name in enumerate(providers(rows)):
+        mine = [row for row in rows if row.provider == name]
+        axes.errorbar(
+            [row.p50_ms for row in mine],
+            [lines.index(label(row)) for row in mine],
+            xerr=[
+                [row.p50_ms - row.p20_ms for row in mine],
+                [row.p80_ms - row.p50_ms for row in mine],
+            ],
+            fmt=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
+            markersize=6,
+            elinewidth=1,
+            label=name,
+        )
+    roofs = {lines.index(label(row)): row.p50_ms * row.roof for row in rows if row.roof}
+    if roofs:
+        axes.plot(
+            list(roofs.values()),
+            list(roofs),
+            "|",
+            color=TEXT,
+            markersize=14,
+            label="roof",
+            zorder=0,
+        )
+    axes.set_yticks(range(len(lines)), lines)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xscale("log")
+    axes.grid(axis="x", color=TEXT, alpha=0.25, linewidth=0.6)
+    axes.set_xlabel(f"median time, ms (p20 to p80 as a line; left is faster), {rows[0].device}")
+    axes.set_title(rows[0].op, loc="left", fontweight="bold")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _write(figure, path)
+
+
+def draw_overview(groups: dict[str, list[report.Measurement]], path: Path) -> bool:
+    """Draw the speed of the best of ours over the best of the others; False if nothing to draw."""
+    bars = [
+        (op, name, value) for op, rows in groups.items() for name, value in speedups(rows).items()
+    ]
+    if not bars:
+        return False
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(bars)))
+    operators = list(dict.fromkeys(op for op, _, _ in bars))
+    for index, (op, _, value) in enumerate(bars):
+        axes.barh(index, value, color=COLOURS[operators.index(op) % len(COLOURS)], height=0.7)
+        axes.annotate(
+            f"{value:.2f}x", (value, index), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axes.axvline(1.0, color=TEXT, linewidth=1)
+    axes.set_yticks(range(len(bars)), [f"{op}: {name}" for op, name, _ in bars])
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    device = next(iter(groups.values()))[0].device
+    axes.set_xlabel(f"speed over the best other provider (1 = equal), {device}")
+    _write(figure, path)
+    return True
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    return plt
+
+
+def _write(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    _pyplot().close(figure)
+
+
+def draw_all(results: Path = report.RESULTS, plots: Path = PLOTS) -> list[Path]:
+    """Draw every kept result and return the files written."""
+    written: list[Path] = []
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        groups = {path.stem: report.read_csv(path) for path in sorted(folder.glob("*.csv"))}
+        groups = {op: rows for op, rows in groups.items() if rows}
+        for op, rows in groups.items():
+            written.append(plots / folder.name / f"{op}.svg")
+            draw_operator(rows, written[-1])
+        overview = plots / folder.name / "overview.svg"
+        if groups and draw_overview(groups, overview):
+            written.append(overview)
+    return written
+
+
+def main() -> int:
+    """Draw everything; the exit status is 1 where no results are kept."""
+    written = draw_all()
+    for path in written:
+        print(path)
+    if not written:
+        print(f"no results under {report.RESULTS}; run pytest with --save-results", file=sys.stderr)
+    return 0 if written else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
