@@ -1,0 +1,183 @@
+"""Configurations of the CoLLaVO model: what transformers' LLaVA has, the crayon, and the adapters."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, overload
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlamaConfig, LlavaConfig, PretrainedConfig
+
+Value = TypeVar("Value")
+
+CRAYON_MODES = ("attention", "projection", "none")
+
+
+@strict
+class CollavoTextConfig(LlamaConfig):
+    r"""The LLaMA-family decoder of a CoLLaVO model: LLaMA's configuration, the crayon and the adapters of its layers.
+
+    Args:
+        crayon_mode: ``"attention"`` adds the crayon to the input of the q, k and v projections of every layer (the
+            paper), ``"projection"`` adds :math:`s B_{seg} A_{seg} c` to the outputs of the q/k/v, output, gate and up
+            projections (the released checkpoint), ``"none"`` adds nothing.
+        crayon_rank: R of ``A_seg`` and ``B_seg``; projection mode only.
+        crayon_alpha: The branch's scaling is ``crayon_alpha / crayon_rank``; None means a scaling of one.
+        crayon_dropout: Dropout on the crayon rows in projection mode, while training.
+        adapters: Names of the LoRA adapters on every linear layer of the decoder, e.g. ``("image", "vl")``.
+        image_adapters: Those of ``adapters`` that act on image tokens only (the released checkpoint's PLoRA).
+        lora_rank: R of the adapters.
+        lora_alpha: An adapter's scaling is ``lora_alpha / lora_rank``.
+        lora_dropout: Dropout on an adapter's input, while training.
+        quantize: ``"nf4"`` keeps the decoder's linear layers in 4 bits, None keeps them dense.
+        double_quant: Whether the 4-bit scales are quantised too.
+        quant_block_size: Weights per 4-bit block.
+        adapter_dtype: dtype of adapters and crayon, e.g. ``"float32"`` beside a bfloat16 model; None follows the model.
+        extra_embeddings: Embedding rows beyond ``vocab_size`` (the output head has none): an image token that can be
+            read and never be generated.
+
+    Raises:
+        ValueError: for an unknown mode or quantisation, a rank below one, a name that stands twice, or an image
+            adapter that is not among the adapters.
+
+    Example:
+        >>> CollavoTextConfig(hidden_size=64, num_attention_heads=4).crayon_mode
+        'attention'
+    """
+
+    model_type = "collavo_text"
+
+    crayon_mode: Literal["attention", "projection", "none"] = "attention"
+    crayon_rank: int = 256
+    crayon_alpha: float | int | None = None
+    crayon_dropout: float | int = 0.0
+    adapters: tuple[str, ...] | list[str] = ()
+    image_adapters: tuple[str, ...] | list[str] = ()
+    lora_rank: int = 64
+    lora_alpha: float | int = 64.0
+    lora_dropout: float | int = 0.0
+    quantize: Literal["nf4"] | None = None
+    double_quant: bool = True
+    quant_block_size: int = 64
+    adapter_dtype: str | None = None
+    extra_embeddings: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Normalise and check what this class adds."""
+        self.adapters = tuple(self.adapters)
+        self.image_adapters = tuple(self.image_adapters)
+        super().__post_init__(**kwargs)
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        if len(set(self.adapters)) != len(self.adapters):
+            raise ValueError(f"adapters: expected distinct names, got {list(self.adapters)}")
+        if unknown := [name for name in self.image_adapters if name not in self.adapters]:
+            raise ValueError(f"image_adapters: {unknown} are not among adapters {list(self.adapters)}")
+        for name in ("crayon_rank", "lora_rank", "quant_block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def crayon_scaling(self) -> float:
+        """The factor of the crayon branch in projection mode."""
+        return 1.0 if self.crayon_alpha is None else self.crayon_alpha / self.crayon_rank
+
+
+TEXT_FIELDS = tuple(
+    name for name in CollavoTextConfig.__annotations__ if name not in LlamaConfig.__annotations__
+)
+
+
+class _TextField(Generic[Value]):
+    """An attribute of the composite configuration that lives in its text configuration, so that it exists once."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> _TextField[Value]: ...
+    @overload
+    def __get__(self, instance: CollavoConfig, owner: type) -> Value: ...
+    def __get__(self, instance: CollavoConfig | None, owner: type) -> Value | _TextField[Value]:
+        if instance is None:
+            return self
+        return cast(Value, getattr(instance.text_config, self.name))
+
+    def __set__(self, instance: CollavoConfig, value: Value) -> None:
+        setattr(instance.text_config, self.name, value)
+
+
+@strict
+class CollavoConfig(LlavaConfig):
+    """A CoLLaVO model: CLIP tower, projector, crayon prompt and decoder.
+
+    The decoder's own settings (:class:`CollavoTextConfig`: ``crayon_mode``, ``adapters``, ``quantize`` ...) may be given
+    here too and can be read here; they are stored once, in ``text_config``.
+
+    Args:
+        num_crayon_classes: Classes of the segmenter (133 for COCO panoptic); one row more is "unknown".
+        max_crayon_number: Largest instance number with a vector of its own; one row more is "unknown".
+        crayon_embed_dim: Width of the crayon queries; None takes the vision tower's hidden size.
+
+    Raises:
+        ValueError: if ``text_config`` is neither a LLaMA-shaped configuration nor a dictionary of one.
+
+    Example:
+        >>> config = CollavoConfig(crayon_mode="projection", adapters=("image", "vl"))
+        >>> config.text_config.crayon_mode, config.adapters
+        ('projection', ('image', 'vl'))
+    """
+
+    model_type = "collavo"
+
+    num_crayon_classes: int = 133
+    max_crayon_number: int = 20
+    crayon_embed_dim: int | None = None
+
+    crayon_mode: ClassVar[_TextField[str]] = _TextField()
+    crayon_rank: ClassVar[_TextField[int]] = _TextField()
+    crayon_alpha: ClassVar[_TextField[float | None]] = _TextField()
+    crayon_dropout: ClassVar[_TextField[float]] = _TextField()
+    adapters: ClassVar[_TextField[tuple[str, ...]]] = _TextField()
+    image_adapters: ClassVar[_TextField[tuple[str, ...]]] = _TextField()
+    lora_rank: ClassVar[_TextField[int]] = _TextField()
+    lora_alpha: ClassVar[_TextField[float]] = _TextField()
+    lora_dropout: ClassVar[_TextField[float]] = _TextField()
+    quantize: ClassVar[_TextField[str | None]] = _TextField()
+    double_quant: ClassVar[_TextField[bool]] = _TextField()
+    quant_block_size: ClassVar[_TextField[int]] = _TextField()
+    adapter_dtype: ClassVar[_TextField[str | None]] = _TextField()
+    extra_embeddings: ClassVar[_TextField[int]] = _TextField()
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the text configuration from what was given here and there."""
+        given = {name: kwargs.pop(name) for name in TEXT_FIELDS if name in kwargs}
+        self.text_config = _text_config(self.text_config, given)
+        super().__post_init__(**kwargs)
+        if self.crayon_embed_dim is None:
+            self.crayon_embed_dim = self.vision_config.hidden_size
+
+
+def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
+    """Return a ``CollavoTextConfig`` from what a caller or a ``config.json`` has under ``text_config``."""
+    if isinstance(given, CollavoTextConfig) and not overrides:
+        return given
+    if given is None:
+        values: dict[str, Any] = {}
+    elif isinstance(given, PretrainedConfig):
+        values = given.to_dict()
+    elif isinstance(given, dict):
+        values = dict(given)
+    else:
+        raise ValueError(f"text_config: expected a configuration or a dict, got {type(given).__name__}")
+    kind = values.pop("model_type", "llama")
+    if kind not in ("llama", CollavoTextConfig.model_type):
+        raise ValueError(
+            f"text_config: expected a LLaMA-shaped decoder ('llama' or 'collavo_text'), got {kind!r}; "
+            "for other decoders load the LLaVA model and call collavo.apply_to_llava"
+        )
+    return CollavoTextConfig(**{**values, **overrides})
+
+
+AutoConfig.register(CollavoTextConfig.model_type, CollavoTextConfig, exist_ok=True)
+AutoConfig.register(CollavoConfig.model_type, CollavoConfig, exist_ok=True)
