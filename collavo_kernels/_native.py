@@ -1,0 +1,92 @@
+"""The compiled modules, if they are there: the CPU kernels ``_C`` and the CUDA library ``_cuda``.
+
+Neither is ever an import error. ``native()`` and ``cuda_library()`` return None where a module is
+missing, broken or of no use on this machine, and ``native_reason()`` and ``cuda_reason()`` say
+why in words that a backend can give as its own reason for declining.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ISA_CODES = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+_REBUILD = "reinstall the package with a C++ compiler (see CONTRIBUTING.md)"
+
+
+def native() -> ModuleType | None:
+    """Return the compiled CPU module, on torch's thread pool, or None if there is none."""
+    return _load_native()[0]
+
+
+def native_reason() -> str | None:
+    """Say why ``native()`` is None; None if it is a module."""
+    return _load_native()[1]
+
+
+def best_isa() -> str | None:
+    """Return the instruction set the CPU kernels use here: baseline, avx2 or avx512."""
+    module = native()
+    return None if module is None else str(module.best_isa())
+
+
+def cuda_library() -> ctypes.CDLL | None:
+    """Return the CUDA library, or None if it was not built, does not load or finds no device."""
+    return _load_cuda()[0]
+
+
+def cuda_reason() -> str | None:
+    """Say why ``cuda_library()`` is None; None if it is a library."""
+    return _load_cuda()[1]
+
+
+def cuda_check(error: int, what: str) -> None:
+    """Raise if a launcher of the CUDA library returned an error code.
+
+    Args:
+        error: What the launcher returned; 0 is success.
+        what: The launcher's name, for the message.
+
+    Raises:
+        RuntimeError: with the CUDA runtime's words for the code.
+    """
+    if error == 0:
+        return
+    library = cuda_library()
+    words = library.collavo_cuda_error_string(error).decode() if library is not None else "unknown"
+    raise RuntimeError(f"{what}: CUDA error {error}: {words}")
+
+
+@functools.cache
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    # Any failure is a reason: a module of another Python, a missing library, a truncated file.
+    try:
+        module = importlib.import_module("collavo_kernels._C")
+    except ModuleNotFoundError:
+        return None, f"the compiled module was not built; {_REBUILD}"
+    except Exception as error:
+        return None, f"the compiled module does not load ({error}); {_REBUILD}"
+    module.attach_thread_pool()
+    return module, None
+
+
+@functools.cache
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    files = sorted(Path(__file__).parent.glob("_cuda.*"))
+    if not files:
+        return None, "the CUDA library was not built (no nvcc when the package was installed)"
+    try:
+        library = ctypes.CDLL(str(files[0]))
+        library.collavo_cuda_error_string.restype = ctypes.c_char_p
+        devices = int(library.collavo_cuda_device_count())
+    except (OSError, AttributeError) as error:
+        return None, f"the CUDA library does not load ({error})"
+    if devices == 0:
+        return None, "no CUDA device (or its driver is older than the CUDA library)"
+    return library, None
