@@ -1,0 +1,231 @@
+"""Attention with the Crayon Prompt inside: add a table row to q, k and v, rotate, attend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_int, expect_tensor
+from collavo_kernels.ops.crayon_attention import registration as _registration  # noqa: F401
+from collavo_kernels.ops.crayon_attention.reference import add_rows, prepared
+
+__all__ = ["CrayonAttentionOutput", "crayon_attention", "prepare"]
+
+_ANGLE_DTYPES = REFERENCE_DTYPES
+
+
+class CrayonAttentionOutput(NamedTuple):
+    """What ``crayon_attention`` returns.
+
+    Attributes:
+        out: ``[B, S, H, D]``, q's dtype: the attention's output, zeros outside ``key_range``.
+        key: ``[B, S, G, D]``, k's dtype: crayon added and rotated, ready for a key/value cache.
+        value: ``[B, S, G, D]``, v's dtype: crayon added; v itself where no ``crayon_v`` is given.
+    """
+
+    out: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def crayon_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cos: Tensor,
+    sin: Tensor,
+    crayon_q: Tensor | None = None,
+    crayon_k: Tensor | None = None,
+    crayon_v: Tensor | None = None,
+    row_index: Tensor | None = None,
+    key_range: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "",
+) -> CrayonAttentionOutput:
+    r"""Add each image token's crayon row to its q, k and v, rotate q and k, and attend.
+
+    With ``r = row_index[b, i]`` and R the rotation of position i (rotate-half convention):
+    ``q' = R (q + crayon_q[r])``, ``k' = R (k + crayon_k[r])``, ``v' = v + crayon_v[r]``, and
+    ``out_i = sum_j softmax_j(scale q'_i . k'_j) v'_j`` over the keys j that i may see. Tokens with
+    row -1 get nothing added. Query i sees key j if both lie in the sample's key range, ``j <= i``
+    (causal) and ``|i - j| < window``. Query rows outside the key range give zeros, whatever
+    they hold. Sums are made in float32.
+
+    Args:
+        q: ``[B, S, H, D]`` float32 / bfloat16 / float16 (float64: reference only), before the
+            rotation; D even.
+        k: ``[B, S, G, D]``, q's dtype; H is a multiple of G.
+        v: ``[B, S, G, D]``, q's dtype.
+        cos: ``[B or 1, S, D]`` any float dtype: cosines of the rotation angles (radians), as
+            Hugging Face's rotary embedding returns them. No gradient.
+        sin: ``[B or 1, S, D]``, cos's dtype: the sines. No gradient.
+        crayon_q: ``[T, H, D]``, q's dtype: the query projection of every crayon row, without bias.
+        crayon_k: ``[T, G, D]``, q's dtype: the same of the key projection.
+        crayon_v: ``[T, G, D]``, q's dtype: the same of the value projection.
+        row_index: ``[B, S]`` int32: each token's row in the tables, -1 = not an image token.
+        key_range: ``[B, 2]`` int32: first and one-past-last valid token of each sample (left or
+            right padding); None = all are valid. Equal ends make a sample empty.
+        causal: Whether a query sees only itself and what comes before it.
+        window: Length of the sliding window in tokens, at least 1; None = unlimited.
+        scale: Factor on the scores; None = ``D ** -0.5``.
+        backend: Ask for one backend by name; "" = the first that serves.
+
+    Returns:
+        ``out``, and ``key`` and ``value`` as a cache stores them. All three are differentiable.
+
+    Raises:
+        TypeError: if an argument is no tensor or has another dtype.
+        ValueError: if a shape, device or option is wrong; on the CPU also if a row index lies
+            outside the tables or a key range is inverted or leaves the sequence. On a GPU such a
+            row counts as -1, such a range is clipped, and ``collavo_kernels.check()`` reports it.
+
+    Source: the Crayon Prompt is added at every attention layer, CoLLaVO (arXiv 2402.11248),
+    section 3.
+
+    Example:
+        >>> import torch
+        >>> from collavo_kernels import crayon_attention
+        >>> q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+        >>> angle = torch.arange(6.0)[None, :, None] * torch.tensor([1.0, 0.1, 0.01, 0.001] * 2)
+        >>> rows = torch.tensor([[-1, 0, 0, 1, 1, -1]], dtype=torch.int32)
+        >>> result = crayon_attention(
+        ...     q, k, v, cos=angle.cos(), sin=angle.sin(),
+        ...     crayon_k=torch.randn(2, 2, 8), row_index=rows,
+        ... )
+        >>> tuple(result.out.shape), tuple(result.key.shape), result.value is v
+        ((1, 6, 4, 8), (1, 6, 2, 8), True)
+    """
+    _validate(q, k, v, cos, sin)
+    _validate_tables(q, k, crayon_q, crayon_k, crayon_v, row_index)
+    if key_range is not None:
+        expect_tensor(
+            "key_range", key_range, shape=(q.shape[0], 2), dtypes=(torch.int32,), device=q.device
+        )
+    if window is not None:
+        expect_int("window", window, minimum=1)
+    tables = (crayon_q, crayon_k, crayon_v)
+    out, key, value, _ = torch.ops.collavo.crayon_attention(
+        q, k, v, cos, sin, *tables, row_index, key_range, causal, window, scale, backend
+    )
+    return CrayonAttentionOutput(out, key, v if crayon_v is None else value)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cos: Tensor,
+    sin: Tensor,
+    crayon_q: Tensor | None = None,
+    crayon_k: Tensor | None = None,
+    crayon_v: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v with the crayon added and q, k rotated, in plain differentiable PyTorch.
+
+    It is the first half of ``crayon_attention``, for calls that go on with a filled key/value
+    cache and PyTorch's own attention. The formula and the rounding are the operator's.
+
+    Args:
+        q: ``[B, S, H, D]`` float32 / bfloat16 / float16 / float64.
+        k: ``[B, S, G, D]``, q's dtype.
+        v: ``[B, S, G, D]``, q's dtype.
+        cos: ``[B or 1, S, D]`` any float dtype.
+        sin: ``[B or 1, S, D]``, cos's dtype.
+        crayon_q: ``[T, H, D]``, q's dtype.
+        crayon_k: ``[T, G, D]``, q's dtype.
+        crayon_v: ``[T, G, D]``, q's dtype.
+        row_index: ``[B, S]`` int32, -1 = not an image token; other values must be rows.
+
+    Returns:
+        q, k and v of the same shapes and dtypes; v itself where no ``crayon_v`` is given.
+
+    Raises:
+        TypeError: if an argument is no tensor or has another dtype.
+        ValueError: if a shape or device is wrong.
+
+    Example:
+        >>> import torch
+        >>> from collavo_kernels.ops.crayon_attention import prepare
+        >>> q = k = v = torch.ones(1, 1, 1, 2)
+        >>> zero = torch.zeros(1, 1, 2)
+        >>> prepare(q, k, v, cos=zero, sin=zero + 1)[0].flatten().tolist()
+        [-1.0, 1.0]
+    """
+    _validate(q, k, v, cos, sin)
+    _validate_tables(q, k, crayon_q, crayon_k, crayon_v, row_index)
+    query = prepared(q, crayon_q, row_index, cos, sin)
+    key = prepared(k, crayon_k, row_index, cos, sin)
+    return query, key, v if crayon_v is None else add_rows(v, crayon_v, row_index)
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> None:
+    expect_tensor("q", q, shape=("B", "S", "H", "D"), dtypes=REFERENCE_DTYPES)
+    batch, length, heads, size = q.shape
+    expect_tensor(
+        "k", k, shape=(batch, length, "G", size), dtypes=_dtypes_beside(q), device=q.device
+    )
+    expect_tensor("v", v, shape=k.shape, dtypes=_dtypes_beside(q), device=q.device)
+    if size % 2 or size == 0:
+        raise ValueError(
+            f"q: expected an even head dim (the rotation pairs its halves), got {size}"
+        )
+    groups = k.shape[2]
+    if groups == 0 or heads % groups:
+        raise ValueError(
+            f"k: expected a number of heads that divides q's {heads}, got {groups} heads"
+        )
+    angles = ("B" if cos.dim() == 3 and cos.shape[0] in (1, batch) else batch, length, size)
+    hint = "pass the angles of exactly these S tokens"
+    expect_tensor("cos", cos, shape=angles, dtypes=_ANGLE_DTYPES, device=q.device, hint=hint)
+    expect_tensor("sin", sin, shape=cos.shape, dtypes=(cos.dtype,), device=q.device, hint=hint)
+    for name, angle in (("cos", cos), ("sin", sin)):
+        if angle.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: gradients are not computed for it; detach it")
+
+
+def _dtypes_beside(q: Tensor) -> tuple[torch.dtype, ...]:
+    """Return q's dtype; under autocast any, since everything is cast before the operator runs."""
+    return REFERENCE_DTYPES if torch.is_autocast_enabled(q.device.type) else (q.dtype,)
+
+
+def _validate_tables(
+    q: Tensor,
+    k: Tensor,
+    crayon_q: Tensor | None,
+    crayon_k: Tensor | None,
+    crayon_v: Tensor | None,
+    row_index: Tensor | None,
+) -> None:
+    if row_index is not None:
+        expect_tensor(
+            "row_index", row_index, shape=q.shape[:2], dtypes=(torch.int32,), device=q.device
+        )
+    rows: int | str = "T"
+    for name, table, heads in (
+        ("crayon_q", crayon_q, q.shape[2]),
+        ("crayon_k", crayon_k, k.shape[2]),
+        ("crayon_v", crayon_v, k.shape[2]),
+    ):
+        if table is None:
+            continue
+        if row_index is None:
+            raise ValueError(
+                f"row_index: expected a tensor beside {name}, got {describe(row_index)}; "
+                "it says which tokens each table row is added to"
+            )
+        expect_tensor(
+            name,
+            table,
+            shape=(rows, heads, q.shape[3]),
+            dtypes=_dtypes_beside(q),
+            device=q.device,
+            hint="tables have one row per crayon row and the heads of the tensor they are added to",
+        )
+        rows = table.shape[0]

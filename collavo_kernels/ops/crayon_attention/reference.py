@@ -1,0 +1,296 @@
+"""The specification of ``crayon_attention`` in plain PyTorch: forward and hand-written backward.
+
+Sums are made in float32 (float64 for float64 inputs). The prepared q, k and v are rounded to their
+dtype once, after the rotation, as the key/value cache stores them. Queries are taken in blocks, so
+that no tensor of S x S elements per head ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from collavo_kernels._flags import KEY_RANGE_INVERTED, ROW_INDEX_OUT_OF_RANGE, error_word
+from collavo_kernels.ops.crayon_attention.inputs import (
+    AttentionInputs,
+    BackwardInputs,
+    ForwardResult,
+    Gradients,
+)
+
+# Scores held at a time: 64 MiB in float32.
+_SCORES_PER_BLOCK = 1 << 24
+
+
+def forward(inputs: AttentionInputs) -> ForwardResult:
+    """Prepare q, k and v, attend, and return the forward's results."""
+    rows = checked_rows(inputs)
+    ranges = checked_ranges(inputs)
+    query = prepared(inputs.q, inputs.crayon_q, rows, inputs.cos, inputs.sin)
+    key = prepared(inputs.k, inputs.crayon_k, rows, inputs.cos, inputs.sin)
+    value = inputs.v if inputs.crayon_v is None else add_rows(inputs.v, inputs.crayon_v, rows)
+    out, lse = _attend(query, key, value, ranges, inputs)
+    owned = inputs.v.new_empty(0) if inputs.crayon_v is None else value.contiguous()
+    return ForwardResult(out, key.contiguous(), owned, lse)
+
+
+def backward(given: BackwardInputs) -> Gradients:
+    """Return the gradients of q, k, v and the three tables; empty where the mask says no."""
+    inputs = given.inputs
+    rows = checked_rows(inputs)
+    ranges = checked_ranges(inputs)
+    query = prepared(inputs.q, inputs.crayon_q, rows, inputs.cos, inputs.sin)
+    d_query, d_key, d_value = _attend_backward(query, given, ranges)
+    if given.grad_key is not None:
+        d_key += given.grad_key
+    if given.grad_value is not None:
+        d_value += given.grad_value
+    d_query = unrotate(d_query, inputs.cos, inputs.sin)
+    d_key = unrotate(d_key, inputs.cos, inputs.sin)
+    dense = (d_query, d_key, d_value)
+    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
+    empty = inputs.q.new_empty(0)
+    gradients = [
+        d.to(inputs.q.dtype).contiguous() if want else empty.clone()
+        for d, want in zip(dense, given.mask[:3], strict=True)
+    ]
+    for d, table, want in zip(dense, tables, given.mask[3:], strict=True):
+        if not want or table is None:
+            gradients.append(empty.clone())
+        elif rows is None:
+            gradients.append(torch.zeros_like(table, memory_format=torch.contiguous_format))
+        else:
+            gradients.append(sum_rows(d, rows, table))
+    dq, dk, dv, dtq, dtk, dtv = gradients
+    return dq, dk, dv, dtq, dtk, dtv
+
+
+def prepared(
+    x: Tensor, table: Tensor | None, rows: Tensor | None, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Add each token's table row, rotate, and round to x's dtype once.
+
+    Args:
+        x: ``[B, S, N, D]``.
+        table: ``[T, N, D]`` or None.
+        rows: ``[B, S]``, -1 = no row.
+        cos: ``[B or 1, S, D]``.
+        sin: ``[B or 1, S, D]``.
+    """
+    y = _added(x, table, rows)
+    c, s = cos.to(y.dtype).unsqueeze(2), sin.to(y.dtype).unsqueeze(2)
+    low, high = y.chunk(2, dim=-1)
+    return (y * c + torch.cat((-high, low), dim=-1) * s).to(x.dtype)
+
+
+def unrotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotation's transpose to ``[B, S, N, D]``: what a gradient goes through."""
+    c, s = cos.to(y.dtype).unsqueeze(2), sin.to(y.dtype).unsqueeze(2)
+    low, high = (y * s).chunk(2, dim=-1)
+    return y * c + torch.cat((high, -low), dim=-1)
+
+
+def add_rows(x: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Add ``table[rows]`` to the tokens of ``[B, S, N, D]`` that have a row; keeps x's dtype."""
+    return _added(x, table, rows).to(x.dtype)
+
+
+def sum_rows(x: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """Sum ``[B, S, N, D]`` over the tokens of each table row, in token order.
+
+    Rows that no token uses get exact zeros, whatever the other tokens hold.
+
+    Args:
+        x: ``[B, S, N, D]``.
+        rows: ``[B, S]``, -1 = no row.
+        table: ``[T, N, D]``: gives the result's shape and dtype.
+    """
+    count = table.shape[0]
+    if table.numel() == 0 or x.numel() == 0:
+        return torch.zeros_like(table, memory_format=torch.contiguous_format)
+    ordered, order = torch.sort(rows.reshape(-1).long(), stable=True)
+    bounds = torch.arange(count + 1, device=rows.device)
+    offsets = torch.searchsorted(ordered, bounds)
+    tokens = x.reshape(-1, table[0].numel()).index_select(0, order)
+    sums = torch.segment_reduce(tokens, "sum", offsets=offsets, axis=0, unsafe=True)
+    return sums.to(table.dtype).reshape(table.shape)
+
+
+def checked_rows(inputs: AttentionInputs) -> Tensor | None:
+    """Return the row index with no entry outside the tables, or None where no table is given.
+
+    Raises:
+        ValueError: on the CPU, naming the first bad entry; elsewhere a bad entry counts as -1 and
+            is reported by ``collavo_kernels.check()``.
+    """
+    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
+    counts = [t.shape[0] for t in tables if t is not None]
+    rows = inputs.row_index
+    if rows is None or not counts:
+        return None
+    if rows.numel() == 0:
+        return rows
+    bad = (rows < -1) | (rows >= counts[0])
+    if rows.device.type != "cpu":
+        error_word(rows.device).bitwise_or_(bad.any().int() * ROW_INDEX_OUT_OF_RANGE)
+        return rows.masked_fill(bad, -1)
+    if bool(bad.any()):
+        sample, token = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(
+            f"row_index: expected entries from -1 to {counts[0] - 1} (the tables have "
+            f"{counts[0]} rows), got {int(rows[sample, token])} at sample {sample}, token {token}"
+        )
+    return rows
+
+
+def checked_ranges(inputs: AttentionInputs) -> Tensor | None:
+    """Return the key ranges with ``0 <= first <= end <= S`` everywhere, or None for all keys.
+
+    Raises:
+        ValueError: on the CPU, naming the first bad range; elsewhere a bad range is clipped (an
+            inverted one is empty) and is reported by ``collavo_kernels.check()``.
+    """
+    ranges, length = inputs.key_range, inputs.q.shape[1]
+    if ranges is None or ranges.numel() == 0:
+        return ranges
+    first, end = ranges[:, 0], ranges[:, 1]
+    bad = (first < 0) | (end > length) | (first > end)
+    if ranges.device.type != "cpu":
+        error_word(ranges.device).bitwise_or_(bad.any().int() * KEY_RANGE_INVERTED)
+        return ranges.clamp(0, length)
+    if bool(bad.any()):
+        sample = int(bad.nonzero()[0])
+        raise ValueError(
+            f"key_range: expected 0 <= first <= end <= {length}, got "
+            f"[{int(first[sample])}, {int(end[sample])}] at sample {sample}"
+        )
+    return ranges
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _added(x: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
+    y = x.to(_compute_dtype(x))
+    if table is None or rows is None or table.shape[0] == 0:
+        return y
+    chosen = table.to(y.dtype)[rows.clamp_min(0).long()]
+    return torch.where((rows >= 0)[:, :, None, None], y + chosen, y)
+
+
+class _Block(NamedTuple):
+    """Queries ``[start, stop)`` and the keys ``[first, end)`` that any of them may see."""
+
+    start: int
+    stop: int
+    first: int
+    end: int
+
+
+def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
+    batch, length, heads, _ = inputs.q.shape
+    size = max(32, min(512, _SCORES_PER_BLOCK // max(1, batch * heads * length)))
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first, end = 0, length
+        if inputs.window is not None:
+            first = max(0, start - inputs.window + 1)
+            end = min(length, stop + inputs.window - 1)
+        yield _Block(start, stop, first, stop if inputs.causal else end)
+
+
+def _visible(block: _Block, ranges: Tensor | None, inputs: AttentionInputs) -> Tensor:
+    """Return bool ``[B or 1, queries, keys]``: which keys of the block each query sees."""
+    device = inputs.q.device
+    i = torch.arange(block.start, block.stop, device=device)[:, None]
+    j = torch.arange(block.first, block.end, device=device)[None, :]
+    visible = (j <= i) if inputs.causal else torch.ones_like(i + j, dtype=torch.bool)
+    if inputs.window is not None:
+        visible = visible & ((i - j).abs() < inputs.window)
+    if ranges is None:
+        return visible[None]
+    first, end = ranges[:, 0, None, None], ranges[:, 1, None, None]
+    return visible & (i >= first) & (i < end) & (j >= first) & (j < end)
+
+
+def _heads_first(x: Tensor, ranges: Tensor | None, groups: int) -> Tensor:
+    """Return ``[B, G, heads per group, S, D]`` in the compute dtype, padding replaced by zeros."""
+    batch, length, heads, size = x.shape
+    y = x.to(_compute_dtype(x))
+    if ranges is not None:
+        token = torch.arange(length, device=x.device)
+        valid = (token >= ranges[:, :1]) & (token < ranges[:, 1:])
+        y = y.masked_fill(~valid[:, :, None, None], 0)
+    return y.transpose(1, 2).reshape(batch, groups, heads // groups, length, size)
+
+
+def _scores(
+    query: Tensor, key: Tensor, block: _Block, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the block's queries ``[B, G, heads*queries, D]`` and its masked, scaled scores.
+
+    Scores are ``[B, G, heads, queries, keys]``.
+    """
+    q = query[:, :, :, block.start : block.stop]
+    flat = q.flatten(2, 3)
+    scores = flat @ key[:, :, 0, block.first : block.end].mT * scale
+    scores = scores.unflatten(2, q.shape[2:4])
+    return flat, scores.masked_fill_(~visible[:, None, None], float("-inf"))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, ranges: Tensor | None, inputs: AttentionInputs
+) -> tuple[Tensor, Tensor]:
+    """Return out ``[B, S, H, D]`` and the log-sum-exp ``[B, H, S]``."""
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    q, k, v = (_heads_first(x, ranges, groups) for x in (query, key, value))
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], float("-inf"))
+    for block in _blocks(inputs) if q.numel() else ():
+        visible = _visible(block, ranges, inputs)
+        flat, scores = _scores(q, k, block, visible, inputs.softmax_scale)
+        log_sum = scores.logsumexp(-1)
+        weights = _weights(scores, log_sum)
+        mixed = weights.flatten(2, 3) @ v[:, :, 0, block.first : block.end]
+        out[:, :, :, block.start : block.stop] = mixed.unflatten(2, weights.shape[2:4])
+        lse[:, :, :, block.start : block.stop] = log_sum
+    joined = out.reshape(batch, heads, length, size).transpose(1, 2)
+    return joined.to(query.dtype).contiguous(), lse.reshape(batch, heads, length)
+
+
+def _weights(scores: Tensor, log_sum: Tensor) -> Tensor:
+    """Return the softmax from the scores (overwritten); rows that see no key get zeros."""
+    finite = log_sum.masked_fill(log_sum == float("-inf"), 0)
+    return scores.sub_(finite.unsqueeze(-1)).exp_()
+
+
+def _attend_backward(
+    query: Tensor, given: BackwardInputs, ranges: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the prepared q, k and v, ``[B, S, heads, D]``, unrounded."""
+    inputs = given.inputs
+    groups, scale = inputs.k.shape[2], inputs.softmax_scale
+    operands = (query, inputs.k, inputs.v, given.grad_out)
+    q, k, v, g = (_heads_first(x, ranges, groups) for x in operands)
+    o = _heads_first(given.out, ranges, groups)
+    lse = given.lse.reshape(q.shape[:-1])
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = (g * o).sum(-1, keepdim=True)
+    for block in _blocks(inputs) if q.numel() else ():
+        keys = slice(block.first, block.end)
+        queries = slice(block.start, block.stop)
+        visible = _visible(block, ranges, inputs)
+        flat, scores = _scores(q, k, block, visible, scale)
+        weights = _weights(scores, lse[:, :, :, queries])
+        flat_g = g[:, :, :, queries].flatten(2, 3)
+        d_scores = (flat_g @ v[:, :, 0, keys].mT).unflatten(2, weights.shape[2:4])
+        d_scores = d_scores.sub_(delta[:, :, :, queries]).mul_(weights).mul_(scale).flatten(2, 3)
+        dv[:, :, 0, keys] += weights.flatten(2, 3).mT @ flat_g
+        dk[:, :, 0, keys] += d_scores.mT @ flat
+        dq[:, :, :, queries] = (d_scores @ k[:, :, 0, keys]).unflatten(2, weights.shape[2:4])
+    d_query, d_key, d_value = (x.flatten(1, 2).transpose(1, 2) for x in (dq, dk, dv))
+    return d_query, d_key, d_value
