@@ -238,7 +238,7 @@ def _scores(
     q = query[:, :, :, block.start : block.stop]
     flat = q.flatten(2, 3)
     scores = flat @ key[:, :, 0, block.first : block.end].mT * scale
-    scores = scores.unflatten(2, q.shape[2:4])
+    scores = scores.view(*q.shape[:4], -1)
     return flat, scores.masked_fill_(~visible[:, None, None], float("-inf"))
 
 
@@ -252,11 +252,11 @@ def _attend(
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], float("-inf"))
     for block in _blocks(inputs) if q.numel() else ():
         visible = _visible(block, ranges, inputs)
-        flat, scores = _scores(q, k, block, visible, inputs.softmax_scale)
+        _, scores = _scores(q, k, block, visible, inputs.softmax_scale)
         log_sum = scores.logsumexp(-1)
         weights = _weights(scores, log_sum)
         mixed = weights.flatten(2, 3) @ v[:, :, 0, block.first : block.end]
-        out[:, :, :, block.start : block.stop] = mixed.unflatten(2, weights.shape[2:4])
+        out[:, :, :, block.start : block.stop] = mixed.view(*weights.shape[:4], -1)
         lse[:, :, :, block.start : block.stop] = log_sum
     joined = out.reshape(batch, heads, length, size).transpose(1, 2)
     return joined.to(query.dtype).contiguous(), lse.reshape(batch, heads, length)
@@ -287,10 +287,10 @@ def _attend_backward(
         flat, scores = _scores(q, k, block, visible, scale)
         weights = _weights(scores, lse[:, :, :, queries])
         flat_g = g[:, :, :, queries].flatten(2, 3)
-        d_scores = (flat_g @ v[:, :, 0, keys].mT).unflatten(2, weights.shape[2:4])
+        d_scores = (flat_g @ v[:, :, 0, keys].mT).view_as(weights)
         d_scores = d_scores.sub_(delta[:, :, :, queries]).mul_(weights).mul_(scale).flatten(2, 3)
         dv[:, :, 0, keys] += weights.flatten(2, 3).mT @ flat_g
         dk[:, :, 0, keys] += d_scores.mT @ flat
-        dq[:, :, :, queries] = (d_scores @ k[:, :, 0, keys]).unflatten(2, weights.shape[2:4])
+        dq[:, :, :, queries] = (d_scores @ k[:, :, 0, keys]).view(*weights.shape[:4], -1)
     d_query, d_key, d_value = (x.flatten(1, 2).transpose(1, 2) for x in (dq, dk, dv))
     return d_query, d_key, d_value

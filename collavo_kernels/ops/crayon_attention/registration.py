@@ -22,7 +22,7 @@ _ARGUMENTS = (
     "Tensor? crayon_v, Tensor? row_index, Tensor? key_range, bool causal=True, int? window=None, "
     'float? scale=None, str backend=""'
 )
-_library = torch.library.Library("collavo", "FRAGMENT")
+_library: Any = cast(Any, torch.library).Library("collavo", "FRAGMENT")
 _library.define(
     f"crayon_attention({_ARGUMENTS}) -> (Tensor out, Tensor key, Tensor value, Tensor lse)"
 )
@@ -161,7 +161,8 @@ class _CrayonAttention(Function):
         dq, dk, dv, dtq, dtk, dtv = (
             g if want else None for g, want in zip(found, mask, strict=True)
         )
-        return (dq, dk, dv, None, None, dtq, dtk, dtv) + (None,) * (ctx.arguments - _FLOATING)
+        padding = [None] * (int(ctx.arguments) - _FLOATING)
+        return (dq, dk, dv, None, None, dtq, dtk, dtv, *padding)
 
 
 class _Once(Function):
@@ -187,14 +188,14 @@ def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
 
 def _autograd_forward(*arguments: Any) -> Any:
     if _wants_gradient(arguments):
-        return _CrayonAttention.apply(*arguments)
+        return cast(Any, _CrayonAttention).apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.collavo.crayon_attention(*arguments)
 
 
 def _autograd_backward(*arguments: Any) -> Any:
     if _wants_gradient(arguments):
-        return _Once.apply(*arguments)
+        return cast(Any, _Once).apply(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.collavo.crayon_attention_backward(*arguments)
 
