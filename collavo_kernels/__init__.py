@@ -2,7 +2,22 @@
 
 from collavo_kernels._flags import check
 from collavo_kernels.ops.crayon_attention import CrayonAttentionOutput, crayon_attention
+from collavo_kernels.ops.qlora_linear import (
+    LoRAAdapter,
+    NF4Weight,
+    qlora_linear,
+    quantize_nf4,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["CrayonAttentionOutput", "__version__", "check", "crayon_attention"]
+__all__ = [
+    "CrayonAttentionOutput",
+    "LoRAAdapter",
+    "NF4Weight",
+    "__version__",
+    "check",
+    "crayon_attention",
+    "qlora_linear",
+    "quantize_nf4",
+]

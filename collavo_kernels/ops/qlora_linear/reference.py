@@ -1,0 +1,147 @@
+"""``qlora_linear`` in plain PyTorch: the specification, and the fallback on every device.
+
+Forward:   ``y = W x + sum_i m_i s_i B_i A_i x + table[row] + bias``
+Backward:  ``dx = g W + sum_i h_i A_i``   with ``h_i = m_i s_i g B_i``
+           ``dA_i = h_i^T x``,  ``dB_i = g^T (m_i s_i A_i x)``,  ``dtable[t] = sum of g over row ==
+           t``,  ``dbias = sum g``
+
+Matrix products run in x's dtype, as plain PyTorch code would, and their results are added in
+float32 (float64 when x is). The dense weight is made a strip of rows at a time, so memory stays
+bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from collavo_kernels._flags import ROW_INDEX_OUT_OF_RANGE, error_word
+from collavo_kernels.ops.qlora_linear.inputs import (
+    GradientMask,
+    QLoRAGradients,
+    QLoRAInputs,
+    active,
+)
+from collavo_kernels.ops.qlora_linear.nf4 import dequantize_rows
+
+_STRIP_ELEMENTS = 1 << 22
+
+
+def forward(inputs: QLoRAInputs) -> Tensor:
+    """Return ``[M, N]`` in x's dtype."""
+    x, n = inputs.x, inputs.out_features
+    check_row_index(inputs)
+    wide = _accumulator(x.dtype)
+    out = x.new_empty((x.shape[0], n), dtype=wide)
+    for start, stop, dense in _weight_strips(inputs):
+        out[:, start:stop] = F.linear(x, dense)
+    for i in range(len(inputs.a)):
+        hidden = _gate(inputs, i, F.linear(x, inputs.a[i].to(x.dtype)))
+        out += F.linear(hidden, inputs.b[i].to(x.dtype))
+    if inputs.row_table is not None and inputs.row_index is not None:
+        out += _one_hot(inputs, wide).t() @ inputs.row_table.to(wide)
+    if inputs.bias is not None:
+        out += inputs.bias
+    return out.to(x.dtype)
+
+
+def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
+    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
+    x = inputs.x
+    wide = _accumulator(x.dtype)
+    grad_x = torch.zeros_like(x, dtype=wide) if mask.x else None
+    if grad_x is not None:
+        for start, stop, dense in _weight_strips(inputs):
+            grad_x += grad[:, start:stop] @ dense
+    grads_a: list[Tensor | None] = [None] * len(inputs.a)
+    grads_b: list[Tensor | None] = [None] * len(inputs.b)
+    for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
+        if mask.x or mask.a[i]:
+            upstream = _gate(inputs, i, grad @ b.to(x.dtype))
+            if mask.a[i]:
+                grads_a[i] = (upstream.t() @ x).to(a.dtype)
+            if grad_x is not None:
+                grad_x += upstream @ a.to(x.dtype)
+        if mask.b[i]:
+            hidden = _gate(inputs, i, F.linear(x, a.to(x.dtype)))
+            grads_b[i] = (grad.t() @ hidden).to(b.dtype)
+    return QLoRAGradients(
+        x=None if grad_x is None else grad_x.to(x.dtype),
+        weight=(grad.t() @ x).to(inputs.weight.dtype) if mask.weight else None,
+        row_table=_grad_row_table(inputs, grad) if mask.row_table else None,
+        bias=_grad_bias(inputs, grad) if mask.bias else None,
+        a=grads_a,
+        b=grads_b,
+    )
+
+
+def check_row_index(inputs: QLoRAInputs) -> None:
+    """Raise (CPU) or set the error flag (GPU, no synchronisation) on a row outside the table."""
+    if inputs.row_index is None or inputs.row_table is None:
+        return
+    rows, index = inputs.row_table.shape[0], inputs.row_index
+    bad = (index < -1) | (index >= rows)
+    if index.device.type == "cpu":
+        if bool(bad.any()):
+            where = int(bad.int().argmax())
+            raise ValueError(
+                f"row_index: expected -1 or a row in [0, {rows}), "
+                f"got {int(index[where])} at token {where}"
+            )
+        return
+    error_word(index.device).bitwise_or_(bad.any().int() * ROW_INDEX_OUT_OF_RANGE)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
+    hidden = hidden * inputs.scaling[adapter]
+    gate = active(inputs, adapter, hidden.dtype)
+    # where, not a product: a token that an adapter is off for must not see its NaN or infinity
+    return hidden if gate is None else torch.where(gate.bool(), hidden, 0.0)
+
+
+def _weight_strips(inputs: QLoRAInputs) -> Iterator[tuple[int, int, Tensor]]:
+    n, k = inputs.shape
+    if inputs.scales is None:
+        yield 0, n, inputs.weight.to(inputs.x.dtype)
+        return
+    step = max(1, _STRIP_ELEMENTS // max(k, 1))
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        dense = dequantize_rows(
+            inputs.weight,
+            inputs.scales,
+            (n, k),
+            inputs.block_size,
+            inputs.double_quant,
+            inputs.x.dtype,
+            (start, stop),
+        )
+        yield start, stop, dense
+
+
+def _one_hot(inputs: QLoRAInputs, dtype: torch.dtype) -> Tensor:
+    # A product with it sums in a fixed order on every device; a row out of range matches nothing.
+    if inputs.row_table is None or inputs.row_index is None:
+        raise ValueError("row_table: needed beside row_index")
+    rows = torch.arange(inputs.row_table.shape[0], device=inputs.x.device, dtype=torch.int32)
+    return (rows[:, None] == inputs.row_index[None, :]).to(dtype)  # [T, M]
+
+
+def _grad_row_table(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    if inputs.row_table is None:
+        raise ValueError("row_table: a gradient was asked for, but there is none")
+    wide = _accumulator(grad.dtype)
+    return (_one_hot(inputs, wide) @ grad.to(wide)).to(inputs.row_table.dtype)
+
+
+def _grad_bias(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    if inputs.bias is None:
+        raise ValueError("bias: a gradient was asked for, but there is none")
+    return grad.to(_accumulator(grad.dtype)).sum(0).to(inputs.bias.dtype)

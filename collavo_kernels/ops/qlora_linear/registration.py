@@ -1,0 +1,209 @@
+"""The operator as PyTorch knows it: schema, fake, autograd, autocast, and its backends."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from collavo_kernels._backends import Backend, Operator
+from collavo_kernels.ops.qlora_linear import reference
+from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAInputs
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? scales, SymInt out_features, int block_size, "
+    "bool double_quant, Tensor[] a, Tensor[] b, float[] scaling, Tensor? adapter_mask, "
+    "Tensor? row_table, Tensor? row_index, Tensor? bias"
+)
+_LIBRARY: Any = cast(Any, torch.library).Library("collavo", "FRAGMENT")
+_LIBRARY.define(f'qlora_linear({_ARGUMENTS}, *, str backend="") -> Tensor')
+# The gradients come as one flat list: x, weight, row_table, bias, every a, every b.
+_LIBRARY.define(
+    f"qlora_linear_backward(Tensor grad, {_ARGUMENTS}, bool[] output_mask, *, "
+    'str backend="") -> Tensor[]'
+)
+
+OPERATOR: Operator[QLoRAInputs] = Operator(
+    "qlora_linear",
+    (Backend("reference", forward=reference.forward, backward=reference.backward),),
+)
+
+
+def _forward(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
+    inputs = _bundle(x, *rest)
+    chosen = OPERATOR.select(inputs, x.device.type, backend)
+    out: Tensor = chosen.forward(inputs)
+    return out.view(*x.shape[:-1], inputs.out_features)
+
+
+def _backward(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Tensor]:
+    *call, flags = rest
+    inputs = _bundle(x, *call)
+    mask = GradientMask.from_flags(flags, len(inputs.a))
+    chosen = OPERATOR.select_backward(inputs, x.device.type, backend)
+    if chosen.backward is None:
+        raise RuntimeError(f"qlora_linear: backend {chosen.name!r} has no backward")
+    found = chosen.backward(inputs, grad.reshape(-1, inputs.out_features), mask)
+    grad_x = None if found.x is None else found.x.view(x.shape)
+    every = [grad_x, found.weight, found.row_table, found.bias, *found.a, *found.b]
+    return [x.new_empty(0) if each is None else each for each in every]
+
+
+def _bundle(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    out_features: int,
+    block_size: int,
+    double_quant: bool,
+    a: list[Tensor],
+    b: list[Tensor],
+    scaling: list[float],
+    adapter_mask: Tensor | None,
+    row_table: Tensor | None,
+    row_index: Tensor | None,
+    bias: Tensor | None,
+) -> QLoRAInputs:
+    return QLoRAInputs(
+        x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
+        weight,
+        scales,
+        out_features,
+        block_size,
+        double_quant,
+        list(a),
+        list(b),
+        list(scaling),
+        None if adapter_mask is None else adapter_mask.reshape(-1),
+        row_table,
+        None if row_index is None else row_index.reshape(-1),
+        bias,
+    )
+
+
+def _forward_fake(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[2]))
+
+
+def _backward_fake(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Tensor]:
+    *call, flags = rest
+    weight, a, b, table, bias = call[0], call[5], call[6], call[9], call[11]
+    every = [x, weight, table, bias, *a, *b]
+    return [
+        torch.empty_like(each, memory_format=torch.contiguous_format)
+        if flag and each is not None
+        else x.new_empty(0)
+        for flag, each in zip(flags, every, strict=True)
+    ]
+
+
+class _QLoRALinear(torch.autograd.Function):
+    """Carries the adapters one by one, since tensors inside a list get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, facts: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        ctx.facts = facts
+        ctx.save_for_backward(*tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor = _call(torch.ops.collavo.qlora_linear.default, (), facts, tensors, ())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        # Position in `tensors`: x, weight, scales, mask, table, index, bias, every a, every b.
+        flags = [needed[0], needed[1], needed[4], needed[6], *needed[7:]]
+        op = torch.ops.collavo.qlora_linear_backward.default
+        grads = _call(op, (grad,), ctx.facts, tensors, (flags,))
+        found = [each if flag else None for flag, each in zip(flags, grads, strict=True)]
+        x, weight, table, bias, *adapters = found
+        return None, x, weight, None, None, table, None, bias, *adapters
+
+
+def _call(
+    op: Any,
+    head: tuple[Tensor, ...],
+    facts: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+    tail: tuple[Any, ...],
+) -> Any:
+    out_features, block_size, double_quant, scaling, backend = facts
+    x, weight, scales, adapter_mask, row_table, row_index, bias, *adapters = tensors
+    count = len(scaling)
+    call = (x, weight, scales, out_features, block_size, double_quant)
+    branches = (adapters[:count], adapters[count:], scaling)
+    epilogue = (adapter_mask, row_table, row_index, bias)
+    return op(*head, *call, *branches, *epilogue, *tail, backend=backend)
+
+
+def _autograd(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    out_features: int,
+    block_size: int,
+    double_quant: bool,
+    a: list[Tensor],
+    b: list[Tensor],
+    scaling: list[float],
+    adapter_mask: Tensor | None,
+    row_table: Tensor | None,
+    row_index: Tensor | None,
+    bias: Tensor | None,
+    *,
+    backend: str = "",
+) -> Tensor:
+    facts = (out_features, block_size, double_quant, list(scaling), backend)
+    tensors = (x, weight, scales, adapter_mask, row_table, row_index, bias, *a, *b)
+    out: Tensor = cast(Any, _QLoRALinear).apply(facts, *tensors)
+    return out
+
+
+def _autocast(device_type: str) -> Any:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type}"))
+
+    def kernel(x: Tensor, weight: Tensor, *rest: Any, backend: str = "") -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type.lower())
+
+        def cast(value: Tensor | None) -> Tensor | None:
+            if value is None or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                return value
+            return value.to(dtype)
+
+        scales, out_features, block_size, double_quant, a, b, scaling, mask, table, index, bias = (
+            rest
+        )
+        # Adapters keep their dtype: the operator takes float32 ones beside a 16-bit x.
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            out: Tensor = torch.ops.collavo.qlora_linear.default(
+                cast(x),
+                cast(weight),
+                scales,
+                out_features,
+                block_size,
+                double_quant,
+                a,
+                b,
+                scaling,
+                mask,
+                cast(table),
+                index,
+                cast(bias),
+                backend=backend,
+            )
+        return out
+
+    return kernel
+
+
+_LIBRARY.impl("qlora_linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("qlora_linear_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("qlora_linear", _autograd, "Autograd")
+_LIBRARY.impl("qlora_linear", _autocast("CPU"), "AutocastCPU")
+_LIBRARY.impl("qlora_linear", _autocast("CUDA"), "AutocastCUDA")
+torch.library.register_fake("collavo::qlora_linear", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("collavo::qlora_linear_backward", _backward_fake, lib=_LIBRARY)
