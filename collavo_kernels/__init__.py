@@ -2,6 +2,7 @@
 
 from collavo_kernels._flags import check
 from collavo_kernels.ops.crayon_attention import CrayonAttentionOutput, crayon_attention
+from collavo_kernels.ops.panoptic_lookup import CrayonMap, panoptic_lookup
 from collavo_kernels.ops.qlora_linear import (
     LoRAAdapter,
     NF4Weight,
@@ -13,11 +14,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CrayonAttentionOutput",
+    "CrayonMap",
     "LoRAAdapter",
     "NF4Weight",
     "__version__",
     "check",
     "crayon_attention",
+    "panoptic_lookup",
     "qlora_linear",
     "quantize_nf4",
 ]
