@@ -1,0 +1,26 @@
+"""Training: crayon instructions, the two stages, and a trainer on top of transformers' own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collavo.train.arguments import CollavoTrainingArguments as CollavoTrainingArguments
+    from collavo.train.schedule import StepSchedule as StepSchedule
+    from collavo.train.trainer import CollavoTrainer as CollavoTrainer
+
+# transformers.Trainer takes seconds to import: only those who ask for a name pay for it.
+_MODULES = {
+    "CollavoTrainer": "trainer",
+    "CollavoTrainingArguments": "arguments",
+    "StepSchedule": "schedule",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
