@@ -37,7 +37,7 @@ class CrayonMap:
     Example:
         >>> import torch
         >>> from collavo_kernels import panoptic_lookup
-        >>> ids, classes = torch.tensor([7], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+        >>> ids, classes = torch.tensor([[7], [0]], dtype=torch.int32)
         >>> maps = torch.tensor([[[7, 7], [0, 7]]], dtype=torch.int32)
         >>> crayon = panoptic_lookup(maps, [ids], [classes], grid=(2, 2))
         >>> crayon.row_index.tolist(), crayon.row_class.tolist()
@@ -189,7 +189,9 @@ class CrayonMap:
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> CrayonMap:
-        return CrayonMap(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        return CrayonMap(
+            **{field.name: change(getattr(self, field.name)) for field in fields(self)}
+        )
 
 
 def _shifted(values: Tensor, by: int) -> Tensor:

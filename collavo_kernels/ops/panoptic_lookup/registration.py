@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -180,7 +181,7 @@ def _fake(
     )
 
 
-_library = torch.library.Library("collavo", "FRAGMENT")
+_library: Any = cast(Any, torch.library).Library("collavo", "FRAGMENT")
 _library.define(SCHEMA)
 _library.impl(NAME, _forward, "CompositeExplicitAutograd")
 torch.library.register_fake(f"collavo::{NAME}", _fake, lib=_library)
