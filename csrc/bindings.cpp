@@ -7,11 +7,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "common/cpu_features.h"
 #include "common/parallel.h"
+#include "crayon_attention/crayon_attention.h"
 
 namespace py = pybind11;
 
@@ -67,6 +70,74 @@ void bind_common(py::module_& module) {
   module.def("num_threads", &num_threads, "Threads a loop would use now.");
 }
 
+// [address, batch stride, token stride, head stride]; address 0 for an absent tensor.
+using HeadsArray = std::array<int64_t, 4>;
+
+crayon_attention::Heads heads_of(const HeadsArray& x) {
+  return {reinterpret_cast<void*>(x[0]), x[1], x[2], x[3]};
+}
+
+template <typename T>
+T* pointer_of(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// [cos, sin, batch stride of both, row_index]
+crayon_attention::Tokens tokens_of(const std::array<int64_t, 4>& x) {
+  return {pointer_of<const float>(x[0]), pointer_of<const float>(x[1]), x[2],
+          pointer_of<const int32_t>(x[3])};
+}
+
+// [batch, length, query heads, key heads, head dim, rows]
+crayon_attention::Shape shape_of(const std::array<int64_t, 6>& x) {
+  return {x[0], x[1], x[2], x[3], x[4], x[5]};
+}
+
+void bind_crayon_attention(py::module_& module) {
+  namespace op = crayon_attention;
+  module.def(
+      "crayon_attention_first_bad_row",
+      [](int64_t row_index, int64_t count, int64_t rows) {
+        return op::first_bad_row(pointer_of<const int32_t>(row_index), count, rows);
+      },
+      "Position of the first row index outside the tables, or -1.");
+  module.def(
+      "crayon_attention_prepare",
+      [](int isa, int dtype, const std::array<int64_t, 6>& shape,
+         const std::array<int64_t, 4>& tokens, const std::array<HeadsArray, 3>& from,
+         const std::array<int64_t, 3>& tables, const std::array<HeadsArray, 3>& to) {
+        const op::PrepareArgs args{static_cast<DType>(dtype),
+                                   shape_of(shape),
+                                   tokens_of(tokens),
+                                   heads_of(from[0]),
+                                   heads_of(from[1]),
+                                   heads_of(from[2]),
+                                   pointer_of<const void>(tables[0]),
+                                   pointer_of<const void>(tables[1]),
+                                   pointer_of<const void>(tables[2]),
+                                   heads_of(to[0]),
+                                   heads_of(to[1]),
+                                   heads_of(to[2])};
+        py::gil_scoped_release unlocked;
+        op::prepare(isa, args);
+      },
+      "Add table rows to q, k, v and rotate q, k.");
+  module.def(
+      "crayon_attention_finish",
+      [](int isa, int dtype, const std::array<int64_t, 6>& shape,
+         const std::array<int64_t, 4>& tokens, const std::array<HeadsArray, 3>& gradients,
+         const std::array<HeadsArray, 2>& extra, const std::array<int64_t, 3>& sums) {
+        const op::FinishArgs args{
+            static_cast<DType>(dtype),  shape_of(shape),           tokens_of(tokens),
+            heads_of(gradients[0]),     heads_of(gradients[1]),    heads_of(gradients[2]),
+            heads_of(extra[0]),         heads_of(extra[1]),        pointer_of<float>(sums[0]),
+            pointer_of<float>(sums[1]), pointer_of<float>(sums[2])};
+        py::gil_scoped_release unlocked;
+        op::finish(isa, args);
+      },
+      "Rotate dq, dk back in place and sum the gradients of each table row.");
+}
+
 }  // namespace
 
 }  // namespace collavo
@@ -74,4 +145,5 @@ void bind_common(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of collavo_kernels.";
   collavo::bind_common(module);
+  collavo::bind_crayon_attention(module);
 }
