@@ -1,5 +1,7 @@
 """Modules that are dropped into LLaVA-family models."""
 
 from collavo_kernels.nn.crayon_prompt import CrayonPrompt
+from collavo_kernels.nn.dual_qlora_linear import DualQLoRALinear
+from collavo_kernels.nn.peft_exchange import load_peft_adapter, save_peft_adapter
 
-__all__ = ["CrayonPrompt"]
+__all__ = ["CrayonPrompt", "DualQLoRALinear", "load_peft_adapter", "save_peft_adapter"]

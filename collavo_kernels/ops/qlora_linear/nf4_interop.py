@@ -17,6 +17,7 @@ from collavo_kernels.ops.qlora_linear.nf4 import (
     ScaleParts,
     block_count,
     join_scales,
+    packed_bytes,
 )
 
 FACTS_KEY = "quant_state.bitsandbytes__nf4"
@@ -179,6 +180,12 @@ def _checked(
     rows, columns = shape
     blocks = block_count((rows, columns), block_size)
     double_quant = parts.nested_absmax is not None
+    expected_bytes = packed_bytes((rows, columns))
+    if packed.dtype != torch.uint8 or packed.numel() != expected_bytes:
+        raise ValueError(
+            f"{name}: expected {expected_bytes} bytes (uint8) for an NF4 matrix {list(shape)}, "
+            f"got {describe(packed)}; it is truncated or belongs to another weight"
+        )
     wanted = [("absmax", parts.absmax, torch.uint8 if double_quant else torch.float32, blocks)]
     if parts.nested_absmax is not None and parts.nested_code is not None:
         nested_blocks = -(-blocks // NESTED_BLOCK)
