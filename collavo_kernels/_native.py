@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.machinery
 from pathlib import Path
 from types import ModuleType
 
@@ -71,22 +72,22 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError:
         return None, f"the compiled module was not built; {_REBUILD}"
     except Exception as error:
-        return None, f"the compiled module does not load ({error}); {_REBUILD}"
+        return None, f"the compiled module does not load ({error!r}); {_REBUILD}"
     module.attach_thread_pool()
     return module, None
 
 
 @functools.cache
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
-    files = sorted(Path(__file__).parent.glob("_cuda.*"))
-    if not files:
+    file = Path(__file__).with_name("_cuda" + importlib.machinery.EXTENSION_SUFFIXES[0])
+    if not file.exists():
         return None, "the CUDA library was not built (no nvcc when the package was installed)"
     try:
-        library = ctypes.CDLL(str(files[0]))
+        library = ctypes.CDLL(str(file))
         library.collavo_cuda_error_string.restype = ctypes.c_char_p
         devices = int(library.collavo_cuda_device_count())
     except (OSError, AttributeError) as error:
-        return None, f"the CUDA library does not load ({error})"
+        return None, f"the CUDA library does not load ({error!r})"
     if devices == 0:
         return None, "no CUDA device (or its driver is older than the CUDA library)"
     return library, None
