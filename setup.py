@@ -165,7 +165,8 @@ class BuildKernels(build_ext):
     def _ninja(self):
         compiler, nvcc = find_compiler(), NVCC
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-        lines = [f"cxx = {compiler}", f"nvcc = {nvcc}", f"link_flags = {shared}", RULES]
+        lines = [f"builddir = {BUILD}", f"cxx = {compiler}", f"nvcc = {nvcc}"]
+        lines += [f"link_flags = {shared}", RULES]
         lines += cpp_edges(compiler, self.distribution.get_version())
         lines += cuda_edges() if nvcc else []
         (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
