@@ -15,6 +15,7 @@
 #include "common/cpu_features.h"
 #include "common/parallel.h"
 #include "crayon_attention/crayon_attention.h"
+#include "panoptic_lookup/panoptic_lookup.h"
 
 namespace py = pybind11;
 
@@ -138,6 +139,28 @@ void bind_crayon_attention(py::module_& module) {
       "Rotate dq, dk back in place and sum the gradients of each table row.");
 }
 
+void bind_panoptic_lookup(py::module_& module) {
+  namespace op = panoptic_lookup;
+  module.def(
+      "panoptic_lookup",
+      [](int isa, uintptr_t images, int64_t num_images, uintptr_t row_ids, int64_t grid_h,
+         int64_t grid_w, bool majority, uintptr_t row_index, uintptr_t row_box,
+         uintptr_t row_area) {
+        const op::Problem problem{reinterpret_cast<const op::Image*>(images),
+                                  num_images,
+                                  reinterpret_cast<const int32_t*>(row_ids),
+                                  grid_h,
+                                  grid_w,
+                                  majority,
+                                  reinterpret_cast<int32_t*>(row_index),
+                                  reinterpret_cast<float*>(row_box),
+                                  reinterpret_cast<int32_t*>(row_area)};
+        py::gil_scoped_release unlocked;
+        op::forward(isa, problem);
+      },
+      "The row of every grid cell, and the box and area of every row.");
+}
+
 }  // namespace
 
 }  // namespace collavo
@@ -146,4 +169,5 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of collavo_kernels.";
   collavo::bind_common(module);
   collavo::bind_crayon_attention(module);
+  collavo::bind_panoptic_lookup(module);
 }

@@ -1,19 +1,49 @@
-"""C++ on the CPU: one pass over every map, rows of cells in parallel."""
+"""C++ on the CPU: one pass over every map, bands of cells in parallel."""
 
 from __future__ import annotations
 
+import torch
+
 from collavo_kernels._native import native, native_reason
-from collavo_kernels.ops.panoptic_lookup import reference
-from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult
+from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, image_table
+
+BEST_ISA = -1
 
 
 def reason_against() -> str | None:
     """Say why the compiled kernel cannot run here, or None."""
+    if native() is not None and not hasattr(native(), "panoptic_lookup"):
+        return "the compiled module is older than this package; install the package again"
+    return native_reason()
+
+
+def forward(inputs: LookupInputs, isa: int = BEST_ISA) -> LookupResult:
+    """Run the compiled kernel; ``isa`` is a code of ``_native.ISA_CODES``.
+
+    Raises:
+        RuntimeError: if there is no compiled module.
+    """
     module = native()
     if module is None:
-        return native_reason()
-    return None if hasattr(module, "panoptic_lookup") else "the compiled module is older"
-
-
-def forward(inputs: LookupInputs) -> LookupResult:
-    return reference.forward(inputs)
+        raise RuntimeError(f"panoptic_lookup: {native_reason()}")
+    # A kernel reads pixels that follow each other; rows and images may lie anywhere.
+    maps = tuple(each if each.stride(2) == 1 else each.contiguous() for each in inputs.maps)
+    images = image_table(maps, inputs.counts)
+    row_class, number, row_image, segment = (column.clone() for column in inputs.columns)
+    cells = inputs.grid_h * inputs.grid_w
+    index = torch.empty(len(inputs.counts), cells, dtype=torch.int32)
+    box = torch.empty(inputs.num_rows, 4)
+    area = torch.empty(inputs.num_rows, dtype=torch.int32)
+    module.panoptic_lookup(
+        isa,
+        images.data_ptr(),
+        len(inputs.counts),
+        segment.data_ptr(),
+        inputs.grid_h,
+        inputs.grid_w,
+        inputs.reduce == "majority",
+        index.data_ptr(),
+        box.data_ptr(),
+        area.data_ptr(),
+    )
+    return LookupResult(index, row_class, number, row_image, segment, box, area)

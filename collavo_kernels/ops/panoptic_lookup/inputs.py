@@ -98,6 +98,29 @@ def first_rows(counts: Sequence[int]) -> Tensor:
     return sizes.cumsum(0) - sizes
 
 
+def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Describe every image to a kernel that reads all maps in one launch.
+
+    Args:
+        maps: Each ``[n_i, H_i, W_i]`` int32 with ``stride(2) == 1``; the caller keeps them alive.
+        counts: S_i of each image.
+
+    Returns:
+        ``[B, 6]`` int64 on the CPU: address, height, width, elements from one pixel row to the
+        next, first row, number of rows.
+    """
+    table = []
+    row = 0
+    for each in maps:
+        height, width = each.shape[1:]
+        address, step = each.data_ptr(), each.stride(0) * each.element_size()
+        for k in range(each.shape[0]):
+            rows = counts[len(table)] + 1
+            table.append((address + k * step, height, width, each.stride(1), row, rows))
+            row += rows
+    return torch.tensor(table, dtype=torch.int64).reshape(-1, 6)
+
+
 def _numbers(group: Tensor, max_number: int) -> Tensor:
     """Count 1, 2, ... within each group, in the order of the elements; 0 after ``max_number``."""
     ordered, order = group.sort(stable=True)
