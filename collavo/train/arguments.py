@@ -78,11 +78,18 @@ class CollavoTrainingArguments(TrainingArguments):
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self._choose_checkpointing()
         super().__post_init__()  # type: ignore[no-untyped-call]
         if getattr(self.accelerator_config, "split_batches", False):
             raise ValueError("accelerator_config: split_batches is not supported; leave it False")
+
+    def _choose_checkpointing(self) -> None:
+        # Re-entrant checkpointing does not work here. transformers renamed the option in 5.2x.
+        named = ("activation_checkpointing", "gradient_checkpointing")
+        present = [name for name in named if hasattr(self, name)]
+        wanted = any(getattr(self, name) for name in present)
+        if wanted and all(getattr(self, f"{name}_kwargs") is None for name in present):
+            setattr(self, f"{present[0]}_kwargs", {"use_reentrant": False})
 
     @property
     def step_size(self) -> int:

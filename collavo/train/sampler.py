@@ -104,7 +104,17 @@ class StepSampler(Sampler[int]):
             done[kind] += 1
 
 
-def join(image: Dataset[Any] | None, vl: Dataset[Any] | None) -> Dataset[Any]:
+class JoinedDataset(ConcatDataset[Any]):
+    """Data sets one after another, which are all told the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch to the data sets that draw anew in each (the trainer calls this)."""
+        for dataset in self.datasets:
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+
+
+def join(image: Dataset[Any] | None, vl: Dataset[Any] | None) -> JoinedDataset:
     """Return the data sets as one, image samples first, in the order :class:`StepSampler` expects.
 
     Raises:
@@ -117,4 +127,4 @@ def join(image: Dataset[Any] | None, vl: Dataset[Any] | None) -> Dataset[Any]:
     for name, data in parts.items():
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(f"{name}: expected a data set with a length and items by index")
-    return ConcatDataset(list(parts.values()))
+    return JoinedDataset(list(parts.values()))

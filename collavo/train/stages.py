@@ -23,7 +23,7 @@ class CrayonModel(Protocol):
         ...
 
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
-        """Return A and B of the named adapter, of all layers."""
+        """Return A and B of the named adapter, of all layers; ``ValueError`` if it has none."""
         ...
 
 
@@ -57,13 +57,13 @@ def trainable_parameters(model: nn.Module, stage: str) -> list[nn.Parameter]:
             raise ValueError("model: stage 'cpt' trains the crayon, and crayon_mode is 'none'")
         return parameters
     for kind in STEP_KINDS:
-        adapter = list(crayon_model.adapter_parameters(kind))
-        if not adapter:
+        try:
+            parameters.extend(crayon_model.adapter_parameters(kind))
+        except ValueError as error:
             raise ValueError(
                 f"model: stage 'cit' trains the adapters 'image' and 'vl', and the model has no "
                 f"{kind!r}; call model.add_dual_qlora() first"
-            )
-        parameters.extend(adapter)
+            ) from error
     return parameters
 
 

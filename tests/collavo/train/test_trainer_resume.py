@@ -1,0 +1,191 @@
+"""Checkpoints: a stopped and resumed run is the uninterrupted one; bad folders are named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_model import make_toy
+from transformers import TrainerCallback
+
+from collavo.train import checkpoint
+from collavo.train.trainer import CollavoTrainer
+
+Build = Callable[..., CollavoTrainer]
+EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
+
+
+class StopAfter(TrainerCallback):
+    """Ends training in the middle of the schedule, as an interruption does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("stage", ["cpt", "cit"])
+@pytest.mark.parametrize("stop", [3, 6])
+def test_resumed_equals_straight_through(toy_trainer: Build, stage: str, stop: int) -> None:
+    """An epoch has 6 steps in cit (22 samples, 4 a step), 3 in cpt: inside and at the end of one."""
+    options = {"stage": stage, "max_steps": 9, "gradient_accumulation_steps": 2, **EVERY_THIRD}
+    straight = toy_trainer(folder="straight", **options)
+    straight.train()
+    first = toy_trainer(folder="stopped", **options)
+    first.add_callback(StopAfter(stop))
+    first.train()
+    second = toy_trainer(folder="stopped", **options)
+    second.train(resume_from_checkpoint=True)
+    one, two = (run.model.state_dict() for run in (straight, second))  # type: ignore[union-attr]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    epochs = {run.train_dataset.datasets[0].epoch for run in (straight, second)}  # type: ignore[union-attr]
+    assert epochs == {2 if stage == "cpt" else 1}
+    losses = [
+        [log["loss"] for log in t.state.log_history if "loss" in log] for t in (straight, second)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def saved(toy_trainer: Build, tmp_path: Path) -> Path:
+    toy_trainer(max_steps=3, **EVERY_THIRD).train()
+    return tmp_path / "run" / "checkpoint-3"
+
+
+def resume(toy_trainer: Build, folder: Path, **changes: Any) -> None:
+    toy_trainer(max_steps=4, **changes).train(resume_from_checkpoint=str(folder))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / checkpoint.WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
+
+
+def test_checkpoints_are_safetensors_and_whole(saved: Path) -> None:
+    names = {path.name for path in saved.iterdir()}
+    assert {checkpoint.WEIGHTS, checkpoint.STREAMS, "optimizer.pt", "trainer_state.json"} <= names
+    assert load_file(saved / checkpoint.WEIGHTS)["codes"].dtype == torch.uint8
+    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint-3"]
+
+
+def test_missing_tensors_are_named_and_nothing_is_loaded(toy_trainer: Build, saved: Path) -> None:
+    """Trainer itself only warns and trains on with what the model happened to hold."""
+    rewrite(saved, lambda tensors: tensors.pop("crayon.weight"))
+    trainer = toy_trainer()
+    before = trainer.model.head.weight.clone()  # type: ignore[union-attr, operator]
+    trainer.model.head.weight.data.add_(1)  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match=r"checkpoint-3.*missing: crayon\.weight"):
+        trainer.train(resume_from_checkpoint=str(saved))
+    assert torch.equal(trainer.model.head.weight, before + 1)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(extra=torch.zeros(1)), "surplus: extra"),
+        (
+            lambda t: t.update(codes=torch.zeros(7, dtype=torch.uint8)),
+            r"codes \(expected \(6,\), got",
+        ),
+    ],
+    ids=["surplus", "shape"],
+)
+def test_foreign_tensors_are_named(
+    toy_trainer: Build, saved: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=message):
+        resume(toy_trainer, saved)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", checkpoint.STREAMS])
+def test_a_missing_file_is_named(toy_trainer: Build, saved: Path, name: str) -> None:
+    """Without optimizer.pt Trainer would begin with fresh moments and say nothing."""
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}: missing; it is not a whole checkpoint"):
+        resume(toy_trainer, saved)
+
+
+def test_truncated_weights_are_named(toy_trainer: Build, saved: Path) -> None:
+    path = saved / checkpoint.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        resume(toy_trainer, saved)
+
+
+def test_a_folder_that_is_not_there_is_named(toy_trainer: Build, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="checkpoint-9: no such folder"):
+        resume(toy_trainer, tmp_path / "checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"stage": "cpt"}, "stage"),
+        ({"seed": 4}, "stream_seed"),
+        ({"vl_probability": 0.25}, "vl_probability"),
+        ({"gradient_accumulation_steps": 2}, "step_size"),
+    ],
+)
+def test_other_streams_cannot_be_resumed(
+    toy_trainer: Build, saved: Path, changes: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: the checkpoint .* was trained with"):
+        resume(toy_trainer, saved, **changes)
+
+
+def test_a_failed_save_leaves_nothing(
+    toy_trainer: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk while the optimizer is written: no folder remains that looks whole."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(CollavoTrainer, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(OSError, match="No space left"):
+        toy_trainer(max_steps=3, **EVERY_THIRD).train()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_failed_save_keeps_the_model_that_was_there(
+    toy_trainer: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = toy_trainer()
+    trainer.save_model()
+    before = (tmp_path / "run" / checkpoint.WEIGHTS).read_bytes()
+    trainer.model.head.weight.data.zero_()  # type: ignore[union-attr, operator]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)  # training_args.bin comes after the weights
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_model()
+    assert (tmp_path / "run" / checkpoint.WEIGHTS).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_tied_tensors_need_to_be_stored_once(tmp_path: Path) -> None:
+    model = make_toy()
+    model.head.weight = model.embedding.weight
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if k != "head.weight"}
+    save_file(tensors, tmp_path / checkpoint.WEIGHTS)
+    checkpoint.check_weights(tmp_path, model)
+
+
+def test_an_index_that_names_an_absent_part(tmp_path: Path) -> None:
+    index = {"weight_map": {"head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors: missing"):
+        checkpoint.check_weights(tmp_path, make_toy())
+    (tmp_path / checkpoint.INDEX).write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json: not a JSON file"):
+        checkpoint.check_weights(tmp_path, make_toy())
