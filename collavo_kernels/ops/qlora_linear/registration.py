@@ -35,7 +35,10 @@ def _forward(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
     inputs = _bundle(x, *rest)
     chosen = OPERATOR.select(inputs, x.device.type, backend)
     out: Tensor = chosen.forward(inputs)
-    return out.view(*x.shape[:-1], inputs.out_features)
+    if x.dim() == 2:
+        return out
+    # Unlike view(), the result does not count as a view, which FSDP warns of.
+    return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], inputs.out_features])
 
 
 def _backward(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Tensor]:
