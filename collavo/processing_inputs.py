@@ -1,0 +1,202 @@
+"""What the processor is made of: image processors, cropped maps, crayon rows, text pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.clip import image_processing_pil_clip
+
+from collavo.panoptic.maps import PanopticMap
+from collavo_kernels import CrayonMap
+
+ImageInput: TypeAlias = Image.Image | str | Path
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+Region: TypeAlias = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt, and whether the model has to say it."""
+
+    text: str
+    is_answer: bool
+
+
+def make_image_processor(image_size: int = 490, *, mode: str = "squash") -> Any:
+    """Make a CLIP image processor that needs Pillow only.
+
+    Args:
+        image_size: Height and width of the vision tower's input in pixels.
+        mode: ``"squash"`` resizes the whole image to a square, as the released code does;
+            ``"crop"`` resizes the shorter side and cuts out the centre, as CLIP does.
+
+    Raises:
+        ValueError: if the mode is unknown.
+
+    Example:
+        >>> make_image_processor(336, mode="crop").size["shortest_edge"]
+        336
+    """
+    square = {"height": image_size, "width": image_size}
+    processor: Any = image_processing_pil_clip.CLIPImageProcessorPil
+    if mode == "squash":
+        # The released code resizes with torchvision's default, which is bilinear.
+        bilinear = Image.Resampling.BILINEAR
+        return processor(size=square, do_center_crop=False, resample=bilinear)
+    if mode == "crop":
+        return processor(size={"shortest_edge": image_size}, crop_size=square)
+    raise ValueError(f"mode: expected squash or crop, got {mode!r}")
+
+
+def visible_region(image_processor: Any, height: int, width: int) -> Region:
+    """Return the part of an image that an image processor keeps.
+
+    Args:
+        image_processor: A transformers image processor.
+        height: Of the image or map, in pixels.
+        width: Of the image or map, in pixels.
+
+    Returns:
+        Top, left, bottom and right in pixels of the image or map, the last two exclusive.
+
+    Raises:
+        ValueError: if the processor resizes neither to a fixed size nor by the shorter side.
+    """
+    size: Mapping[str, int] = dict(image_processor.size or {})
+    if not getattr(image_processor, "do_resize", True):
+        raise ValueError("image_processor: expected do_resize=True, got False")
+    if size.get("height") and size.get("width"):
+        resized = (size["height"], size["width"])
+    elif size.get("shortest_edge"):
+        edge, short = size["shortest_edge"], min(height, width)
+        resized = (int(height * edge / short), int(width * edge / short))
+    else:
+        raise ValueError(
+            "image_processor: expected size with height and width, or with shortest_edge, "
+            f"got {dict(size)}"
+        )
+    if not getattr(image_processor, "do_center_crop", False):
+        if not size.get("height"):
+            raise ValueError("image_processor: expected do_center_crop with shortest_edge")
+        return 0, 0, height, width
+    crop = image_processor.crop_size
+    rows = _central(resized[0], crop["height"], height, "height")
+    columns = _central(resized[1], crop["width"], width, "width")
+    return rows[0], columns[0], rows[1], columns[1]
+
+
+def _central(resized: int, kept: int, source: int, name: str) -> tuple[int, int]:
+    if kept > resized:
+        raise ValueError(
+            f"image_processor: expected a crop_size of at most the resized {name} {resized}, "
+            f"got {kept}"
+        )
+    first = (resized - kept) // 2
+    start = round(first * source / resized)
+    stop = round((first + kept) * source / resized)
+    return start, max(stop, start + 1)
+
+
+def crop_map(panoptic: PanopticMap, region: Region) -> PanopticMap:
+    """Cut a region out of a panoptic map; its list of segments stays.
+
+    Args:
+        panoptic: The map.
+        region: Top, left, bottom and right in pixels, the last two exclusive.
+    """
+    top, left, bottom, right = region
+    if region == (0, 0, *panoptic.size):
+        return panoptic
+    cut = panoptic.segmentation[top:bottom, left:right].contiguous()
+    return PanopticMap(cut, panoptic.segment_ids, panoptic.segment_classes)
+
+
+def flatten_images(images: ImageInput | Sequence[Any] | None) -> Iterator[ImageInput]:
+    """Go through one image, a list of images, or lists of images per prompt, in order.
+
+    Args:
+        images: None gives nothing.
+
+    Raises:
+        TypeError: if something is neither an image nor a path.
+    """
+    if images is None:
+        return
+    if isinstance(images, Image.Image | str | Path):
+        yield images
+    elif isinstance(images, Sequence):
+        for one in images:
+            yield from flatten_images(one)
+    else:
+        raise TypeError(
+            f"images: expected PIL images, paths or lists of them, got {type(images).__name__}"
+        )
+
+
+def batch_crayon(crayon: CrayonMap, counts: Sequence[int]) -> dict[str, Tensor]:
+    """Turn the rows of a batch of images into the model's padded, batch-first inputs.
+
+    Args:
+        crayon: Rows and cells of all images, in the order of the samples.
+        counts: How many of the images belong to each sample, in order.
+
+    Returns:
+        ``crayon_index`` int32 ``[B, P]``, the row, local to the sample, of each image token
+        (-1 = none); ``crayon_class`` and ``crayon_number`` int32 ``[B, R]`` (class -1 = padding).
+
+    Raises:
+        ValueError: if the counts do not add up to the number of images.
+    """
+    if sum(counts) != crayon.num_images:
+        raise ValueError(f"counts: expected {crayon.num_images} images in all, got {sum(counts)}")
+    rows_of_image = torch.bincount(crayon.row_image.long(), minlength=crayon.num_images)
+    image_start = [0, *rows_of_image.cumsum(0).tolist()]
+    cells = crayon.num_cells
+    bounds = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    spans = [(image_start[a], image_start[b]) for a, b in pairwise(bounds)]
+    batch, most = len(counts), max(stop - start for start, stop in spans)
+    index = torch.full((batch, max(counts) * cells), -1, dtype=torch.int32)
+    label = torch.full((batch, most), -1, dtype=torch.int32)
+    number = torch.zeros((batch, most), dtype=torch.int32)
+    for sample, (start, stop) in enumerate(spans):
+        own = crayon.row_index[bounds[sample] : bounds[sample + 1]].reshape(-1)
+        index[sample, : own.numel()] = own - start
+        label[sample, : stop - start] = crayon.row_class[start:stop]
+        number[sample, : stop - start] = crayon.row_number[start:stop]
+    return {"crayon_index": index, "crayon_class": label, "crayon_number": number}
+
+
+def answer_labels(
+    pieces: Sequence[Piece],
+    input_ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    ignore_index: int,
+) -> list[int]:
+    """Keep the token ids of answers and put ``ignore_index`` everywhere else.
+
+    Args:
+        pieces: The prompt's text, in order.
+        input_ids: Its token ids.
+        offsets: First and one-past-last character of every token; equal for added ones.
+        ignore_index: What the loss leaves out.
+    """
+    spans, position = [], 0
+    for piece in pieces:
+        if piece.is_answer:
+            spans.append((position, position + len(piece.text)))
+        position += len(piece.text)
+    labels, current = [], 0
+    for token, (start, stop) in zip(input_ids, offsets, strict=True):
+        if stop > start:
+            while current < len(spans) and spans[current][1] <= start:
+                current += 1
+        inside = current < len(spans) and start < stop and stop > spans[current][0]
+        labels.append(token if inside else ignore_index)
+    return labels
