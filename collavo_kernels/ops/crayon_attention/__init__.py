@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_int, expect_tensor
 from collavo_kernels.ops.crayon_attention import registration as _registration  # noqa: F401
+from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.ops.crayon_attention.reference import add_rows, prepared
+from collavo_kernels.ops.crayon_attention.validation import expect_tensors, validate
 
 __all__ = ["CrayonAttentionOutput", "crayon_attention", "prepare"]
-
-_ANGLE_DTYPES = REFERENCE_DTYPES
 
 
 class CrayonAttentionOutput(NamedTuple):
@@ -100,14 +99,21 @@ def crayon_attention(
         >>> tuple(result.out.shape), tuple(result.key.shape), result.value is v
         ((1, 6, 4, 8), (1, 6, 2, 8), True)
     """
-    _validate(q, k, v, cos, sin)
-    _validate_tables(q, k, crayon_q, crayon_k, crayon_v, row_index)
-    if key_range is not None:
-        expect_tensor(
-            "key_range", key_range, shape=(q.shape[0], 2), dtypes=(torch.int32,), device=q.device
-        )
-    if window is not None:
-        expect_int("window", window, minimum=1)
+    expect_tensors(
+        q=q,
+        k=k,
+        v=v,
+        cos=cos,
+        sin=sin,
+        crayon_q=crayon_q,
+        crayon_k=crayon_k,
+        crayon_v=crayon_v,
+        row_index=row_index,
+        key_range=key_range,
+    )
+    for name, angle in (("cos", cos), ("sin", sin)):
+        if angle.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: gradients are not computed for it; detach it")
     tables = (crayon_q, crayon_k, crayon_v)
     out, key, value, _ = torch.ops.collavo.crayon_attention(
         q, k, v, cos, sin, *tables, row_index, key_range, causal, window, scale, backend
@@ -158,74 +164,8 @@ def prepare(
         >>> prepare(q, k, v, cos=zero, sin=zero + 1)[0].flatten().tolist()
         [-1.0, 1.0]
     """
-    _validate(q, k, v, cos, sin)
-    _validate_tables(q, k, crayon_q, crayon_k, crayon_v, row_index)
+    tables = (crayon_q, crayon_k, crayon_v)
+    validate(AttentionInputs(q, k, v, cos, sin, *tables, row_index, None, True, None, None))
     query = prepared(q, crayon_q, row_index, cos, sin)
     key = prepared(k, crayon_k, row_index, cos, sin)
     return query, key, v if crayon_v is None else add_rows(v, crayon_v, row_index)
-
-
-def _validate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> None:
-    expect_tensor("q", q, shape=("B", "S", "H", "D"), dtypes=REFERENCE_DTYPES)
-    batch, length, heads, size = q.shape
-    expect_tensor(
-        "k", k, shape=(batch, length, "G", size), dtypes=_dtypes_beside(q), device=q.device
-    )
-    expect_tensor("v", v, shape=k.shape, dtypes=_dtypes_beside(q), device=q.device)
-    if size % 2 or size == 0:
-        raise ValueError(
-            f"q: expected an even head dim (the rotation pairs its halves), got {size}"
-        )
-    groups = k.shape[2]
-    if groups == 0 or heads % groups:
-        raise ValueError(
-            f"k: expected a number of heads that divides q's {heads}, got {groups} heads"
-        )
-    angles = ("B" if cos.dim() == 3 and cos.shape[0] in (1, batch) else batch, length, size)
-    hint = "pass the angles of exactly these S tokens"
-    expect_tensor("cos", cos, shape=angles, dtypes=_ANGLE_DTYPES, device=q.device, hint=hint)
-    expect_tensor("sin", sin, shape=cos.shape, dtypes=(cos.dtype,), device=q.device, hint=hint)
-    for name, angle in (("cos", cos), ("sin", sin)):
-        if angle.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: gradients are not computed for it; detach it")
-
-
-def _dtypes_beside(q: Tensor) -> tuple[torch.dtype, ...]:
-    """Return q's dtype; under autocast any, since everything is cast before the operator runs."""
-    return REFERENCE_DTYPES if torch.is_autocast_enabled(q.device.type) else (q.dtype,)
-
-
-def _validate_tables(
-    q: Tensor,
-    k: Tensor,
-    crayon_q: Tensor | None,
-    crayon_k: Tensor | None,
-    crayon_v: Tensor | None,
-    row_index: Tensor | None,
-) -> None:
-    if row_index is not None:
-        expect_tensor(
-            "row_index", row_index, shape=q.shape[:2], dtypes=(torch.int32,), device=q.device
-        )
-    rows: int | str = "T"
-    for name, table, heads in (
-        ("crayon_q", crayon_q, q.shape[2]),
-        ("crayon_k", crayon_k, k.shape[2]),
-        ("crayon_v", crayon_v, k.shape[2]),
-    ):
-        if table is None:
-            continue
-        if row_index is None:
-            raise ValueError(
-                f"row_index: expected a tensor beside {name}, got {describe(row_index)}; "
-                "it says which tokens each table row is added to"
-            )
-        expect_tensor(
-            name,
-            table,
-            shape=(rows, heads, q.shape[3]),
-            dtypes=_dtypes_beside(q),
-            device=q.device,
-            hint="tables have one row per crayon row and the heads of the tensor they are added to",
-        )
-        rows = table.shape[0]

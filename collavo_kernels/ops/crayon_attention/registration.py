@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, cast
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
 from collavo_kernels._backends import Backend, Operator
-from collavo_kernels.ops.crayon_attention import reference
-from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs, BackwardInputs, Gradients
-
-OPERATOR: Operator[AttentionInputs] = Operator(
-    "crayon_attention",
-    (Backend("reference", reference.forward, reference.backward),),
+from collavo_kernels.ops.crayon_attention import cpu, cuda, reference
+from collavo_kernels.ops.crayon_attention.inputs import (
+    AttentionInputs,
+    BackwardInputs,
+    ForwardResult,
+    Gradients,
 )
+from collavo_kernels.ops.crayon_attention.validation import lse_dtype, validate, validate_backward
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? crayon_q, Tensor? crayon_k, "
@@ -37,27 +39,51 @@ _Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 _FLOATING = 8  # q, k, v, cos, sin and the three tables come first in every signature
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    crayon_q: Tensor | None,
-    crayon_k: Tensor | None,
-    crayon_v: Tensor | None,
-    row_index: Tensor | None,
-    key_range: Tensor | None,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    backend: str = "",
-) -> _Outputs:
-    tables = (crayon_q, crayon_k, crayon_v)
-    inputs = AttentionInputs(
-        q, k, v, cos, sin, *tables, row_index, key_range, causal, window, scale
-    )
-    chosen = OPERATOR.select(inputs, q.device.type, backend)
+def _triton_reason() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _triton_declines(inputs: AttentionInputs) -> str | None:
+    from collavo_kernels.ops.crayon_attention import triton_kernels
+
+    return triton_kernels.declines(inputs)
+
+
+def _triton_forward(inputs: AttentionInputs) -> ForwardResult:
+    from collavo_kernels.ops.crayon_attention import triton_kernels
+
+    return triton_kernels.forward(inputs)
+
+
+OPERATOR: Operator[AttentionInputs] = Operator(
+    "crayon_attention",
+    (
+        Backend(
+            "cpu",
+            cpu.forward,
+            cpu.backward,
+            devices=("cpu",),
+            unavailable=cpu.unavailable,
+            declines=cpu.declines,
+        ),
+        Backend("cuda", cuda.forward, devices=("cuda",), unavailable=lambda: cuda.UNAVAILABLE),
+        Backend(
+            "triton",
+            _triton_forward,
+            devices=("cuda",),
+            unavailable=_triton_reason,
+            declines=_triton_declines,
+        ),
+        Backend("reference", reference.forward, reference.backward),
+    ),
+)
+
+
+def _forward(*arguments: Any) -> _Outputs:
+    values, backend = _without_backend(arguments)
+    inputs = AttentionInputs(*values)
+    validate(inputs)
+    chosen = OPERATOR.select(inputs, inputs.q.device.type, backend)
     return cast(_Outputs, tuple(chosen.forward(inputs)))
 
 
@@ -72,8 +98,9 @@ def _backward(
 ) -> Gradients:
     values, backend = _without_backend(arguments)
     inputs = AttentionInputs(*values)
-    chosen = OPERATOR.select_backward(inputs, inputs.q.device.type, backend)
     given = BackwardInputs(grad_out, grad_key, grad_value, inputs, out, lse, output_mask)
+    validate_backward(given)
+    chosen = OPERATOR.select_backward(inputs, inputs.q.device.type, backend)
     run = chosen.backward or reference.backward
     return cast(Gradients, run(given))
 
@@ -84,24 +111,17 @@ def _without_backend(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
     return complete[:13], complete[13]
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    crayon_q: Tensor | None,
-    crayon_k: Tensor | None,
-    crayon_v: Tensor | None,
-    *_: Any,
-) -> _Outputs:
+def _fake_forward(*arguments: Any) -> _Outputs:
+    values, _ = _without_backend(arguments)
+    inputs = AttentionInputs(*values)
+    validate(inputs)
+    q, k, v = inputs.q, inputs.k, inputs.v
     batch, length, heads, _size = q.shape
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
-        v.new_empty(0) if crayon_v is None else v.new_empty(v.shape),
-        q.new_empty((batch, heads, length), dtype=exact),
+        v.new_empty(0) if inputs.crayon_v is None else v.new_empty(v.shape),
+        q.new_empty((batch, heads, length), dtype=lse_dtype(q)),
     )
 
 
