@@ -37,16 +37,20 @@ GENCODE_SM90A = "-gencode arch=compute_90a,code=sm_90a"
 CUDA_LINK = "-shared --cudart static --no-device-link -Xlinker --exclude-libs=ALL,-Bsymbolic"
 RULES = """
 rule compile
+  description = c++ $out
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
+  description = link $out
   command = $cxx $link_flags $in -o $out
 rule cuda
+  description = nvcc $out
   command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule cuda_link
+  description = link $out
   command = $nvcc $link_flags $in -o $out
 """
 

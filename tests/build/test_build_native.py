@@ -133,7 +133,7 @@ def test_cuda_library_has_code_for_every_processor() -> None:
     triton = importlib.util.find_spec("triton")
     if not library.exists() or triton is None or triton.origin is None:
         pytest.skip(
-            "the CUDA library is not built here, or there is no triton, whose tool reads it"
+            "the CUDA library is not built here, or no triton, whose tool reads it"
         )
     tool = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
     command = [str(tool), "--list-elf", "--list-ptx", str(library)]
