@@ -1,5 +1,48 @@
-"""CoLLaVO: the Crayon Large Language and Vision mOdel, its processor, trainer and command line."""
+"""CoLLaVO: the Crayon Large Language and Vision mOdel, its processor, trainer and command line.
+
+Names are loaded when they are asked for, so that ``import collavo`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from collavo_kernels import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from collavo.configuration import CollavoConfig as CollavoConfig
+    from collavo.configuration import CollavoTextConfig as CollavoTextConfig
+    from collavo.convert import convert_state_dict as convert_state_dict
+    from collavo.integrations import apply_to_llava as apply_to_llava
+    from collavo.loading import load_pretrained as load_pretrained
+    from collavo.modeling import CollavoForConditionalGeneration as CollavoForConditionalGeneration
+    from collavo.modeling import CollavoModel as CollavoModel
+    from collavo.processing import CollavoProcessor as CollavoProcessor
+    from collavo.train import CollavoTrainer as CollavoTrainer
+    from collavo.train import CollavoTrainingArguments as CollavoTrainingArguments
+
+_HOMES = {
+    "CollavoConfig": "collavo.configuration",
+    "CollavoTextConfig": "collavo.configuration",
+    "CollavoModel": "collavo.modeling",
+    "CollavoForConditionalGeneration": "collavo.modeling",
+    "CollavoProcessor": "collavo.processing",
+    "CollavoTrainer": "collavo.train",
+    "CollavoTrainingArguments": "collavo.train",
+    "apply_to_llava": "collavo.integrations",
+    "convert_state_dict": "collavo.convert",
+    "load_pretrained": "collavo.loading",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'collavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 from huggingface_hub.dataclasses import strict
@@ -25,13 +26,14 @@ class CollavoTextConfig(LlamaConfig):
         crayon_dropout: Dropout on the crayon rows in projection mode, while training.
         adapters: Names of the LoRA adapters on every linear layer of the decoder, e.g. ``("image", "vl")``.
         image_adapters: Those of ``adapters`` that act on image tokens only (the released checkpoint's PLoRA).
-        lora_rank: R of the adapters.
-        lora_alpha: An adapter's scaling is ``lora_alpha / lora_rank``.
+        lora_rank: R of the adapters; a dictionary by name where they differ.
+        lora_alpha: An adapter's scaling is ``lora_alpha / lora_rank``; a dictionary by name where they differ.
         lora_dropout: Dropout on an adapter's input, while training.
         quantize: ``"nf4"`` keeps the decoder's linear layers in 4 bits, None keeps them dense.
         double_quant: Whether the 4-bit scales are quantised too.
         quant_block_size: Weights per 4-bit block.
-        adapter_dtype: dtype of adapters and crayon, e.g. ``"float32"`` beside a bfloat16 model; None follows the model.
+        adapter_dtype: dtype of adapters and crayon; None is float32 (float64 in a float64 model), as PEFT trains them
+            beside a bfloat16 model.
         extra_embeddings: Embedding rows beyond ``vocab_size`` (the output head has none): an image token that can be
             read and never be generated.
 
@@ -52,8 +54,8 @@ class CollavoTextConfig(LlamaConfig):
     crayon_dropout: float | int = 0.0
     adapters: tuple[str, ...] | list[str] = ()
     image_adapters: tuple[str, ...] | list[str] = ()
-    lora_rank: int = 64
-    lora_alpha: float | int = 64.0
+    lora_rank: int | dict[str, int] = 64
+    lora_alpha: float | int | dict[str, float | int] = 64.0
     lora_dropout: float | int = 0.0
     quantize: Literal["nf4"] | None = None
     double_quant: bool = True
@@ -73,14 +75,42 @@ class CollavoTextConfig(LlamaConfig):
             raise ValueError(f"adapters: expected distinct names, got {list(self.adapters)}")
         if unknown := [name for name in self.image_adapters if name not in self.adapters]:
             raise ValueError(f"image_adapters: {unknown} are not among adapters {list(self.adapters)}")
-        for name in ("crayon_rank", "lora_rank", "quant_block_size"):
+        for name in ("crayon_rank", "quant_block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in self.adapters:
+            if _of(self.lora_rank, name, "lora_rank") < 1:
+                raise ValueError(f"lora_rank: expected at least 1, got {self.lora_rank}")
+            _of(self.lora_alpha, name, "lora_alpha")
+
+    def adapter_size(self, name: str) -> tuple[int, float]:
+        """Return rank and alpha of one adapter."""
+        rank = _of(self.lora_rank, name, "lora_rank")
+        return int(rank), float(_of(self.lora_alpha, name, "lora_alpha"))
+
+    def add_adapters(self, names: tuple[str, ...], rank: int, alpha: float) -> None:
+        """Append adapters of one rank and alpha to those that are there."""
+        sizes = {name: self.adapter_size(name) for name in self.adapters}
+        sizes |= dict.fromkeys(names, (rank, float(alpha)))
+        self.adapters = tuple(sizes)
+        if len(set(sizes.values())) == 1:
+            self.lora_rank, self.lora_alpha = rank, float(alpha)
+        else:
+            self.lora_rank = {name: size[0] for name, size in sizes.items()}
+            self.lora_alpha = {name: size[1] for name, size in sizes.items()}
 
     @property
     def crayon_scaling(self) -> float:
         """The factor of the crayon branch in projection mode."""
         return 1.0 if self.crayon_alpha is None else self.crayon_alpha / self.crayon_rank
+
+
+def _of(value: float | Mapping[str, float], name: str, field: str) -> float:
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(f"{field}: expected an entry for adapter {name!r}, got {dict(value)}")
+    return value[name]
 
 
 TEXT_FIELDS = tuple(
@@ -140,8 +170,8 @@ class CollavoConfig(LlavaConfig):
     crayon_dropout: ClassVar[_TextField[float]] = _TextField()
     adapters: ClassVar[_TextField[tuple[str, ...]]] = _TextField()
     image_adapters: ClassVar[_TextField[tuple[str, ...]]] = _TextField()
-    lora_rank: ClassVar[_TextField[int]] = _TextField()
-    lora_alpha: ClassVar[_TextField[float]] = _TextField()
+    lora_rank: ClassVar[_TextField[int | dict[str, int]]] = _TextField()
+    lora_alpha: ClassVar[_TextField[float | dict[str, float]]] = _TextField()
     lora_dropout: ClassVar[_TextField[float]] = _TextField()
     quantize: ClassVar[_TextField[str | None]] = _TextField()
     double_quant: ClassVar[_TextField[bool]] = _TextField()

@@ -1,0 +1,146 @@
+"""From batch-first model inputs to what the decoder's layers read: rows, row index, masks and key ranges."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CrayonRows(NamedTuple):
+    """The crayon inputs of a batch with its rows laid end to end.
+
+    Attributes:
+        row_class: int ``[T]``, T = B R; a row that only pads has class -1 and no token.
+        row_number: int ``[T]``.
+        row_index: int32 ``[B, S]``, -1 where a token has no row.
+    """
+
+    row_class: Tensor
+    row_number: Tensor
+    row_index: Tensor
+
+
+def flatten_rows(
+    image_tokens: Tensor, crayon_index: Tensor, crayon_class: Tensor, crayon_number: Tensor
+) -> CrayonRows:
+    """Lay the samples' padded rows end to end and give every image token its row in them.
+
+    Nothing depends on values, so nothing synchronises with a GPU and the shapes are those of the inputs.
+
+    Args:
+        image_tokens: bool ``[B, S]``, True at image tokens.
+        crayon_index: int ``[B, P]``: row, local to the sample, of each of its image tokens in order; -1 = none.
+        crayon_class: int ``[B, R]``: 0 = unknown, class c is c + 1, -1 = a row that only pads.
+        crayon_number: int ``[B, R]``: instance number, 0 = unknown.
+
+    Raises:
+        ValueError: if shapes disagree; on the CPU also if a sample has more image tokens than P, or an entry of
+            ``crayon_index`` is no row of its sample.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.tensor([[False, True, True]])
+        >>> flatten_rows(tokens, torch.tensor([[1, 0]]), torch.tensor([[0, 3]]), torch.tensor([[0, 1]])).row_index
+        tensor([[-1,  1,  0]], dtype=torch.int32)
+    """
+    _check_shapes(image_tokens, crayon_index, crayon_class, crayon_number)
+    batch, rows = crayon_class.shape
+    places = crayon_index.shape[1]
+    if image_tokens.device.type == "cpu":
+        _check_values(image_tokens, crayon_index, crayon_class)
+    offset = torch.arange(batch, device=crayon_index.device)[:, None] * rows
+    valid = (crayon_index >= 0) & (crayon_index < rows)
+    shifted = torch.where(valid, crayon_index + offset, -1).to(torch.int32)
+    place = image_tokens.long().cumsum(1) - 1
+    if places == 0 or rows == 0:
+        index = torch.full_like(place, -1, dtype=torch.int32)
+    else:
+        taken = shifted.gather(1, place.clamp(0, places - 1))
+        index = torch.where(image_tokens & (place < places), taken, -1)
+    return CrayonRows(crayon_class.reshape(-1), crayon_number.reshape(-1), index)
+
+
+def _check_shapes(
+    image_tokens: Tensor, crayon_index: Tensor, crayon_class: Tensor, crayon_number: Tensor
+) -> None:
+    batch = image_tokens.shape[0]
+    named = {
+        "crayon_index": crayon_index,
+        "crayon_class": crayon_class,
+        "crayon_number": crayon_number,
+    }
+    for name, value in named.items():
+        if value.ndim != 2 or value.shape[0] != batch:
+            raise ValueError(
+                f"{name}: expected two dimensions and a batch of {batch} (as input_ids), got {list(value.shape)}"
+            )
+    if crayon_class.shape != crayon_number.shape:
+        raise ValueError(
+            f"crayon_number: expected the shape of crayon_class {list(crayon_class.shape)}, "
+            f"got {list(crayon_number.shape)}"
+        )
+
+
+def _check_values(image_tokens: Tensor, crayon_index: Tensor, crayon_class: Tensor) -> None:
+    places, rows = crayon_index.shape[1], crayon_class.shape[1]
+    counts = image_tokens.sum(1)
+    if bool((counts > places).any()):
+        sample = int((counts > places).nonzero()[0])
+        raise ValueError(
+            f"crayon_index: sample {sample} has {int(counts[sample])} image tokens in input_ids and crayon_index "
+            f"has {places} columns; give one entry per image token (-1 = no row)"
+        )
+    bad = (crayon_index < -1) | (crayon_index >= rows)
+    if bool(bad.any()):
+        sample, place = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(
+            f"crayon_index: expected entries from -1 to {rows - 1} (crayon_class has {rows} columns), "
+            f"got {int(crayon_index[sample, place])} at sample {sample}, image token {place}"
+        )
+
+
+def interval_range(attention_mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Tell whether every row of a padding mask is one interval, and which.
+
+    This is the one place where the forward pass waits for a GPU: the choice between the fused prefill and SDPA is the host's.
+
+    Args:
+        attention_mask: ``[B, S]``, non-zero = a real token; None = all are.
+
+    Returns:
+        Whether it is, and int32 ``[B, 2]`` first and one-past-last valid key (None where all keys are valid).
+
+    Example:
+        >>> import torch
+        >>> interval_range(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+        (True, tensor([[1, 3],
+                [0, 3]], dtype=torch.int32))
+        >>> interval_range(torch.tensor([[1, 0, 1]]))[0]
+        False
+    """
+    if attention_mask is None:
+        return True, None
+    if attention_mask.ndim != 2:
+        return False, None
+    valid = attention_mask != 0
+    length = valid.shape[1]
+    count = valid.sum(1)
+    first = valid.int().argmax(1)
+    end = torch.where(count > 0, length - valid.flip(1).int().argmax(1), first)
+    if not bool((end - first == count).all()):
+        return False, None
+    return True, torch.stack([first, end], dim=1).to(torch.int32)
+
+
+def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
+    """Tell whether several sequences share a row: positions that jump, with no mask that would explain it.
+
+    Args:
+        position_ids: ``[B, S]`` or None.
+        attention_mask: The mask given with them, or None.
+    """
+    if position_ids is None or attention_mask is not None or position_ids.shape[-1] < 2:
+        return False
+    return bool((position_ids.diff(dim=-1) != 1).any())
