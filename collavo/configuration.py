@@ -74,7 +74,9 @@ class CollavoTextConfig(LlamaConfig):
         if len(set(self.adapters)) != len(self.adapters):
             raise ValueError(f"adapters: expected distinct names, got {list(self.adapters)}")
         if unknown := [name for name in self.image_adapters if name not in self.adapters]:
-            raise ValueError(f"image_adapters: {unknown} are not among adapters {list(self.adapters)}")
+            raise ValueError(
+                f"image_adapters: {unknown} are not among adapters {list(self.adapters)}"
+            )
         for name in ("crayon_rank", "quant_block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -199,7 +201,9 @@ def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
     elif isinstance(given, dict):
         values = dict(given)
     else:
-        raise ValueError(f"text_config: expected a configuration or a dict, got {type(given).__name__}")
+        raise ValueError(
+            f"text_config: expected a configuration or a dict, got {type(given).__name__}"
+        )
     kind = values.pop("model_type", "llama")
     if kind not in ("llama", CollavoTextConfig.model_type):
         raise ValueError(

@@ -122,9 +122,7 @@ def convert_state_dict(
     return config, state
 
 
-def _config(
-    official: _Official, text: dict[str, Any], given: Mapping[str, Any]
-) -> CollavoConfig:
+def _config(official: _Official, text: dict[str, Any], given: Mapping[str, Any]) -> CollavoConfig:
     rows, _ = official.shape("model.tok_embeddings.weight")
     vocabulary, _ = official.shape("output.weight")
     rank, _ = official.shape("model.layers.0.attention.wqkv.Plora_A.weight")
@@ -133,7 +131,9 @@ def _config(
     numbers, _ = official.shape("seg_num_embed.weight")
     lora = given.get("lora", {})
     scaling = lora.get("alpha", rank) / rank
-    if missing := [name for name in ("num_attention_heads", "num_hidden_layers") if name not in text]:
+    if missing := [
+        name for name in ("num_attention_heads", "num_hidden_layers") if name not in text
+    ]:
         raise ValueError(f"official_config: expected the field {missing[0]!r}")
     vision = _vision_config(official, given)
     grid = vision["image_size"] // vision["patch_size"]
@@ -170,11 +170,20 @@ def _vision_config(official: _Official, given: Mapping[str, Any]) -> dict[str, A
     fields = dict(given.get("vision_config", given.get("clip_config", {})))
     positions, hidden = official.shape(_VISION + "embeddings.position_embedding.weight")
     patch = official.shape(_VISION + "embeddings.patch_embedding.weight")[-1]
-    layers = {name.removeprefix(_VISION).split(".")[2] for name in official.tensors
-              if name.startswith(_VISION + "encoder.layers.")}
+    layers = {
+        name.removeprefix(_VISION).split(".")[2]
+        for name in official.tensors
+        if name.startswith(_VISION + "encoder.layers.")
+    }
     inner, _ = official.shape(_VISION + "encoder.layers.0.mlp.fc1.weight")
     grid = fields.get("grid") or round((positions - 1) ** 0.5)
-    known = ("num_attention_heads", "hidden_act", "layer_norm_eps", "projection_dim", "select_layer")
+    known = (
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+        "projection_dim",
+        "select_layer",
+    )
     return {
         "num_attention_heads": max(2, hidden // 64),
         **{name: fields[name] for name in known if name in fields},
@@ -188,7 +197,10 @@ def _vision_config(official: _Official, given: Mapping[str, Any]) -> dict[str, A
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     scaling = text.get("rope_scaling")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(text.get("rope_theta", 10000.0))}
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": float(text.get("rope_theta", 10000.0)),
+    }
     if scaling:
         if scaling.get("type") != "dynamic":
             raise ValueError(
@@ -218,7 +230,9 @@ def _convert_layer(
             if branch is not None:
                 state[f"{new}{branch}.{part}.weight"] = crayon
             elif index == 0 and part == "A":
-                logger.info("feed_forward.w2's Plora_seg tensors are dropped: the official model never uses them")
+                logger.info(
+                    "feed_forward.w2's Plora_seg tensors are dropped: the official model never uses them"
+                )
 
 
 def _convert_wqkv(

@@ -6,17 +6,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationConfig
 from transformers.models.llava.modeling_llava import (
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from collavo import modeling_text as _registers_text_model  # noqa: F401
 from collavo.configuration import CollavoConfig
+from collavo.loading import (
+    HUB_OPTIONS,
+    bytes_from_bitsandbytes,
+    local_folder,
+    read_tensors,
+    weight_files,
+)
 from collavo.modeling_crayon import CrayonGenerationMixin, CrayonModelMixin
-from collavo.modeling_layer import LayerSettings, adapt_layer, init_leaf, trainable_dtype
+from collavo.modeling_layer import (
+    CollavoLinear,
+    LayerSettings,
+    adapt_layer,
+    init_leaf,
+    trainable_dtype,
+)
 from collavo_kernels.nn import CrayonPrompt
 
 
@@ -100,6 +114,57 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model as transformers does; 4-bit weights are read from bitsandbytes' layout.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a hub id.
+            *model_args: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            ValueError: naming the part of a 4-bit weight that is missing or does not fit.
+        """
+        name = pretrained_model_name_or_path
+        if name is None or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(name, *model_args, **kwargs)
+        config = kwargs.get("config")
+        if config is None:
+            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+            config = cls.config_class.from_pretrained(name, **hub)
+        if getattr(config, "quantize", None) is None:
+            return super().from_pretrained(name, *model_args, **kwargs)
+        folder = local_folder(name, kwargs)
+        tensors, dtypes = bytes_from_bitsandbytes(read_tensors(weight_files(folder)))
+        kwargs |= {"config": config, "state_dict": tensors}
+        loaded = super().from_pretrained(None, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for key, module in model.named_modules():
+            if isinstance(module, CollavoLinear) and module.quantized:
+                module.base_dtype = dtypes.get(f"{key}.weight", module.base_dtype)
+        model.config.name_or_path = str(name)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with the dtype of crayon and adapters in the configuration.
+
+        Args:
+            save_directory: The folder.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
+        own = [*self.crayon_parameters()]
+        own += [p for name in self.config.adapters for p in self.adapter_parameters(name)]
+        dtypes = {parameter.dtype for parameter in own}
+        if len(dtypes) == 1:
+            self.config.adapter_dtype = str(dtypes.pop()).removeprefix("torch.")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def add_dual_qlora(
         self,

@@ -43,7 +43,9 @@ class CrayonModelMixin:
         """Run LLaVA's forward with the crayon; the crayon's inputs as in ``CollavoForConditionalGeneration``."""
         images = self._image_tokens(input_ids, inputs_embeds)
         table, index = self._crayon_table(images, crayon_index, crayon_class, crayon_number)
-        fused, key_range = self._fused(attention_mask, position_ids, past_key_values, images.shape[1])
+        fused, key_range = self._fused(
+            attention_mask, position_ids, past_key_values, images.shape[1]
+        )
         adapter_mask, row_mask = self._adapter_masks(images, table)
         crayon = CrayonInputs(table, index, adapter_mask, row_mask, key_range, fused)
         return super().forward(  # type: ignore[misc]
@@ -66,7 +68,9 @@ class CrayonModelMixin:
         if inputs_embeds is None:
             raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
         embed = cast(Any, self).get_input_embeddings()
-        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        token = torch.full(
+            (), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device
+        )
         return cast(Tensor, (inputs_embeds == embed(token)).all(-1))
 
     def _crayon_table(
@@ -81,7 +85,9 @@ class CrayonModelMixin:
             return None, None
         if crayon_index is None or crayon_class is None or crayon_number is None:
             missing = [n for n, v in zip(CRAYON_INPUTS, given, strict=True) if v is None]
-            raise ValueError(f"{missing[0]}: expected all of {', '.join(CRAYON_INPUTS)} or none of them")
+            raise ValueError(
+                f"{missing[0]}: expected all of {', '.join(CRAYON_INPUTS)} or none of them"
+            )
         rows = flatten_rows(images, crayon_index, crayon_class, crayon_number)
         return self.crayon_prompt.project(rows.row_class, rows.row_number), rows.row_index
 
@@ -225,7 +231,9 @@ class CrayonGenerationMixin:
         """
         known = cast(Any, self.model).crayon_adapters
         if name not in known:
-            raise ValueError(f"name: expected one of the model's adapters {list(known)}, got {name!r}")
+            raise ValueError(
+                f"name: expected one of the model's adapters {list(known)}, got {name!r}"
+            )
         for key, parameter in cast(nn.Module, self).named_parameters():
             parts = key.split(".")
             if name in parts and ("lora_A" in parts or "lora_B" in parts):

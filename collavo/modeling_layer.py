@@ -182,7 +182,11 @@ class CrayonLayerMixin:
         tables = (*mlp_tables(self.mlp, crayon), None)
         try:
             for layer, table in zip(layers, tables, strict=True):
-                layer.call = (crayon.adapter_mask, table, crayon.row_index if table is not None else None)
+                layer.call = (
+                    crayon.adapter_mask,
+                    table,
+                    crayon.row_index if table is not None else None,
+                )
             return super().forward(hidden_states, *args, crayon=crayon, **kwargs)  # type: ignore[misc]
         finally:
             for layer in layers:
@@ -220,7 +224,9 @@ class LayerSettings:
     def from_config(cls, config: CollavoTextConfig) -> LayerSettings:
         """Read the settings from a text configuration."""
         own = ("adapters", "adapter_dtype")
-        given = {name: getattr(config, name) for name in cls.__dataclass_fields__ if name not in own}
+        given = {
+            name: getattr(config, name) for name in cls.__dataclass_fields__ if name not in own
+        }
         return cls(
             **given,
             adapters={name: config.adapter_size(name) for name in config.adapters},
@@ -322,7 +328,9 @@ def convert_linear(linear: nn.Module, settings: LayerSettings, name: str) -> Col
         made.dropout = settings.lora_dropout
     elif type(linear) is nn.Linear:
         quantized = settings.quantize is not None
-        made = cast(CollavoLinear, CollavoLinear.from_linear(linear, quantized=quantized, **options))
+        made = cast(
+            CollavoLinear, CollavoLinear.from_linear(linear, quantized=quantized, **options)
+        )
     elif type(linear).__name__ == "Linear4bit":
         made = cast(CollavoLinear, CollavoLinear.from_bitsandbytes(linear, **options))
     else:

@@ -1,7 +1,17 @@
 """Modules that are dropped into LLaVA-family models."""
 
+from collavo_kernels.nn.crayon_attention import CrayonAttention, CrayonInputs
+from collavo_kernels.nn.crayon_branch import CrayonBranch
 from collavo_kernels.nn.crayon_prompt import CrayonPrompt
 from collavo_kernels.nn.dual_qlora_linear import DualQLoRALinear
 from collavo_kernels.nn.peft_exchange import load_peft_adapter, save_peft_adapter
 
-__all__ = ["CrayonPrompt", "DualQLoRALinear", "load_peft_adapter", "save_peft_adapter"]
+__all__ = [
+    "CrayonAttention",
+    "CrayonBranch",
+    "CrayonInputs",
+    "CrayonPrompt",
+    "DualQLoRALinear",
+    "load_peft_adapter",
+    "save_peft_adapter",
+]

@@ -324,14 +324,20 @@ def _refuse(config: Any, head_dim: int, heads: int, groups: int) -> None:
     """Raise if the layer needs what ``crayon_attention`` lacks."""
     for name in ("attn_logit_softcapping", "attn_logit_softcap", "softcap"):
         if getattr(config, name, None):
-            raise ValueError(f"config.{name}: soft-capped scores are not supported, got {getattr(config, name)}")
+            raise ValueError(
+                f"config.{name}: soft-capped scores are not supported, got {getattr(config, name)}"
+            )
     rope = getattr(config, "rope_parameters", None)
     rope = rope if isinstance(rope, dict) else {}
     partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
     if partial not in (None, 1, 1.0):
-        raise ValueError(f"config.partial_rotary_factor: expected 1 (all of a head rotates), got {partial}")
+        raise ValueError(
+            f"config.partial_rotary_factor: expected 1 (all of a head rotates), got {partial}"
+        )
     if head_dim % 2 or not 0 < head_dim <= _LARGEST_HEAD:
-        raise ValueError(f"config.head_dim: expected an even size up to {_LARGEST_HEAD}, got {head_dim}")
+        raise ValueError(
+            f"config.head_dim: expected an even size up to {_LARGEST_HEAD}, got {head_dim}"
+        )
     if heads % groups:
         raise ValueError(
             f"config.num_key_value_heads: expected a divisor of num_attention_heads {heads}, got {groups}"
