@@ -102,7 +102,7 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         for position, entry in enumerate(_list(content, "images", where)):
             number = _key(entry, "id", int, f"{where}: images[{position}]")
             name = _key(entry, "file_name", str, f"{where}: images[{position}]")
-            annotation = by_image.pop(number, None)
+            annotation = by_image.get(number)
             if annotation is None:
                 raise ValueError(f"{where}: image {number} ({name}) has no annotation")
             label = f"{where}: annotation of image {number}"
@@ -113,9 +113,11 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
             self._records.append(_Record(name, png, number, len(ids), stop))
             ids += own_ids
             classes += own_classes
-        if by_image:
-            raise ValueError(f"{where}: image_id {min(by_image)} is annotated and not in 'images'")
         self._check_unique()
+        orphans = by_image.keys() - {record.image_id for record in self._records}
+        if orphans:
+            raise ValueError(f"{where}: image_id {min(orphans)} is annotated and not in 'images'")
+        self._by_name = {record.image: i for i, record in enumerate(self._records)}
         self._segment_ids = np.asarray(ids, dtype=np.int32)
         self._segment_classes = np.asarray(classes, dtype=np.int32)
 
@@ -191,6 +193,14 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
             self._segment_ids[chosen].tolist(),
             self._segment_classes[chosen].tolist(),
         )
+
+    def index_of(self, file_name: str) -> int | None:
+        """Return the index of the sample whose image has this file name, or None.
+
+        Args:
+            file_name: As the JSON has it, e.g. ``"000000000139.jpg"``.
+        """
+        return self._by_name.get(file_name)
 
     def num_segments(self, index: int) -> int:
         """Return how many segments are listed for a sample, without reading any picture.

@@ -183,11 +183,15 @@ class PanopticMap:
 
         Raises:
             TypeError: if the map is not of an integer type.
-            ValueError: as the class itself.
+            ValueError: as the class itself, and if an id does not fit into int32.
         """
         raw = torch.as_tensor(segmentation)
         if raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
             raise TypeError(f"segmentation: expected an integer map, got {raw.dtype}")
+        if raw.dtype == torch.int64 and raw.numel() and int(raw.max()) >= 2**31:
+            raise ValueError(
+                f"segmentation: expected ids that fit into int32, got {int(raw.max())}"
+            )
         return cls(
             raw.cpu().to(torch.int32).contiguous(),
             torch.as_tensor(segment_ids, dtype=torch.int32).cpu().reshape(-1),
