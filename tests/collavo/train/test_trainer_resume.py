@@ -33,7 +33,7 @@ class StopAfter(TrainerCallback):
 @pytest.mark.parametrize("stage", ["cpt", "cit"])
 @pytest.mark.parametrize("stop", [3, 6])
 def test_resumed_equals_straight_through(toy_trainer: Build, stage: str, stop: int) -> None:
-    """An epoch has 6 steps in cit (22 samples, 4 a step), 3 in cpt: inside and at the end of one."""
+    """An epoch has 6 steps in cit (22 samples, 4 a step), 3 in cpt: inside one and at its end."""
     options = {"stage": stage, "max_steps": 9, "gradient_accumulation_steps": 2, **EVERY_THIRD}
     straight = toy_trainer(folder="straight", **options)
     straight.train()

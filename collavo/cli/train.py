@@ -1,0 +1,160 @@
+"""``collavo train``: crayon prompt tuning or instruction tuning of a model folder.
+
+Beside the options of this file, every option of ``transformers.TrainingArguments`` is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+from torch.utils.data import ConcatDataset, Dataset
+from transformers import HfArgumentParser
+
+from collavo.panoptic.coco import CocoPanopticDataset
+from collavo.panoptic.maps import PanopticMap
+from collavo.train.arguments import CollavoTrainingArguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``collavo train``, transformers' training arguments among them."""
+    parser.usage = (
+        "collavo train --model DIR --stage {cpt,cit} --coco-images DIR --panoptic DIR "
+        "--annotations JSON [--vl-data JSON ...] [option of transformers.TrainingArguments ...]"
+    )
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", required=True, help="model folder: weights and processor")
+    group.add_argument("--coco-images", type=Path, help="folder of the images")
+    group.add_argument("--panoptic", type=Path, help="folder of the panoptic PNGs")
+    group.add_argument("--annotations", type=Path, help="COCO panoptic JSON")
+    group.add_argument(
+        "--vl-data", type=Path, nargs="*", default=[], help="JSON files in LLaVA's format (cit)"
+    )
+    group.add_argument("--vl-images", type=Path, help="folder that their image paths start from")
+    group.add_argument("--max-length", type=int, help="longest sequence, in tokens")
+    group.add_argument("--lora-rank", type=int, default=64, help="rank of new adapters (cit)")
+    group.add_argument("--lora-alpha", type=float, default=64.0, help="alpha of new adapters (cit)")
+    group.add_argument(
+        "--no-quantize", action="store_true", help="keep the decoder's weights dense (cit)"
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in --output_dir"
+    )
+    options = HfArgumentParser(cast(Any, CollavoTrainingArguments), add_help=False)
+    parser._add_container_actions(options)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, with transformers' progress bars, and save the model in ``--output_dir``."""
+    from collavo.train.collator import CrayonCollator
+    from collavo.train.trainer import CollavoTrainer
+
+    training = training_arguments(args)
+    samples = coco_samples(args)
+    image_data, vl_data = datasets(args, training, samples)
+    model, processor = load(args.model)
+    if training.stage == "cit" and not model.config.adapters:
+        model.add_dual_qlora(
+            rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize
+        )
+    trainer = CollavoTrainer(
+        model,
+        training,
+        image_data,
+        vl_data,
+        data_collator=CrayonCollator(processor, max_length=args.max_length),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=args.resume or training.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"model saved in {training.output_dir}")
+    return 0
+
+
+def training_arguments(args: argparse.Namespace) -> CollavoTrainingArguments:
+    """Return the training arguments among the parsed ones; the output folder has a default."""
+    names = [field.name for field in dataclasses.fields(CollavoTrainingArguments) if field.init]
+    values = {name: getattr(args, name) for name in names}
+    if values["output_dir"] is None:
+        values["output_dir"] = f"collavo-{args.stage}"
+    return CollavoTrainingArguments(**values)
+
+
+def coco_samples(args: argparse.Namespace) -> CocoPanopticDataset | None:
+    """Open the COCO panoptic folder, or return None if none was named.
+
+    Raises:
+        ValueError: if only some of its three parts were named.
+    """
+    parts = {
+        "--coco-images": args.coco_images,
+        "--panoptic": args.panoptic,
+        "--annotations": args.annotations,
+    }
+    if all(path is None for path in parts.values()):
+        return None
+    missing = [name for name, path in parts.items() if path is None]
+    if missing:
+        raise ValueError(f"{missing[0]}: expected with {', '.join(parts)}, got none")
+    return CocoPanopticDataset(args.coco_images, args.panoptic, args.annotations)
+
+
+def datasets(
+    args: argparse.Namespace,
+    training: CollavoTrainingArguments,
+    samples: CocoPanopticDataset | None,
+) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
+    """Build the two data sets; an image of the VL data has the map that COCO has for its name.
+
+    Raises:
+        ValueError: if the stage needs a data set that was not named.
+    """
+    from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
+
+    if samples is None and (training.stage == "cpt" or training.vl_probability < 1.0):
+        raise ValueError(
+            f"--coco-images: stage {training.stage} trains on crayon instructions; name "
+            "--coco-images, --panoptic and --annotations"
+        )
+    if training.stage == "cit" and training.vl_probability > 0.0 and not args.vl_data:
+        raise ValueError(
+            "--vl-data: stage cit draws visual instructions; name a JSON file, or set "
+            "--vl_probability 0"
+        )
+    image_data = None
+    if samples is not None:
+        image_data = CrayonInstructionDataset(samples, seed=training.stream_seed)
+    if training.stage == "cpt" or not args.vl_data:
+        return image_data, None
+
+    def panoptic_map(path: Path) -> PanopticMap | None:
+        index = None if samples is None else samples.index_of(path.name)
+        return None if samples is None or index is None else samples.panoptic_map(index)
+
+    parts = [
+        ConversationDataset.from_llava_json(path, images=args.vl_images, panoptic=panoptic_map)
+        for path in args.vl_data
+    ]
+    return image_data, ConcatDataset(parts)
+
+
+def load(folder: str) -> tuple[Any, Any]:
+    """Load model and processor from a folder; every tensor must be there, and no other.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: naming missing, surplus or misshapen tensors.
+    """
+    from collavo.modeling import CollavoForConditionalGeneration
+    from collavo.processing import CollavoProcessor
+
+    loaded: Any = CollavoForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, found = loaded
+    faults = [f"{kind} {sorted(map(str, keys))[:5]}" for kind, keys in found.items() if keys]
+    if faults:
+        raise ValueError(f"{folder}: its tensors are not this model's: {'; '.join(faults)}")
+    return model, CollavoProcessor.from_pretrained(folder)

@@ -1,0 +1,135 @@
+"""The trainer with the real model: 4-bit weights, both crayon modes, the package's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_collavo import CollavoRecords, make_collavo
+from torch import Tensor
+
+from collavo.modeling import CollavoForConditionalGeneration
+from collavo.train.arguments import CollavoTrainingArguments
+from collavo.train.trainer import CollavoTrainer
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., CollavoTrainer]:
+    def make(
+        model: Any, folder: str = "run", *, vl_images: bool = True, **changes: Any
+    ) -> CollavoTrainer:
+        options: dict[str, Any] = {
+            "stage": "cit",
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 3,
+        }
+        args = CollavoTrainingArguments(output_dir=str(tmp_path / folder), **{**options, **changes})
+        vl = CollavoRecords("vl", images=vl_images)
+        return CollavoTrainer(model, args, CollavoRecords("image"), vl)
+
+    return make
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def parts_changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Sort the changed tensors into crayon, image, vl, and whatever should not be there."""
+    found = set()
+    for name in before:
+        if not torch.equal(before[name], after[name]):
+            words = set(name.split("."))
+            lora = words & {"image", "vl"} if words & {"lora_A", "lora_B"} else set()
+            found |= lora or ({"crayon"} if "crayon" in name else {name})
+    return found
+
+
+@pytest.mark.parametrize("mode", ["projection", "attention"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"stage": "cpt"}, {"crayon"}),
+        ({"vl_probability": 0.0}, {"crayon", "image"}),
+        ({"vl_probability": 1.0}, {"crayon", "vl"}),
+        # Text alone reaches no crayon.
+        ({"vl_probability": 1.0, "vl_images": False}, {"vl"}),
+    ],
+    ids=["cpt", "image", "vl", "vl-text"],
+)
+def test_what_is_trained(
+    build: Callable[..., CollavoTrainer], mode: str, options: dict[str, Any], expected: set[str]
+) -> None:
+    model = make_collavo(mode)
+    before = state(model)
+    build(model, **options).train()
+    assert parts_changed(before, state(model)) == expected
+
+
+def test_every_crayon_factor_of_the_projection_mode_is_trained(
+    build: Callable[..., CollavoTrainer],
+) -> None:
+    """Each projection's own A_seg and B_seg, in every layer, and both query tables."""
+    model = make_collavo("projection")
+    before = [p.detach().clone() for p in model.crayon_parameters()]
+    build(model, stage="cpt").train()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sum("crayon" in name for name in names) == len(before) == len(names)
+    moved = [
+        not torch.equal(old, new)
+        for old, new in zip(before, model.crayon_parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_resumed_equals_straight_through_and_loads_as_saved(
+    build: Callable[..., CollavoTrainer], tmp_path: Path
+) -> None:
+    """Bytes of the 4-bit weights included; the checkpoint is a model folder like any other."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "vl_images": False}
+    straight = make_collavo()
+    build(straight, **options).train()
+    resumed = make_collavo()
+    for parameter in resumed.parameters():
+        if parameter.requires_grad:
+            parameter.data.zero_()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    build(resumed, "again", **options).train(resume_from_checkpoint=str(checkpoint))
+    one, two = straight.state_dict(), resumed.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    loaded = CollavoForConditionalGeneration.from_pretrained(checkpoint.with_name("checkpoint-6"))
+    assert all(torch.equal(value, one[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["projection", "attention"])
+def test_activation_checkpointing_changes_nothing(
+    build: Callable[..., CollavoTrainer], mode: str
+) -> None:
+    """Recomputed layers see the same crayon tables: the gradients are equal to the bit."""
+    new = "activation_checkpointing" in CollavoTrainingArguments.__dataclass_fields__
+    option = "activation_checkpointing" if new else "gradient_checkpointing"
+    trained = []
+    for enabled in (False, True):
+        model = make_collavo(mode)
+        build(model, **{option: enabled}).train()
+        trained.append(state(model))
+    assert not parts_changed(*trained)
+
+
+def test_bfloat16_trains_all_parts(build: Callable[..., CollavoTrainer]) -> None:
+    model = make_collavo()
+    before = state(model)
+    trainer = build(model, bf16=True, max_steps=6, logging_steps=1)
+    trainer.train()
+    assert parts_changed(before, state(model)) == {"crayon", "image", "vl"}
+    assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)

@@ -1,0 +1,80 @@
+"""A CoLLaVO model of a few thousand parameters, and records for it, without files or tokenizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import CLIPVisionConfig
+
+from collavo.configuration import CollavoConfig
+from collavo.modeling import CollavoForConditionalGeneration
+
+VOCABULARY, IMAGE_TOKEN, CELLS = 40, 39, 4
+
+
+def make_collavo(
+    crayon_mode: str = "projection", *, adapters: bool = True, quantize: bool = True
+) -> CollavoForConditionalGeneration:
+    """Build a model with random weights; its adapters' B and its crayon begin away from zero."""
+    torch.manual_seed(5)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    config = CollavoConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        crayon_mode=crayon_mode,
+        crayon_rank=4,
+        num_crayon_classes=8,
+        max_crayon_number=4,
+    )
+    model = CollavoForConditionalGeneration(config)
+    if adapters:
+        model.add_dual_qlora(rank=4, alpha=4.0, quantize=quantize)
+        for name in ("image", "vl"):
+            for parameter in model.adapter_parameters(name):
+                parameter.data.normal_(0.0, 0.2)
+    for parameter in model.crayon_parameters():
+        parameter.data.normal_(0.0, 0.2)
+    return model
+
+
+class CollavoRecords(Dataset[dict[str, Tensor]]):
+    """Model inputs that follow from the index; with ``images=False`` of text alone."""
+
+    def __init__(self, kind: str, size: int = 8, *, images: bool = True) -> None:
+        self.kind, self.size, self.images = kind, size, images
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index + 1000 * (self.kind == "vl"))
+        tokens = torch.randint(1, IMAGE_TOKEN, (6 + CELLS,), generator=generator)
+        labels = tokens.clone()
+        labels[: 2 + CELLS] = -100
+        record = {"attention_mask": torch.ones_like(tokens), "labels": labels}
+        if self.images:
+            tokens[1 : 1 + CELLS] = IMAGE_TOKEN
+            record["pixel_values"] = torch.randn(3, 8, 8, generator=generator)
+            record["crayon_index"] = torch.tensor([0, 1, 2, 1], dtype=torch.int32)
+            record["crayon_class"] = torch.tensor([0, 1 + index % 7, 3], dtype=torch.int32)
+            record["crayon_number"] = torch.tensor([0, 1, 1], dtype=torch.int32)
+        return {"input_ids": tokens, **record}
