@@ -12,7 +12,7 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 class CrayonPrompt(nn.Module):
-    """One crayon vector per row: ``MLP(class_embedding[row_class] + number_embedding[row_number])``.
+    """One crayon vector per row: ``MLP(class_embedding[class] + number_embedding[number])``.
 
     The MLP is ``Linear(embed_dim, hidden_size)``, exact GELU, ``Linear(hidden_size, hidden_size)``,
     with biases. It runs on the T rows of a batch, not on its image tokens: the tokens of a row
@@ -87,10 +87,9 @@ class CrayonPrompt(nn.Module):
         """Draw all weights anew; biases, and with ``zero_init`` the last layer, become zero."""
         nn.init.normal_(self.class_embedding.weight, std=self.INITIALIZER_RANGE)
         nn.init.normal_(self.number_embedding.weight, std=self.INITIALIZER_RANGE)
-        for index, zero in ((0, False), (2, self.zero_init)):
-            layer = self.mlp[index]
-            nn.init.normal_(layer.weight, std=0.0 if zero else self.INITIALIZER_RANGE)
-            nn.init.zeros_(layer.bias)
+        for name, values in self.mlp.named_parameters():
+            zero = name.endswith("bias") or (self.zero_init and name == "2.weight")
+            nn.init.normal_(values, std=0.0 if zero else self.INITIALIZER_RANGE)
 
     def forward(self, crayon: CrayonMap) -> Tensor:
         """Return the crayon vector of every row, ``[T, hidden_size]``; zero for dead rows."""

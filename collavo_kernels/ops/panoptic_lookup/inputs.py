@@ -109,7 +109,7 @@ def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         ``[B, 6]`` int64 on the CPU: address, height, width, elements from one pixel row to the
         next, first row, number of rows.
     """
-    table = []
+    table: list[tuple[int, ...]] = []
     row = 0
     for each in maps:
         height, width = each.shape[1:]

@@ -35,9 +35,9 @@ def _triton_reason() -> str | None:
 
 
 def _triton_forward(inputs: LookupInputs) -> LookupResult:
-    from collavo_kernels.ops.panoptic_lookup import triton_kernels
+    from collavo_kernels.ops.panoptic_lookup.triton_kernels import forward
 
-    return triton_kernels.forward(inputs)
+    return forward(inputs)
 
 
 def _cuda_reason() -> str | None:
