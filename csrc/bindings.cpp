@@ -10,12 +10,14 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/cpu_features.h"
 #include "common/parallel.h"
 #include "crayon_attention/crayon_attention.h"
 #include "panoptic_lookup/panoptic_lookup.h"
+#include "qlora_linear/qlora_linear.h"
 
 namespace py = pybind11;
 
@@ -161,6 +163,101 @@ void bind_panoptic_lookup(py::module_& module) {
       "The row of every grid cell, and the box and area of every row.");
 }
 
+// [packed, scales, rows, columns, block size, double quant]
+qlora_linear::NF4 nf4_of(const std::array<int64_t, 6>& x) {
+  return {pointer_of<const uint8_t>(x[0]),
+          pointer_of<const uint8_t>(x[1]),
+          x[2],
+          x[3],
+          x[4],
+          x[5] != 0};
+}
+
+// (a, b, rank, scaling, dtype) of every adapter.
+using AdapterTuple = std::tuple<int64_t, int64_t, int64_t, float, int>;
+
+std::vector<qlora_linear::Adapter> adapters_of(const std::vector<AdapterTuple>& tuples) {
+  std::vector<qlora_linear::Adapter> adapters;
+  for (const auto& [a, b, rank, scaling, dtype] : tuples) {
+    adapters.push_back({pointer_of<const void>(a), pointer_of<const void>(b), rank, scaling,
+                        static_cast<DType>(dtype)});
+  }
+  return adapters;
+}
+
+void bind_qlora_linear(py::module_& module) {
+  namespace op = qlora_linear;
+  module.def("qlora_linear_scratch", &op::forward_scratch,
+             "float32 values that qlora_linear_forward needs as scratch.");
+  module.def(
+      "qlora_linear_dequantize",
+      [](int isa, const std::array<int64_t, 6>& weight, const std::array<int64_t, 4>& panel,
+         int dtype, int64_t out, int64_t stride) {
+        const op::DequantizeArgs args{nf4_of(weight),
+                                      panel[0],
+                                      panel[1],
+                                      panel[2],
+                                      panel[3],
+                                      static_cast<DType>(dtype),
+                                      pointer_of<void>(out),
+                                      stride};
+        py::gil_scoped_release unlocked;
+        op::dequantize(isa, args);
+      },
+      "A panel of an NF4 matrix (rows from, to, columns from, to) as dense values.");
+  module.def(
+      "qlora_linear_forward",
+      [](int isa, const std::array<int64_t, 6>& weight, int dtype, int64_t x, int64_t tokens,
+         const std::vector<AdapterTuple>& adapters, const std::array<int64_t, 4>& epilogue,
+         int64_t scratch, int64_t out) {
+        const std::vector<op::Adapter> branches = adapters_of(adapters);
+        const op::ForwardArgs args{nf4_of(weight),
+                                   static_cast<DType>(dtype),
+                                   pointer_of<const void>(x),
+                                   tokens,
+                                   branches.data(),
+                                   static_cast<int64_t>(branches.size()),
+                                   pointer_of<const uint8_t>(epilogue[0]),
+                                   pointer_of<const float>(epilogue[1]),
+                                   pointer_of<const int32_t>(epilogue[2]),
+                                   pointer_of<const float>(epilogue[3]),
+                                   pointer_of<float>(scratch),
+                                   pointer_of<void>(out)};
+        py::gil_scoped_release unlocked;
+        op::forward(isa, args);
+      },
+      "The whole operator for a few tokens; epilogue is mask, row table, row index, bias.");
+  module.def(
+      "qlora_linear_add_rows",
+      [](int isa, int dtype, int64_t out, int64_t table, int64_t row_index, int64_t tokens,
+         int64_t columns) {
+        const op::AddRowsArgs args{static_cast<DType>(dtype),
+                                   pointer_of<void>(out),
+                                   pointer_of<const float>(table),
+                                   pointer_of<const int32_t>(row_index),
+                                   tokens,
+                                   columns};
+        py::gil_scoped_release unlocked;
+        op::add_rows(isa, args);
+      },
+      "Add each token's table row.");
+  module.def(
+      "qlora_linear_sum_rows",
+      [](int isa, int dtype, int64_t grad, int64_t row_index, int64_t table, int64_t tokens,
+         int64_t columns, int64_t rows) {
+        const op::SumRowsArgs args{static_cast<DType>(dtype),
+                                   pointer_of<const void>(grad),
+                                   pointer_of<const int32_t>(row_index),
+                                   pointer_of<float>(table),
+                                   tokens,
+                                   columns,
+                                   rows};
+        py::gil_scoped_release unlocked;
+        op::sum_rows(isa, args);
+      },
+      "Sum the gradients of each table row.");
+}
+
 }  // namespace
 
 }  // namespace collavo
@@ -170,4 +267,5 @@ PYBIND11_MODULE(_C, module) {
   collavo::bind_common(module);
   collavo::bind_crayon_attention(module);
   collavo::bind_panoptic_lookup(module);
+  collavo::bind_qlora_linear(module);
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from collavo_kernels._backends import Backend, Operator
-from collavo_kernels.ops.qlora_linear import reference
+from collavo_kernels.ops.qlora_linear import cpu, reference
 from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAInputs
 
 _ARGUMENTS = (
@@ -27,7 +27,17 @@ _LIBRARY.define(
 
 OPERATOR: Operator[QLoRAInputs] = Operator(
     "qlora_linear",
-    (Backend("reference", forward=reference.forward, backward=reference.backward),),
+    (
+        Backend(
+            "cpu",
+            forward=cpu.forward,
+            backward=cpu.backward,
+            devices=("cpu",),
+            unavailable=cpu.unavailable,
+            declines=cpu.declines,
+        ),
+        Backend("reference", forward=reference.forward, backward=reference.backward),
+    ),
 )
 
 

@@ -1,0 +1,228 @@
+"""The C++ backend for CPUs: decoding in registers for a few tokens, dense strips for many.
+
+Up to ``FEW_TOKENS`` tokens one native call does everything and streams the packed weight. Beyond
+that a strip of the weight is decoded into a buffer that stays in cache, with the adapters' B as
+further columns, and PyTorch's matrix product runs on it: ``[x | h] [W | B]^T`` gives the whole sum
+in one float32 accumulation. The backward does the same with columns of the weight.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from collavo_kernels._native import DTYPE_CODES, best_isa, native, native_reason
+from collavo_kernels.ops.qlora_linear.inputs import (
+    GradientMask,
+    QLoRAGradients,
+    QLoRAInputs,
+    active,
+)
+from collavo_kernels.ops.qlora_linear.reference import check_row_index
+
+FEW_TOKENS = 16
+_CHUNK = 64
+_STRIP_BYTES = 1 << 20
+_BEST = -1
+
+
+def unavailable() -> str | None:
+    """Say why the backend cannot run here, or None."""
+    return native_reason()
+
+
+def declines(inputs: QLoRAInputs) -> str | None:
+    """Say why the backend does not take these inputs, or None."""
+    if inputs.scales is None:
+        return "the weight is dense: PyTorch's own linear layer serves"
+    if inputs.x.dtype not in DTYPE_CODES:
+        return f"x is {inputs.x.dtype}"
+    if inputs.x.numel() == 0 or inputs.out_features == 0:
+        return "there is nothing to compute"
+    return None
+
+
+def forward(inputs: QLoRAInputs) -> Tensor:
+    """Return ``[M, N]`` in x's dtype."""
+    check_row_index(inputs)
+    k = inputs.x.shape[1]
+    if inputs.x.shape[0] <= FEW_TOKENS and k % _CHUNK == 0 and inputs.block_size >= _CHUNK:
+        return _forward_few(_module(), inputs)
+    return _forward_many(_module(), inputs)
+
+
+def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
+    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
+    module, dtype = _module(), _product_dtype(inputs.x.dtype)
+    x, wide_grad = inputs.x.to(dtype), grad.to(dtype)
+    grads_a: list[Tensor | None] = [None] * len(inputs.a)
+    grads_b: list[Tensor | None] = [None] * len(inputs.b)
+    upstream: list[Tensor] = []
+    for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
+        if mask.x or mask.a[i]:
+            upstream.append(_gate(inputs, i, wide_grad @ b.to(dtype)))
+            if mask.a[i]:
+                grads_a[i] = (upstream[-1].t() @ x).to(a.dtype)
+        if mask.b[i]:
+            hidden = _gate(inputs, i, x @ a.to(dtype).t())
+            grads_b[i] = (wide_grad.t() @ hidden).to(b.dtype)
+    return QLoRAGradients(
+        x=_grad_x(module, inputs, wide_grad, upstream) if mask.x else None,
+        weight=None,
+        row_table=_grad_row_table(module, inputs, grad) if mask.row_table else None,
+        bias=_grad_bias(inputs, grad) if mask.bias else None,
+        a=grads_a,
+        b=grads_b,
+    )
+
+
+def _module() -> ModuleType:
+    module = native()
+    if module is None:
+        raise RuntimeError(f"qlora_linear: {native_reason()}")
+    return module
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    # Without the processor's bfloat16 products float32 is faster, and float16 has none.
+    if dtype == torch.bfloat16 and best_isa() == "avx512":
+        return dtype
+    return torch.float32
+
+
+def _weight(inputs: QLoRAInputs) -> tuple[int, int, int, int, int, int]:
+    scales = inputs.scales
+    if scales is None:
+        raise RuntimeError("qlora_linear: the CPU backend has no dense weight")
+    n, k = inputs.shape
+    nested = int(inputs.double_quant)
+    return inputs.weight.data_ptr(), scales.data_ptr(), n, k, inputs.block_size, nested
+
+
+def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
+    hidden = hidden.mul_(inputs.scaling[adapter])
+    gate = active(inputs, adapter, torch.uint8)
+    return hidden if gate is None else hidden.masked_fill_(gate == 0, 0.0)
+
+
+def _forward_few(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
+    x = inputs.x.contiguous()
+    m, k = x.shape
+    out = x.new_empty((m, inputs.out_features))
+    # The list keeps tensors alive until the call is over; addresses do not.
+    factors = [_contiguous_pair(a, b) for a, b in zip(inputs.a, inputs.b, strict=True)]
+    adapters = [
+        (a.data_ptr(), b.data_ptr(), a.shape[0], scaling, DTYPE_CODES[a.dtype])
+        for (a, b), scaling in zip(factors, inputs.scaling, strict=True)
+    ]
+    mask = None if inputs.adapter_mask is None else inputs.adapter_mask.contiguous()
+    table = None if inputs.row_table is None else inputs.row_table.float().contiguous()
+    index = None if inputs.row_index is None else inputs.row_index.contiguous()
+    bias = None if inputs.bias is None else inputs.bias.float().contiguous()
+    epilogue = [0 if each is None else each.data_ptr() for each in (mask, table, index, bias)]
+    ranks = sum(a.shape[0] for a in inputs.a)
+    scratch = x.new_empty(module.qlora_linear_scratch(m, k, ranks), dtype=torch.float32)
+    arguments = (_weight(inputs), DTYPE_CODES[x.dtype], x.data_ptr(), m, adapters, epilogue)
+    module.qlora_linear_forward(_BEST, *arguments, scratch.data_ptr(), out.data_ptr())
+    return out
+
+
+def _contiguous_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    return a.contiguous(), b.contiguous()
+
+
+def _forward_many(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
+    dtype = _product_dtype(inputs.x.dtype)
+    (m, k), n = inputs.x.shape, inputs.out_features
+    ranks = [a.shape[0] for a in inputs.a]
+    width = k + sum(ranks)
+    joined = inputs.x.new_empty((m, width), dtype=dtype)
+    x = joined[:, :k]
+    x.copy_(inputs.x)
+    column = k
+    for i, a in enumerate(inputs.a):
+        joined[:, column : column + ranks[i]] = _gate(inputs, i, x @ a.to(dtype).t())
+        column += ranks[i]
+    out = inputs.x.new_empty((m, n), dtype=dtype)
+    step = _strip(width, n, dtype)
+    buffer = inputs.x.new_empty((step, width), dtype=dtype)
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        strip = buffer[: stop - start]
+        _dequantize(module, inputs, (start, stop, 0, k), strip)
+        column = k
+        for b, rank in zip(inputs.b, ranks, strict=True):
+            strip[:, column : column + rank] = b[start:stop]
+            column += rank
+        if stop - start == n:
+            out = joined @ strip.t()
+        else:
+            torch.mm(joined, strip.t(), out=out[:, start:stop])
+    return _epilogue(module, inputs, out).to(inputs.x.dtype)
+
+
+def _epilogue(module: ModuleType, inputs: QLoRAInputs, out: Tensor) -> Tensor:
+    if inputs.bias is not None:
+        out += inputs.bias
+    if inputs.row_table is not None and inputs.row_index is not None:
+        table, index = inputs.row_table.float().contiguous(), inputs.row_index.contiguous()
+        pointers = (out.data_ptr(), table.data_ptr(), index.data_ptr())
+        module.qlora_linear_add_rows(_BEST, DTYPE_CODES[out.dtype], *pointers, *out.shape)
+    return out
+
+
+def _strip(width: int, count: int, dtype: torch.dtype) -> int:
+    rows = _STRIP_BYTES // (width * dtype.itemsize)
+    return min(count, max(_CHUNK, rows // _CHUNK * _CHUNK))
+
+
+def _dequantize(
+    module: ModuleType, inputs: QLoRAInputs, panel: tuple[int, int, int, int], out: Tensor
+) -> None:
+    code, stride = DTYPE_CODES[out.dtype], out.stride(0)
+    module.qlora_linear_dequantize(_BEST, _weight(inputs), panel, code, out.data_ptr(), stride)
+
+
+def _grad_x(
+    module: ModuleType, inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]
+) -> Tensor:
+    n, k = inputs.shape
+    joined = torch.cat([grad, *upstream], dim=1) if upstream else grad
+    height = joined.shape[1]
+    out = grad.new_empty((grad.shape[0], k))
+    step = _strip(height, k, grad.dtype)
+    buffer = grad.new_empty(height * step)
+    for start in range(0, k, step):
+        stop = min(k, start + step)
+        strip = buffer[: height * (stop - start)].view(height, stop - start)
+        _dequantize(module, inputs, (0, n, start, stop), strip)
+        row = n
+        for a in inputs.a:
+            strip[row : row + a.shape[0]] = a[:, start:stop]
+            row += a.shape[0]
+        if stop - start == k:
+            out = joined @ strip
+        else:
+            torch.mm(joined, strip, out=out[:, start:stop])
+    return out.to(inputs.x.dtype)
+
+
+def _grad_row_table(module: ModuleType, inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    if inputs.row_table is None or inputs.row_index is None:
+        raise ValueError("row_table: a gradient was asked for, but there is none")
+    grad, index = grad.contiguous(), inputs.row_index.contiguous()
+    table = grad.new_empty(inputs.row_table.shape, dtype=torch.float32)
+    pointers = (grad.data_ptr(), index.data_ptr(), table.data_ptr())
+    shape = (*grad.shape, table.shape[0])
+    module.qlora_linear_sum_rows(_BEST, DTYPE_CODES[grad.dtype], *pointers, *shape)
+    return table.to(inputs.row_table.dtype)
+
+
+def _grad_bias(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    if inputs.bias is None:
+        raise ValueError("bias: a gradient was asked for, but there is none")
+    return grad.float().sum(0).to(inputs.bias.dtype)

@@ -1,0 +1,67 @@
+#include <algorithm>
+#include <type_traits>
+
+#include "common/parallel.h"
+#include "qlora_linear/simd.h"
+
+namespace collavo::qlora_linear {
+
+namespace {
+
+float weight_at(const NF4& weight, int64_t element) {
+  const uint8_t pair = weight.packed[element / 2];
+  return kCode[element % 2 ? pair & 15 : pair >> 4];
+}
+
+// Elements [first, last) of the flattened matrix; they share no boundary with rows.
+template <typename T>
+void dequantize_run(const NF4& weight, const Scales& scales, int64_t first, int64_t last, T* out) {
+  const Decoder decoder;
+  while (first < last) {
+    const int64_t stop = std::min(last, scales.block_end(first));
+    const float scale = scales.at(first);
+    if (first % 2) from_float(weight_at(weight, first++) * scale, out++);
+#if defined(__AVX2__)
+    const Vec scale_vector = broadcast(scale);
+    for (; first + kLanes <= stop; first += kLanes, out += kLanes) {
+      store(out, decoder.ordered(weight.packed + first / 2, scale_vector));
+    }
+#endif
+    for (; first + 2 <= stop; first += 2, out += 2) {
+      const uint8_t pair = weight.packed[first / 2];
+      from_float(kCode[pair >> 4] * scale, out);
+      from_float(kCode[pair & 15] * scale, out + 1);
+    }
+    if (first < stop) from_float(weight_at(weight, first++) * scale, out++);
+  }
+  (void)decoder;
+}
+
+template <typename T>
+void dequantize_panel(const DequantizeArgs& args, T* out) {
+  const Scales scales(args.weight);
+  const int64_t width = args.column_end - args.column_begin;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1));
+  parallel_for(args.row_end - args.row_begin, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t start = (args.row_begin + i) * args.weight.columns;
+      dequantize_run(args.weight, scales, start + args.column_begin, start + args.column_end,
+                     out + i * args.stride);
+    }
+  });
+}
+
+}  // namespace
+
+namespace COLLAVO_ISA {
+
+void dequantize(const DequantizeArgs& args) {
+  with_type(args.dtype, args.out, [&](auto* typed) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    dequantize_panel(args, static_cast<T*>(args.out));
+  });
+}
+
+}  // namespace COLLAVO_ISA
+
+}  // namespace collavo::qlora_linear

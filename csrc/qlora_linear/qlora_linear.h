@@ -1,0 +1,93 @@
+// Linear layer over an NF4 weight with LoRA adapters and a table of row vectors.
+//
+// The mathematics is in collavo_kernels/ops/qlora_linear/README.md. The weight is read in
+// bitsandbytes' own byte order; nothing here makes it dense beyond a panel that the caller asks
+// for. Threads own rows of the weight, and sums run in an order that does not depend on them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu_features.h"
+#include "common/dtype.h"
+
+namespace collavo::qlora_linear {
+
+// Codes two a byte, the first of two neighbours in the high half, in blocks over the flattened
+// matrix. Scales: float32 per block, or with double_quant one blob of
+//   offset float32 | outer float32 [ceil(blocks / 256)] | code float32 [256] | uint8 [blocks].
+struct NF4 {
+  const uint8_t* packed;
+  const uint8_t* scales;
+  int64_t rows, columns;
+  int64_t block_size;  // a power of two
+  bool double_quant;
+};
+
+// Writes weight[row_begin:row_end, column_begin:column_end] densely: code * scale in float32,
+// rounded once. `stride` is in elements.
+struct DequantizeArgs {
+  NF4 weight;
+  int64_t row_begin, row_end, column_begin, column_end;
+  DType dtype;
+  void* out;
+  int64_t stride;
+};
+
+// Contiguous a [rank, columns] and b [rows, rank].
+struct Adapter {
+  const void* a;
+  const void* b;
+  int64_t rank;
+  float scaling;
+  DType dtype;
+};
+
+// The whole operator for a few tokens: the weight is streamed once for every four of them.
+// Needs columns % 64 == 0 and block_size >= 64.
+struct ForwardArgs {
+  NF4 weight;
+  DType dtype;    // of x and out
+  const void* x;  // [tokens, columns]
+  int64_t tokens;
+  const Adapter* adapters;
+  int64_t num_adapters;
+  const uint8_t* adapter_mask;  // [tokens], or null: all adapters are active
+  const float* row_table;       // [table_rows, rows], or null
+  const int32_t* row_index;     // [tokens], checked
+  const float* bias;            // [rows], or null
+  float* scratch;               // forward_scratch() values
+  void* out;                    // [tokens, rows]
+};
+
+// out[m] += table[index[m]] where index[m] >= 0; out [tokens, columns] of dtype.
+struct AddRowsArgs {
+  DType dtype;
+  void* out;
+  const float* table;
+  const int32_t* row_index;
+  int64_t tokens, columns;
+};
+
+// table[t] = sum of grad[m] over index[m] == t, in the order of m.
+struct SumRowsArgs {
+  DType dtype;
+  const void* grad;
+  const int32_t* row_index;
+  float* table;
+  int64_t tokens, columns, rows;
+};
+
+COLLAVO_DECLARE_PER_ISA(void dequantize(const DequantizeArgs& args);
+                        void forward(const ForwardArgs& args);
+                        void add_rows(const AddRowsArgs& args);
+                        void sum_rows(const SumRowsArgs& args))
+
+void dequantize(int isa, const DequantizeArgs& args);
+void forward(int isa, const ForwardArgs& args);
+void add_rows(int isa, const AddRowsArgs& args);
+void sum_rows(int isa, const SumRowsArgs& args);
+
+// float32 values that forward() needs as scratch.
+int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t total_rank);
+
+}  // namespace collavo::qlora_linear

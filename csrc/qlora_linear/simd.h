@@ -1,0 +1,239 @@
+// One name for each vector operation the kernels need, for whatever instruction set the source is
+// compiled for. Baseline is plain float, one lane.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "qlora_linear/qlora_linear.h"
+
+namespace collavo::qlora_linear {
+
+namespace {
+
+alignas(64) constexpr float kCode[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+#if defined(__AVX512F__)
+
+constexpr int64_t kLanes = 16;
+using Vec = __m512;
+
+inline Vec zeros() {
+  return _mm512_setzero_ps();
+}
+inline Vec broadcast(float value) {
+  return _mm512_set1_ps(value);
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Vec add(Vec a, Vec b) {
+  return _mm512_add_ps(a, b);
+}
+inline float sum(Vec a) {
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, a);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+template <typename T>
+inline Vec load(const T* from) {
+  return load16(from);
+}
+template <typename T>
+inline void store(T* to, Vec values) {
+  store16(to, values);
+}
+
+// kLanes bytes to 2 * kLanes weights: those of the high halves, and those of the low halves.
+struct Decoder {
+  Vec table = _mm512_load_ps(kCode);
+
+  void split(const uint8_t* bytes, Vec scale, Vec* high, Vec* low) const {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    const __m512i index = _mm512_cvtepu8_epi32(raw);
+    *high = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table), scale);
+    // The permutation reads the low four bits of an index.
+    *low = _mm512_mul_ps(_mm512_permutexvar_ps(index, table), scale);
+  }
+
+  // kLanes / 2 bytes to kLanes weights in their own order.
+  Vec ordered(const uint8_t* bytes, Vec scale) const {
+    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    const __m512i wide = _mm512_cvtepu8_epi64(raw);
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
+    return _mm512_mul_ps(_mm512_permutexvar_ps(index, table), scale);
+  }
+};
+
+#elif defined(__AVX2__)
+
+constexpr int64_t kLanes = 8;
+using Vec = __m256;
+
+inline Vec zeros() {
+  return _mm256_setzero_ps();
+}
+inline Vec broadcast(float value) {
+  return _mm256_set1_ps(value);
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Vec add(Vec a, Vec b) {
+  return _mm256_add_ps(a, b);
+}
+inline float sum(Vec a) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+template <typename T>
+inline Vec load(const T* from) {
+  return load8(from);
+}
+template <typename T>
+inline void store(T* to, Vec values) {
+  store8(to, values);
+}
+
+struct Decoder {
+  Vec lower = _mm256_load_ps(kCode);
+  Vec upper = _mm256_load_ps(kCode + 8);
+
+  // Bit 3 of an index chooses the half of the table.
+  Vec find(__m256i index) const {
+    const Vec choose = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index),
+                            _mm256_permutevar8x32_ps(upper, index), choose);
+  }
+
+  void split(const uint8_t* bytes, Vec scale, Vec* high, Vec* low) const {
+    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    const __m256i index = _mm256_cvtepu8_epi32(raw);
+    *high = _mm256_mul_ps(find(_mm256_srli_epi32(index, 4)), scale);
+    *low = _mm256_mul_ps(find(index), scale);
+  }
+
+  Vec ordered(const uint8_t* bytes, Vec scale) const {
+    int32_t four;
+    std::memcpy(&four, bytes, sizeof(four));
+    const __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    const __m256i index = _mm256_or_si256(_mm256_srli_epi64(wide, 4), _mm256_slli_epi64(wide, 32));
+    return _mm256_mul_ps(find(index), scale);
+  }
+};
+
+#else
+
+constexpr int64_t kLanes = 1;
+using Vec = float;
+
+inline Vec zeros() {
+  return 0.0f;
+}
+inline Vec broadcast(float value) {
+  return value;
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
+inline Vec add(Vec a, Vec b) {
+  return a + b;
+}
+inline float sum(Vec a) {
+  return a;
+}
+template <typename T>
+inline Vec load(const T* from) {
+  return to_float(*from);
+}
+template <typename T>
+inline void store(T* to, Vec values) {
+  from_float(values, to);
+}
+
+struct Decoder {
+  void split(const uint8_t* bytes, Vec scale, Vec* high, Vec* low) const {
+    *high = kCode[*bytes >> 4] * scale;
+    *low = kCode[*bytes & 15] * scale;
+  }
+};
+
+#endif
+
+// Scales by block, with the second quantisation undone as torch computes it: a product and a sum,
+// each rounded.
+class Scales {
+ public:
+  explicit Scales(const NF4& weight) : raw_(weight.scales), nested_(weight.double_quant) {
+    while ((int64_t{1} << shift_) < weight.block_size) ++shift_;
+    const int64_t elements = weight.rows * weight.columns;
+    const int64_t blocks = (elements + weight.block_size - 1) >> shift_;
+    outer_ = raw_ + sizeof(float);
+    code_ = outer_ + (blocks + 255) / 256 * sizeof(float);
+    codes_ = code_ + 256 * sizeof(float);
+    if (nested_) offset_ = read(raw_, 0);
+  }
+
+  // The scale of the block that holds a flat element.
+  float at(int64_t element) const {
+    const int64_t block = element >> shift_;
+    if (!nested_) return read(raw_, block);
+    return read(code_, codes_[block]) * read(outer_, block >> 8) + offset_;
+  }
+
+  int64_t block_end(int64_t element) const { return ((element >> shift_) + 1) << shift_; }
+
+ private:
+  static float read(const uint8_t* bytes, int64_t index) {
+    float value;  // bytes of any alignment
+    std::memcpy(&value, bytes + index * sizeof(float), sizeof(float));
+    return value;
+  }
+
+  const uint8_t* raw_;
+  const uint8_t* outer_ = nullptr;
+  const uint8_t* code_ = nullptr;
+  const uint8_t* codes_ = nullptr;
+  float offset_ = 0.0f;
+  int shift_ = 0;
+  bool nested_;
+};
+
+// Calls function(pointer of the dtype's type).
+template <typename Function>
+inline void with_type(DType dtype, const void* pointer, const Function& function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(static_cast<const float*>(pointer));
+    case DType::bfloat16:
+      return function(static_cast<const BFloat16*>(pointer));
+    case DType::float16:
+      return function(static_cast<const Float16*>(pointer));
+  }
+}
+
+}  // namespace
+
+}  // namespace collavo::qlora_linear
