@@ -192,6 +192,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _backward_name(operator: Operator[Any], forward: Backend[Any]) -> str:
+    if operator.reference.backward is None:
+        return "none"
     return forward.name if forward.backward is not None else operator.reference.name
 
 
@@ -277,9 +279,11 @@ def _operator_lines(row: OperatorReport) -> list[str]:
     lines = [f"  {row.operator} on {row.device}"]
     lines += [f"    note: {row.note}"] if row.note else []
     lines.append(f"    forward   {row.forward}")
-    own = (
-        "" if row.backward == row.forward else f"  ({row.forward} has none: the reference's serves)"
-    )
+    own = ""
+    if row.backward == "none":
+        own = "  (the operator has no gradients)"
+    elif row.backward != row.forward:
+        own = f"  ({row.forward} has none: the reference's serves)"
     lines.append(f"    backward  {row.backward}{own}")
     for backend in row.backends:
         if backend.name in (row.forward, row.backward):

@@ -132,9 +132,7 @@ def test_cuda_library_has_code_for_every_processor() -> None:
     library = BUILD / "_cuda"
     triton = importlib.util.find_spec("triton")
     if not library.exists() or triton is None or triton.origin is None:
-        pytest.skip(
-            "the CUDA library is not built here, or no triton, whose tool reads it"
-        )
+        pytest.skip("the CUDA library is not built here, or no triton, whose tool reads it")
     tool = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
     command = [str(tool), "--list-elf", "--list-ptx", str(library)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,91 @@
+"""What ``collavo info`` says: the words users choose a backend by."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from collavo.cli import main
+from collavo_kernels._backends import Backend, Operator
+from collavo_kernels.info import collect, format_report, operator_report, operators
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def toy(**cpu: Any) -> Operator[Any]:
+    return Operator(
+        "toy",
+        (
+            Backend("cuda", _nothing, _nothing, devices=("cuda",)),
+            Backend("cpu", _nothing, devices=("cpu",), **cpu),
+            Backend("reference", _nothing, _nothing),
+        ),
+    )
+
+
+def test_a_backend_without_backward_leaves_it_to_the_reference() -> None:
+    report = operator_report(toy(), "cpu")
+    assert (report.forward, report.backward, report.note) == ("cpu", "reference", None)
+    assert report.backends[0].declines == "runs on cuda, not on cpu"
+
+
+def test_an_unavailable_backend_gives_its_reason() -> None:
+    report = operator_report(toy(unavailable=lambda: "was not built"), "cpu")
+    assert report.forward == "reference"
+    assert report.backends[1].declines == "was not built"
+
+
+def test_a_backend_that_waits_to_be_asked_says_how_to_ask() -> None:
+    report = operator_report(toy(opt_in=True), "cpu")
+    assert report.forward == "reference"
+    assert "backend='cpu'" in str(report.backends[1].declines)
+
+
+@pytest.mark.parametrize(
+    ("choice", "forward", "note"),
+    [
+        ("reference", "reference", "asks for 'reference'"),
+        ("toy=reference", "reference", "asks for 'reference'"),
+        ("other=reference", "cpu", None),
+        ("cuda", "cpu", "calls fail: runs on cuda, not on cpu"),
+        ("cupy", "cpu", "does not exist: calls fail"),
+    ],
+)
+def test_the_environment_variable_shows(
+    choice: str, forward: str, note: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLLAVO_BACKEND", choice)
+    report = operator_report(toy(), "cpu")
+    assert report.forward == forward
+    assert (report.note is None) if note is None else (note in str(report.note))
+
+
+def test_report_names_every_operator_and_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLLAVO_BACKEND", raising=False)
+    sections = re.split(r"^  (\w+) on cpu$", format_report(collect()), flags=re.MULTILINE)
+    found = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert set(found) == set(operators())
+    for operator in operators().values():
+        for backend in operator.backends:
+            assert backend.name in found[operator.name], (operator.name, backend.name)
+
+
+def test_command_line_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["versions"]) >= {"torch", "triton", "transformers"}
+    assert {row["operator"] for row in report["operators"]} == set(operators())
+
+
+def test_python_m_prints_the_same() -> None:
+    command = [sys.executable, "-m", "collavo_kernels"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "operators:" in result.stdout
