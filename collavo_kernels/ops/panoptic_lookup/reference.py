@@ -59,7 +59,7 @@ def _pixel_rows(maps: Tensor, columns: Tensor, first: Tensor, image: int) -> Ten
     keys = (columns[2].long() << 32) | columns[3].long()
     images = torch.arange(image, image + len(maps), device=maps.device)[:, None, None]
     wanted = (images << 32) | maps.clamp_min(0).long()
-    found = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+    found = torch.searchsorted(keys, wanted.contiguous()).clamp_max(len(keys) - 1)
     return torch.where(keys[found] == wanted, found, first[:, None, None])
 
 
