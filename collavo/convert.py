@@ -1,4 +1,4 @@
-"""Reading the released CoLLaVO weights: InternLM2 with PLoRA becomes LLaMA with an image adapter and a crayon."""
+"""Reading the released CoLLaVO weights: InternLM2 with PLoRA becomes LLaMA with an adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collavo.configuration import CollavoConfig
+from collavo.configuration import CollavoConfig, CollavoTextConfig
 
 logger = logging.getLogger(__name__)
 
@@ -85,22 +85,26 @@ def convert_state_dict(
 ) -> tuple[CollavoConfig, dict[str, Tensor]]:
     """Turn the official model's tensors and configuration into this package's.
 
-    The packed ``wqkv`` is taken apart, PLoRA's A and B become the adapter ``"plora"`` on image tokens (q, k and v get a copy
-    each of the A they share), and its ``seg`` pair the crayon branches of projection mode. The ``seg`` pair of every
-    ``feed_forward.w2`` is dropped: the official code never calls it, and its shapes do not allow it to be called.
+    The packed ``wqkv`` is taken apart, PLoRA's A and B become the adapter ``"plora"`` on image
+    tokens (q, k and v get a copy each of the A they share), and its ``seg`` pair the crayon
+    branches of projection mode. The ``seg`` pair of every ``feed_forward.w2`` is dropped: the
+    official code never calls it, and its shapes do not allow it to be called.
 
     Args:
         official_state_dict: The tensors by their official names.
-        official_config: The official ``config.json`` as a dictionary. It may also hold ``vision_config`` (CLIP's fields;
-            sizes that the tensors show are read from them) and ``lora`` (``{"alpha": ...}``, by default the rank), or hold
-            all of these as ``{"config": ..., "clip_config": ..., "lora": ...}``.
+        official_config: The official ``config.json`` as a dictionary. It may also hold
+            ``vision_config`` (CLIP's fields; sizes that the tensors show are read from them) and
+            ``lora`` (``{"alpha": ...}``, by default the rank), or hold all of these as ``{"config":
+            ..., "clip_config": ..., "lora": ...}``.
 
     Returns:
-        The configuration and a state dict for ``CollavoForConditionalGeneration.load_state_dict(..., strict=True)``. Tensors
-        that need no rearranging are the given ones, not copies.
+        The configuration and a state dict for
+        ``CollavoForConditionalGeneration.load_state_dict(..., strict=True)``. Tensors that need no
+        rearranging are the given ones, not copies.
 
     Raises:
-        ValueError: naming the tensors that are missing or that have no place, or the field of the configuration.
+        ValueError: naming the tensors that are missing or that have no place, or the field of the
+            configuration.
 
     Source: released CoLLaVO code, InternLM2 with PLoRA.
     """
@@ -139,21 +143,21 @@ def _config(official: _Official, text: dict[str, Any], given: Mapping[str, Any])
     grid = vision["image_size"] // vision["patch_size"]
     special = given.get("special", {})
     return CollavoConfig(
-        text_config={
+        text_config=CollavoTextConfig(
             **{name: text[name] for name in _TEXT_FIELDS if name in text},
-            "num_key_value_heads": text.get("num_key_value_heads") or text["num_attention_heads"],
-            "attention_bias": bool(text.get("bias", False)),
-            "rope_parameters": _rope(text),
-            "vocab_size": vocabulary,
-            "extra_embeddings": rows - vocabulary,
-            "crayon_mode": "projection",
-            "crayon_rank": crayon_rank,
-            "crayon_alpha": scaling * crayon_rank,
-            "adapters": (IMAGE_ADAPTER,),
-            "image_adapters": (IMAGE_ADAPTER,),
-            "lora_rank": rank,
-            "lora_alpha": scaling * rank,
-        },
+            num_key_value_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            attention_bias=bool(text.get("bias", False)),
+            rope_parameters=_rope(text),
+            vocab_size=vocabulary,
+            extra_embeddings=rows - vocabulary,
+            crayon_mode="projection",
+            crayon_rank=crayon_rank,
+            crayon_alpha=scaling * crayon_rank,
+            adapters=(IMAGE_ADAPTER,),
+            image_adapters=(IMAGE_ADAPTER,),
+            lora_rank=rank,
+            lora_alpha=scaling * rank,
+        ),
         vision_config={"model_type": "clip_vision_model", **vision},
         image_token_index=special.get("image_token_index", rows - 1),
         image_seq_length=grid * grid,
@@ -166,7 +170,7 @@ def _config(official: _Official, text: dict[str, Any], given: Mapping[str, Any])
 
 
 def _vision_config(official: _Official, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return CLIP's fields: sizes from the tensors, the rest as given, heads of 64 where nothing says otherwise."""
+    """Return CLIP's fields: sizes from the tensors, the rest as given, else heads of 64."""
     fields = dict(given.get("vision_config", given.get("clip_config", {})))
     positions, hidden = official.shape(_VISION + "embeddings.position_embedding.weight")
     patch = official.shape(_VISION + "embeddings.patch_embedding.weight")[-1]
@@ -204,7 +208,7 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     if scaling:
         if scaling.get("type") != "dynamic":
             raise ValueError(
-                "official_config: rope_scaling: expected None or type 'dynamic' (the official model rejects "
+                "official_config: rope_scaling: expected None or type 'dynamic' (the model rejects "
                 f"others), got {scaling}"
             )
         rope |= {"rope_type": "dynamic", "factor": float(scaling["factor"])}
@@ -231,7 +235,7 @@ def _convert_layer(
                 state[f"{new}{branch}.{part}.weight"] = crayon
             elif index == 0 and part == "A":
                 logger.info(
-                    "feed_forward.w2's Plora_seg tensors are dropped: the official model never uses them"
+                    "feed_forward.w2: Plora_seg is dropped, the official model never uses it"
                 )
 
 
@@ -240,12 +244,11 @@ def _convert_wqkv(
 ) -> None:
     names = ("q_proj", "k_proj", "v_proj")
 
+    heads = config.text_config.num_attention_heads
+    groups = config.text_config.num_key_value_heads or heads
+
     def unpacked(name: str) -> tuple[Tensor, ...]:
-        return unpack_wqkv(
-            official.take(old + name),
-            config.text_config.num_attention_heads,
-            config.text_config.num_key_value_heads,
-        )
+        return unpack_wqkv(official.take(old + name), heads, groups)
 
     for linear, weight in zip(names, unpacked("Plora_main.weight"), strict=True):
         state[f"{new}{linear}.weight"] = weight
@@ -261,7 +264,7 @@ def _convert_wqkv(
 
 
 def unpack_wqkv(packed: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Take InternLM2's packed rows apart: per key head its query heads, then the key, then the value.
+    """Take InternLM2's packed rows apart: per key head its query heads, the key, the value.
 
     Args:
         packed: ``[(H + 2 G) D, ...]``, any dtype.
@@ -273,8 +276,8 @@ def unpack_wqkv(packed: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor
 
     Example:
         >>> import torch
-        >>> [list(x) for x in unpack_wqkv(torch.arange(8), heads=4, groups=2)]
-        [[tensor(0), tensor(1), tensor(4), tensor(5)], [tensor(2), tensor(6)], [tensor(3), tensor(7)]]
+        >>> [x.tolist() for x in unpack_wqkv(torch.arange(8), heads=4, groups=2)]
+        [[0, 1, 4, 5], [2, 6], [3, 7]]
     """
     if packed.numel() == 0:
         return packed, packed, packed
@@ -288,8 +291,8 @@ def unpack_wqkv(packed: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor
 def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
     """Resize CLIP's position table to another grid, as the official code does.
 
-    Patches are interpolated bicubically (``align_corners=False``) and rounded to float16, as in the released model; the
-    class token's row is kept.
+    Patches are interpolated bicubically (``align_corners=False``) and rounded to float16, as in the
+    released model; the class token's row is kept.
 
     Args:
         table: ``[1 + g g, hidden]``.
