@@ -232,6 +232,29 @@ def read_image(path: PathLike) -> Image.Image:
         raise ValueError(f"{path}: the image is unreadable or truncated ({error})") from error
 
 
+def find_panoptic_map(png: PathLike, annotations: PathLike) -> PanopticMap:
+    """Read one panoptic PNG with the entry of a COCO panoptic JSON that names its file.
+
+    Args:
+        png: The PNG.
+        annotations: The JSON.
+
+    Raises:
+        FileNotFoundError: if either is not there.
+        ValueError: naming the file and the key, if the JSON does not list the PNG, its entry is
+            malformed, or the PNG is unreadable.
+    """
+    png, path = Path(png), Path(annotations)
+    content = _load_json(path)
+    table = _categories(content, str(path))
+    for entry in _list(content, "annotations", str(path)):
+        if isinstance(entry, Mapping) and Path(str(entry.get("file_name"))).name == png.name:
+            where = f"{path}: annotation of {png.name}"
+            ids, classes = parse_segments(_list(entry, "segments_info", where), table, where)
+            return PanopticMap.from_segments(read_panoptic_png(png), ids, classes)
+    raise ValueError(f"{path}: expected an annotation with file_name {png.name!r}, found none")
+
+
 def _load_json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"annotations: there is no file {path}")
