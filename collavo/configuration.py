@@ -1,9 +1,9 @@
-"""Configurations of the CoLLaVO model: what transformers' LLaVA has, the crayon, and the adapters."""
+"""Configurations of the CoLLaVO model: LLaVA's, the crayon's and the adapters'."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, LlavaConfig, PretrainedConfig
@@ -15,31 +15,36 @@ CRAYON_MODES = ("attention", "projection", "none")
 
 @strict
 class CollavoTextConfig(LlamaConfig):
-    r"""The LLaMA-family decoder of a CoLLaVO model: LLaMA's configuration, the crayon and the adapters of its layers.
+    r"""The decoder of a CoLLaVO model: LLaMA's configuration, the crayon and the adapters.
 
     Args:
-        crayon_mode: ``"attention"`` adds the crayon to the input of the q, k and v projections of every layer (the
-            paper), ``"projection"`` adds :math:`s B_{seg} A_{seg} c` to the outputs of the q/k/v, output, gate and up
-            projections (the released checkpoint), ``"none"`` adds nothing.
+        crayon_mode: ``"attention"`` adds the crayon to the input of the q, k and v projections of
+            every layer (the paper), ``"projection"`` adds :math:`s B_{seg} A_{seg} c` to the
+            outputs of the q/k/v, output, gate and up projections (the released checkpoint),
+            ``"none"`` adds nothing.
         crayon_rank: R of ``A_seg`` and ``B_seg``; projection mode only.
-        crayon_alpha: The branch's scaling is ``crayon_alpha / crayon_rank``; None means a scaling of one.
+        crayon_alpha: The branch's scaling is ``crayon_alpha / crayon_rank``; None means a scaling
+            of one.
         crayon_dropout: Dropout on the crayon rows in projection mode, while training.
-        adapters: Names of the LoRA adapters on every linear layer of the decoder, e.g. ``("image", "vl")``.
-        image_adapters: Those of ``adapters`` that act on image tokens only (the released checkpoint's PLoRA).
+        adapters: Names of the LoRA adapters on every linear layer of the decoder, e.g. ``("image",
+            "vl")``.
+        image_adapters: Those of ``adapters`` that act on image tokens only (the released
+            checkpoint's PLoRA).
         lora_rank: R of the adapters; a dictionary by name where they differ.
-        lora_alpha: An adapter's scaling is ``lora_alpha / lora_rank``; a dictionary by name where they differ.
+        lora_alpha: An adapter's scaling is ``lora_alpha / lora_rank``; a dictionary by name where
+            they differ.
         lora_dropout: Dropout on an adapter's input, while training.
         quantize: ``"nf4"`` keeps the decoder's linear layers in 4 bits, None keeps them dense.
         double_quant: Whether the 4-bit scales are quantised too.
         quant_block_size: Weights per 4-bit block.
-        adapter_dtype: dtype of adapters and crayon; None is float32 (float64 in a float64 model), as PEFT trains them
-            beside a bfloat16 model.
-        extra_embeddings: Embedding rows beyond ``vocab_size`` (the output head has none): an image token that can be
-            read and never be generated.
+        adapter_dtype: dtype of adapters and crayon; None is float32 (float64 in a float64 model),
+            as PEFT trains them beside a bfloat16 model.
+        extra_embeddings: Embedding rows beyond ``vocab_size`` (the output head has none): an image
+            token that can be read and never be generated.
 
     Raises:
-        ValueError: for an unknown mode or quantisation, a rank below one, a name that stands twice, or an image
-            adapter that is not among the adapters.
+        ValueError: for an unknown mode or quantisation, a rank below one, a name that stands twice,
+            or an image adapter that is not among the adapters.
 
     Example:
         >>> CollavoTextConfig(hidden_size=64, num_attention_heads=4).crayon_mode
@@ -121,7 +126,7 @@ TEXT_FIELDS = tuple(
 
 
 class _TextField(Generic[Value]):
-    """An attribute of the composite configuration that lives in its text configuration, so that it exists once."""
+    """An attribute of the composite configuration that its text configuration stores."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -143,16 +148,20 @@ class _TextField(Generic[Value]):
 class CollavoConfig(LlavaConfig):
     """A CoLLaVO model: CLIP tower, projector, crayon prompt and decoder.
 
-    The decoder's own settings (:class:`CollavoTextConfig`: ``crayon_mode``, ``adapters``, ``quantize`` ...) may be given
-    here too and can be read here; they are stored once, in ``text_config``.
+    The decoder's own settings (:class:`CollavoTextConfig`: ``crayon_mode``, ``adapters``,
+    ``quantize`` ...) may be given here too and can be read here; they are stored once, in
+    ``text_config``.
 
     Args:
-        num_crayon_classes: Classes of the segmenter (133 for COCO panoptic); one row more is "unknown".
-        max_crayon_number: Largest instance number with a vector of its own; one row more is "unknown".
+        num_crayon_classes: Classes of the segmenter (133 for COCO panoptic); one row more is
+            "unknown".
+        max_crayon_number: Largest instance number with a vector of its own; one row more is
+            "unknown".
         crayon_embed_dim: Width of the crayon queries; None takes the vision tower's hidden size.
 
     Raises:
-        ValueError: if ``text_config`` is neither a LLaMA-shaped configuration nor a dictionary of one.
+        ValueError: if ``text_config`` is neither a LLaMA-shaped configuration nor a dictionary of
+            one.
 
     Example:
         >>> config = CollavoConfig(crayon_mode="projection", adapters=("image", "vl"))
@@ -161,6 +170,10 @@ class CollavoConfig(LlavaConfig):
     """
 
     model_type = "collavo"
+
+    if TYPE_CHECKING:
+        text_config: CollavoTextConfig
+        vision_config: Any
 
     num_crayon_classes: int = 133
     max_crayon_number: int = 20
@@ -191,7 +204,7 @@ class CollavoConfig(LlavaConfig):
 
 
 def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
-    """Return a ``CollavoTextConfig`` from what a caller or a ``config.json`` has under ``text_config``."""
+    """Return a ``CollavoTextConfig`` from what stands under ``text_config``."""
     if isinstance(given, CollavoTextConfig) and not overrides:
         return given
     if given is None:
@@ -207,7 +220,7 @@ def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
     kind = values.pop("model_type", "llama")
     if kind not in ("llama", CollavoTextConfig.model_type):
         raise ValueError(
-            f"text_config: expected a LLaMA-shaped decoder ('llama' or 'collavo_text'), got {kind!r}; "
+            f"text_config: expected a decoder of type 'llama' or 'collavo_text', got {kind!r}; "
             "for other decoders load the LLaVA model and call collavo.apply_to_llava"
         )
     return CollavoTextConfig(**{**values, **overrides})

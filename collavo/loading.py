@@ -1,4 +1,4 @@
-"""Reading model folders: 4-bit tensors into transformers' loader, and a load that names what does not fit."""
+"""Reading model folders: 4-bit tensors, and a load that names what does not fit."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def bytes_from_bitsandbytes(
         tensors: A checkpoint's tensors.
 
     Returns:
-        The tensors with ``weight`` and ``weight_scales`` (uint8) in place of ``weight`` and its parts, and the dtype
-        each 4-bit weight was quantised from, by the name of the weight.
+        The tensors with ``weight`` and ``weight_scales`` (uint8) in place of ``weight`` and its
+        parts, and the dtype each 4-bit weight was quantised from, by the name of the weight.
 
     Raises:
         ValueError: naming the part of a weight that is missing or does not fit.
@@ -119,7 +119,8 @@ def load_pretrained(folder: str | PathLike[str], **kwargs: Any) -> CollavoForCon
 
     Args:
         folder: A folder that ``save_pretrained`` wrote.
-        **kwargs: As in ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation`` ...).
+        **kwargs: As in ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``
+            ...).
 
     Returns:
         The model, in evaluation mode.

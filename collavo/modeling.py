@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -46,33 +46,25 @@ class CollavoModel(CrayonModelMixin, LlavaModel):
 
     def __init__(self, config: CollavoConfig) -> None:
         super().__init__(config)
+        self.crayon_adapters = tuple(config.adapters)
+        self.crayon_image_adapters = tuple(config.image_adapters)
         self.crayon_prompt: CrayonPrompt | None = None
         if config.crayon_mode != "none":
             self.crayon_prompt = CrayonPrompt(
                 config.num_crayon_classes,
                 config.max_crayon_number,
-                config.crayon_embed_dim,
+                config.crayon_embed_dim or config.vision_config.hidden_size,
                 config.text_config.hidden_size,
                 zero_init=config.crayon_mode == "attention",
                 dtype=trainable_dtype(config.text_config),
             )
             if config.crayon_mode == "attention":
-                self.crayon_prompt.mlp[-1].starts_at_zero = True
+                cast(Any, self.crayon_prompt.mlp[-1]).starts_at_zero = True
         self.post_init()
-
-    @property
-    def crayon_adapters(self) -> tuple[str, ...]:
-        """Names of the decoder's adapters, in the order of the mask's bits."""
-        return tuple(self.config.adapters)
-
-    @property
-    def crayon_image_adapters(self) -> tuple[str, ...]:
-        """Those that act on image tokens only."""
-        return tuple(self.config.image_adapters)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a checkpoint did not bring; in attention mode the crayon MLP's last layer starts at zero."""
+        """Draw what a checkpoint did not bring; one factor on the crayon's path starts at zero."""
         if not init_leaf(module):
             super()._init_weights(module)
 
@@ -80,8 +72,9 @@ class CollavoModel(CrayonModelMixin, LlavaModel):
 class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditionalGeneration):
     r"""The CoLLaVO vision-language model.
 
-    Image tokens carry the panoptic segment they lie in: the Crayon Prompt, one vector per segment, joins every decoder layer
-    (``config.crayon_mode``). All inputs are batch-first and padded; see ``forward``.
+    Image tokens carry the panoptic segment they lie in: the Crayon Prompt, one vector per segment,
+    joins every decoder layer (``config.crayon_mode``). All inputs are batch-first and padded; see
+    ``forward``.
 
     Args:
         config: The configuration.
@@ -93,8 +86,10 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
         >>> from transformers import CLIPVisionConfig
         >>> vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         ...     num_attention_heads=2, image_size=8, patch_size=4)
-        >>> text = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-        >>> config = CollavoConfig(vision_config=vision, text_config=text, image_token_index=31, vision_feature_layer=-1)
+        >>> text = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2)
+        >>> config = CollavoConfig(vision_config=vision, text_config=text, image_token_index=31,
+        ...     vision_feature_layer=-1)
         >>> model = CollavoForConditionalGeneration(config)
         >>> output = model(torch.tensor([[1, 31, 31, 31, 31, 5]]), torch.randn(1, 3, 8, 8),
         ...     crayon_index=torch.tensor([[0, 1, 1, -1]]), crayon_class=torch.tensor([[0, 18]]),
@@ -163,7 +158,7 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
         own += [p for name in self.config.adapters for p in self.adapter_parameters(name)]
         dtypes = {parameter.dtype for parameter in own}
         if len(dtypes) == 1:
-            self.config.adapter_dtype = str(dtypes.pop()).removeprefix("torch.")
+            self.config.text_config.adapter_dtype = str(dtypes.pop()).removeprefix("torch.")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def add_dual_qlora(
@@ -177,17 +172,18 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
         double_quant: bool = True,
         dtype: torch.dtype | None = None,
     ) -> CollavoForConditionalGeneration:
-        """Freeze the decoder's linear layers, quantise them to NF4, and put LoRA adapters on all of them, in place.
+        """Freeze the decoder's linear layers, quantise them, and give them LoRA adapters, in place.
 
-        The adapters' B starts at zero, so up to the rounding of NF4 the model computes what it did. ``config`` follows,
-        so ``save_pretrained`` and ``from_pretrained`` give the same bits back.
+        The adapters' B starts at zero, so up to the rounding of NF4 the model computes what it did.
+        ``config`` follows, so ``save_pretrained`` and ``from_pretrained`` give the same bits back.
 
         Args:
             adapters: Names; CoLLaVO's Dual QLoRA has ``"image"`` and ``"vl"``.
             rank: R.
             alpha: The scaling is ``alpha / rank``.
             dropout: Dropout on the adapters' input, while training.
-            quantize: Whether to keep the frozen weights in 4 bits; layers that are in 4 bits already stay so.
+            quantize: Whether to keep the frozen weights in 4 bits; layers that are in 4 bits
+                already stay so.
             double_quant: Whether to quantise their scales too.
             dtype: dtype of the adapters; None keeps ``config.adapter_dtype`` (float32 by default).
 
@@ -204,11 +200,12 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
             raise ValueError(f"adapters: the model has adapters of the names {taken} already")
         config.add_adapters(tuple(adapters), rank, alpha)
         config.lora_dropout = dropout
+        self.model.crayon_adapters = tuple(config.adapters)
         if quantize and config.quantize is None:
             config.quantize, config.double_quant = "nf4", double_quant
         if dtype is not None:
             config.adapter_dtype = str(dtype).removeprefix("torch.")
-        for layer in self.model.language_model.layers:
+        for layer in cast(nn.ModuleList, self.model.language_model.layers):
             adapt_layer(layer, LayerSettings.from_config(config))
         return self
 
@@ -220,8 +217,8 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
         """
         if args and args[0] is not None and self.config.extra_embeddings:
             raise ValueError(
-                f"resize_token_embeddings: the embedding has {self.config.extra_embeddings} row(s) beyond the output "
-                "head (config.extra_embeddings), so it cannot be resized; set vocab_size when converting"
+                f"resize_token_embeddings: the embedding has {self.config.extra_embeddings} row(s) "
+                "beyond the output head (config.extra_embeddings), so one size cannot describe both"
             )
         return super().resize_token_embeddings(*args, **kwargs)
 

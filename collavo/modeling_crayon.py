@@ -17,12 +17,13 @@ CRAYON_INPUTS = ("crayon_index", "crayon_class", "crayon_number")
 
 
 class CrayonModelMixin:
-    """Put before ``LlavaModel``: makes the crayon table once and sends it to every decoder layer."""
+    """Put before ``LlavaModel``: makes the crayon table once and sends it to every layer."""
 
     config: Any
     training: bool
     language_model: nn.Module
     crayon_prompt: CrayonPrompt | None
+    # The decoder's adapters in the order of the mask's bits, and those for image tokens only.
     crayon_adapters: tuple[str, ...]
     crayon_image_adapters: tuple[str, ...]
 
@@ -40,7 +41,7 @@ class CrayonModelMixin:
         crayon_number: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run LLaVA's forward with the crayon; the crayon's inputs as in ``CollavoForConditionalGeneration``."""
+        """Run LLaVA's forward with the crayon; inputs as in ``CrayonGenerationMixin.forward``."""
         images = self._image_tokens(input_ids, inputs_embeds)
         table, index = self._crayon_table(images, crayon_index, crayon_class, crayon_number)
         fused, key_range = self._fused(
@@ -81,8 +82,10 @@ class CrayonModelMixin:
         crayon_number: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         given = (crayon_index, crayon_class, crayon_number)
-        if self.crayon_prompt is None or all(value is None for value in given):
+        if self.crayon_prompt is None:
             return None, None
+        if all(value is None for value in given):
+            return self._idle_table(images)
         if crayon_index is None or crayon_class is None or crayon_number is None:
             missing = [n for n, v in zip(CRAYON_INPUTS, given, strict=True) if v is None]
             raise ValueError(
@@ -90,6 +93,18 @@ class CrayonModelMixin:
             )
         rows = flatten_rows(images, crayon_index, crayon_class, crayon_number)
         return self.crayon_prompt.project(rows.row_class, rows.row_number), rows.row_index
+
+    def _idle_table(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return, in training, a table whose one row no token has, else None twice.
+
+        The crayon's gradient is then zero, not absent: FSDP2 reduces the gradients that there are,
+        and fails where one rank's batch has images and another's has none.
+        """
+        if self.crayon_prompt is None or not (self.training and torch.is_grad_enabled()):
+            return None, None
+        row = torch.zeros(1, dtype=torch.int32, device=images.device)
+        index = torch.full_like(images, -1, dtype=torch.int32)
+        return self.crayon_prompt.project(row, row), index
 
     def _fused(
         self, attention_mask: Any, position_ids: Tensor | None, past_key_values: Any, length: int
@@ -110,7 +125,7 @@ class CrayonModelMixin:
     def _adapter_masks(
         self, images: Tensor, table: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the adapter bits of tokens ``[B, S]`` and rows ``[T]``; rows are image tokens, where all act."""
+        """Return the adapter bits of tokens ``[B, S]`` and of rows ``[T]``, on which all act."""
         if not self.crayon_image_adapters:
             return None, None
         everywhere = 0
@@ -124,7 +139,7 @@ class CrayonModelMixin:
 
 
 class CrayonGenerationMixin:
-    """Put before ``LlavaForConditionalGeneration``: the crayon's inputs in the signature, and in ``generate``."""
+    """Put before ``LlavaForConditionalGeneration``: the crayon in ``forward`` and ``generate``."""
 
     config: Any
     model: nn.Module
@@ -161,8 +176,10 @@ class CrayonGenerationMixin:
             labels: int64 ``[B, L]``, -100 = no loss.
             logits_to_keep: As in LLaVA.
             image_sizes: As in LLaVA.
-            crayon_index: int32 ``[B, P]``: the row, local to the sample, of each of its image tokens in order; -1 = none.
-            crayon_class: int32 ``[B, R]``: per row 0 = unknown, class c is c + 1; -1 = the row only pads.
+            crayon_index: int32 ``[B, P]``: the row, local to the sample, of each of its image
+                tokens in order; -1 = none.
+            crayon_class: int32 ``[B, R]``: per row 0 = unknown, class c is c + 1; -1 = the row only
+                pads.
             crayon_number: int32 ``[B, R]``: per row the instance number, 0 = unknown.
             **kwargs: As in LLaVA.
 
@@ -215,7 +232,7 @@ class CrayonGenerationMixin:
         return not bool((tokens == self.config.image_token_id).any())
 
     def crayon_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what crayon prompt tuning trains: queries, crayon MLP and, in projection mode, every A and B."""
+        """Yield what CPT trains: queries, crayon MLP and, in projection mode, every A and B."""
         for name, parameter in cast(nn.Module, self).named_parameters():
             if any(part == "crayon_prompt" or part in BRANCHES for part in name.split(".")):
                 yield parameter

@@ -1,4 +1,4 @@
-"""From batch-first model inputs to what the decoder's layers read: rows, row index, masks and key ranges."""
+"""From batch-first model inputs to what the decoder's layers read: rows and key ranges."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ def flatten_rows(
 ) -> CrayonRows:
     """Lay the samples' padded rows end to end and give every image token its row in them.
 
-    Nothing depends on values, so nothing synchronises with a GPU and the shapes are those of the inputs.
+    Nothing depends on values, so nothing synchronises with a GPU and the shapes are those of the
+    inputs.
 
     Args:
         image_tokens: bool ``[B, S]``, True at image tokens.
-        crayon_index: int ``[B, P]``: row, local to the sample, of each of its image tokens in order; -1 = none.
+        crayon_index: int ``[B, P]``: row, local to the sample, of each of its image tokens in
+            order; -1 = none.
         crayon_class: int ``[B, R]``: 0 = unknown, class c is c + 1, -1 = a row that only pads.
         crayon_number: int ``[B, R]``: instance number, 0 = unknown.
 
     Raises:
-        ValueError: if shapes disagree; on the CPU also if a sample has more image tokens than P, or an entry of
-            ``crayon_index`` is no row of its sample.
+        ValueError: if shapes disagree; on the CPU also if a sample has more image tokens than P, or
+            an entry of ``crayon_index`` is no row of its sample.
 
     Example:
         >>> import torch
         >>> tokens = torch.tensor([[False, True, True]])
-        >>> flatten_rows(tokens, torch.tensor([[1, 0]]), torch.tensor([[0, 3]]), torch.tensor([[0, 1]])).row_index
+        >>> index, classes = torch.tensor([[1, 0]]), torch.tensor([[0, 3]])
+        >>> flatten_rows(tokens, index, classes, torch.tensor([[0, 1]])).row_index
         tensor([[-1,  1,  0]], dtype=torch.int32)
     """
     _check_shapes(image_tokens, crayon_index, crayon_class, crayon_number)
@@ -74,7 +77,8 @@ def _check_shapes(
     for name, value in named.items():
         if value.ndim != 2 or value.shape[0] != batch:
             raise ValueError(
-                f"{name}: expected two dimensions and a batch of {batch} (as input_ids), got {list(value.shape)}"
+                f"{name}: expected two dimensions and a batch of {batch} (as input_ids), "
+                f"got {list(value.shape)}"
             )
     if crayon_class.shape != crayon_number.shape:
         raise ValueError(
@@ -89,14 +93,14 @@ def _check_values(image_tokens: Tensor, crayon_index: Tensor, crayon_class: Tens
     if bool((counts > places).any()):
         sample = int((counts > places).nonzero()[0])
         raise ValueError(
-            f"crayon_index: sample {sample} has {int(counts[sample])} image tokens in input_ids and crayon_index "
-            f"has {places} columns; give one entry per image token (-1 = no row)"
+            f"crayon_index: sample {sample} has {int(counts[sample])} image tokens in input_ids "
+            f"and crayon_index has {places} columns; give one entry per image token (-1 = no row)"
         )
     bad = (crayon_index < -1) | (crayon_index >= rows)
     if bool(bad.any()):
         sample, place = (int(x) for x in bad.nonzero()[0])
         raise ValueError(
-            f"crayon_index: expected entries from -1 to {rows - 1} (crayon_class has {rows} columns), "
+            f"crayon_index: expected entries from -1 to {rows - 1} (the columns of crayon_class), "
             f"got {int(crayon_index[sample, place])} at sample {sample}, image token {place}"
         )
 
@@ -104,13 +108,15 @@ def _check_values(image_tokens: Tensor, crayon_index: Tensor, crayon_class: Tens
 def interval_range(attention_mask: Tensor | None) -> tuple[bool, Tensor | None]:
     """Tell whether every row of a padding mask is one interval, and which.
 
-    This is the one place where the forward pass waits for a GPU: the choice between the fused prefill and SDPA is the host's.
+    This is the one place where the forward pass waits for a GPU: the choice between the fused
+    prefill and SDPA is the host's.
 
     Args:
         attention_mask: ``[B, S]``, non-zero = a real token; None = all are.
 
     Returns:
-        Whether it is, and int32 ``[B, 2]`` first and one-past-last valid key (None where all keys are valid).
+        Whether it is, and int32 ``[B, 2]`` first and one-past-last valid key (None where all keys
+        are valid).
 
     Example:
         >>> import torch
@@ -135,7 +141,7 @@ def interval_range(attention_mask: Tensor | None) -> tuple[bool, Tensor | None]:
 
 
 def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
-    """Tell whether several sequences share a row: positions that jump, with no mask that would explain it.
+    """Tell whether several sequences share a row: positions that jump, and no mask.
 
     Args:
         position_ids: ``[B, S]`` or None.

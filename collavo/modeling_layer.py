@@ -1,9 +1,9 @@
-"""A transformers decoder layer made to carry the crayon and the adapters, by replacing what it is made of."""
+"""A transformers decoder layer made to carry the crayon and the adapters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -27,8 +27,9 @@ BRANCHES = ("crayon_qkv", "crayon_o", *MLP_BRANCHES)
 class CollavoLinear(DualQLoRALinear):
     """A linear layer that takes its mask and row table from the decoder layer around it.
 
-    transformers' MLP calls its linear layers with one argument. The decoder layer sets ``call`` before and clears it after,
-    inside its own forward, so that activation checkpointing repeats both.
+    transformers' MLP calls its linear layers with one argument. The decoder layer sets ``call``
+    before and clears it after, inside its own forward, so that activation checkpointing repeats
+    both.
     """
 
     call: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -49,7 +50,7 @@ class CollavoLinear(DualQLoRALinear):
         self.scaling[name] = alpha / rank
         for factor, zero in ((self.lora_A[name], False), (self.lora_B[name], True)):
             cast(Any, factor).starts_at_zero = zero
-            if not device.type == "meta":
+            if device.type != "meta":
                 init_leaf(factor)
 
     def quantize(self, block_size: int, double_quant: bool) -> None:
@@ -86,8 +87,9 @@ class CollavoLinear(DualQLoRALinear):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        # transformers plans a load from the state dict of a model on "meta". Without bytes there is no bitsandbytes layout:
-        # the parameters themselves stand for it, and the loader (collavo.loading) brings the file to them.
+        # transformers plans a load from the state dict of a model on "meta". Without bytes there is
+        # no bitsandbytes layout: the parameters themselves stand for it, and the loader
+        # (collavo.loading) brings the file to them.
         if self.weight.is_meta:
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:
@@ -100,7 +102,7 @@ class CollavoLinear(DualQLoRALinear):
         row_table: Tensor | None = None,
         row_index: Tensor | None = None,
     ) -> Tensor:
-        """Return ``[..., out_features]``; arguments as in ``DualQLoRALinear``, defaults from ``call``."""
+        """Return ``[..., out_features]``; as ``DualQLoRALinear``, with defaults from ``call``."""
         mask, table, index = self.call
         if adapter_mask is None:
             adapter_mask = mask
@@ -112,7 +114,8 @@ class CollavoLinear(DualQLoRALinear):
 def init_leaf(module: nn.Module, std: float = 0.02) -> bool:
     """Draw a module of this package that has parameters of its own; tell whether it was one.
 
-    What is marked ``starts_at_zero`` does: an adapter's B and, of each crayon path, exactly one factor.
+    What is marked ``starts_at_zero`` does: an adapter's B and, of each crayon path, exactly one
+    factor.
 
     Args:
         module: Any module.
@@ -131,7 +134,7 @@ def init_leaf(module: nn.Module, std: float = 0.02) -> bool:
 
 
 class CollavoAttention(CrayonAttention):
-    """``CrayonAttention`` whose path without the fused prefill uses the attention the configuration names."""
+    """``CrayonAttention`` that, without the fused prefill, uses the configured attention."""
 
     def attend(
         self,
@@ -161,7 +164,7 @@ class CollavoAttention(CrayonAttention):
 
 
 class CrayonLayerMixin:
-    """Put before a decoder-layer class: hands the crayon to the MLP's linear layers while the layer runs."""
+    """Put before a decoder-layer class: hands the crayon to the MLP's linear layers."""
 
     mlp: nn.Module
 
@@ -176,8 +179,9 @@ class CrayonLayerMixin:
             crayon: The forward pass's crayon, or None.
             **kwargs: As the decoder layer's.
         """
+        forward = cast(Callable[..., Any], super().forward)  # type: ignore[misc]
         if crayon is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return forward(hidden_states, *args, **kwargs)
         layers = [cast(CollavoLinear, getattr(self.mlp, name)) for name in MLP_PROJECTIONS]
         tables = (*mlp_tables(self.mlp, crayon), None)
         try:
@@ -187,14 +191,14 @@ class CrayonLayerMixin:
                     table,
                     crayon.row_index if table is not None else None,
                 )
-            return super().forward(hidden_states, *args, crayon=crayon, **kwargs)  # type: ignore[misc]
+            return forward(hidden_states, *args, crayon=crayon, **kwargs)
         finally:
             for layer in layers:
                 layer.call = (None, None, None)
 
 
 def mlp_tables(mlp: nn.Module, crayon: CrayonInputs) -> tuple[Tensor | None, Tensor | None]:
-    """Return the tables of the gate and up projections, each ``[T, intermediate_size]``, or None twice."""
+    """Return the tables of gate and up, each ``[T, intermediate_size]``, or None twice."""
     if crayon.table is None or not hasattr(mlp, MLP_BRANCHES[0]):
         return None, None
     gate, up = (cast(Tensor, getattr(mlp, name)(crayon.table)) for name in MLP_BRANCHES)
@@ -242,7 +246,7 @@ def trainable_dtype(config: CollavoTextConfig) -> torch.dtype:
 
 
 def build_layer(layer: nn.Module, config: Any, settings: LayerSettings, layer_idx: int) -> None:
-    """Replace a decoder layer's attention and linear layers by this package's, keeping the parameters.
+    """Replace a decoder layer's attention and linear layers, keeping their parameters.
 
     Args:
         layer: A LLaMA-shaped decoder layer.
@@ -251,7 +255,8 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings, layer_id
         layer_idx: Its index.
 
     Raises:
-        ValueError: if a linear layer is of an unknown kind, or ``crayon_attention`` cannot serve the configuration.
+        ValueError: if a linear layer is of an unknown kind, or ``crayon_attention`` cannot serve
+            the configuration.
     """
     attention, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
     made = {name: convert_linear(getattr(attention, name), settings, name) for name in PROJECTIONS}
@@ -284,18 +289,26 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings, layer_id
 
 
 def adapt_layer(layer: nn.Module, settings: LayerSettings) -> None:
-    """Bring the linear layers of a built decoder layer to new settings: more adapters, 4 bits, a frozen base.
+    """Bring a built layer to new settings: more adapters, 4 bits, a frozen base.
 
     Args:
         layer: A decoder layer that ``build_layer`` made.
         settings: What to make of it.
     """
     for parent, name in decoder_linears(layer):
-        linear = convert_linear(getattr(parent, name), settings, name)
-        linear.weight.requires_grad_(False)
-        if linear.bias is not None:
-            linear.bias.requires_grad_(False)
-        setattr(parent, name, linear)
+        setattr(parent, name, convert_linear(getattr(parent, name), settings, name))
+    freeze_linears(layer)
+
+
+def freeze_linears(layer: nn.Module) -> None:
+    """Take weights and biases of a built layer's linear layers out of training; adapters stay in.
+
+    Args:
+        layer: A decoder layer that ``build_layer`` made.
+    """
+    for parent, name in decoder_linears(layer):
+        for parameter in getattr(parent, name).parameters(recurse=False):
+            parameter.requires_grad_(False)
 
 
 def decoder_linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -307,7 +320,7 @@ def decoder_linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def convert_linear(linear: nn.Module, settings: LayerSettings, name: str) -> CollavoLinear:
-    """Return a ``CollavoLinear`` with the settings' adapters; dense weights are shared unless they are quantised.
+    """Return a ``CollavoLinear`` with the settings' adapters; a dense weight is shared.
 
     Args:
         linear: ``nn.Linear``, bitsandbytes' ``Linear4bit`` or ``CollavoLinear`` (changed in place).

@@ -1,8 +1,6 @@
-"""The decoder of a CoLLaVO model: transformers' LLaMA whose layers carry the crayon and the adapters."""
+"""The decoder of a CoLLaVO model: transformers' LLaMA with crayon and adapters."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from collavo.modeling_layer import CrayonLayerMixin, LayerSettings, build_layer,
 from collavo_kernels.nn.crayon_attention import CrayonAttention
 
 
-class CollavoDecoderLayer(CrayonLayerMixin, LlamaDecoderLayer):
+class CollavoDecoderLayer(CrayonLayerMixin, LlamaDecoderLayer):  # type: ignore[misc]
     """A LLaMA decoder layer with ``CollavoAttention`` and ``CollavoLinear`` inside."""
 
     def __init__(self, config: CollavoTextConfig, layer_idx: int) -> None:
@@ -49,7 +47,7 @@ class CollavoTextModel(LlamaModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a checkpoint did not bring; adapters and, in projection mode, the crayon start without effect."""
+        """Draw what a checkpoint did not bring; adapters start without effect."""
         if not init_leaf(module, self.config.initializer_range):
             super()._init_weights(module)
 

@@ -23,9 +23,11 @@ class CrayonInputs(NamedTuple):
         table: The crayon, ``[T, hidden_size]``, one row per segment; None without crayon.
         row_index: int32 ``[B, S]``: the token's row, -1 where it has none; None without crayon.
         adapter_mask: uint8 ``[B, S]``: bit i set = adapter i acts on the token; None = all act.
-        row_mask: uint8 ``[T]``: the same for the rows, equal to that of the rows' tokens; None = all act.
+        row_mask: uint8 ``[T]``: the same for the rows, equal to that of the rows' tokens; None =
+            all act.
         key_range: int32 ``[B, 2]``: first and one-past-last valid key of each sample; None = all.
-        fused: Whether the cache is empty and the mask is one interval per sample, so that ``crayon_attention`` applies.
+        fused: Whether the cache is empty and the mask is one interval per sample, so that
+            ``crayon_attention`` applies.
     """
 
     table: Tensor | None = None
@@ -48,28 +50,31 @@ class CrayonAttention(nn.Module):
 
     At image tokens the rows of the crayon table join q, k and v before RoPE:
 
-    .. math:: q = W_q h + t_q[\text{row}], \quad k = W_k h + t_k[\text{row}], \quad v = W_v h + t_v[\text{row}]
+    ``q = W_q h + t_q[row]``, ``k = W_k h + t_k[row]``, ``v = W_v h + t_v[row]``
 
-    with :math:`t_q = W_q c` (adapters included, no bias) in attention mode, where the T rows of c ride through the
-    projections together with the tokens, and :math:`t_q = s B_{seg} A_{seg} c` in projection mode, which has one such
-    branch for q, k and v together and one for the output projection. A prefill runs ``crayon_attention``; a call on a
-    filled cache, or with a mask that is not one interval per sample, prepares q, k and v, updates the cache and attends with
-    PyTorch's SDPA. Parameters and state-dict keys are those of the Hugging Face module (``q_proj`` ... ``o_proj``; projection
-    mode adds ``crayon_qkv`` and ``crayon_o``).
+    with :math:`t_q = W_q c` (adapters included, no bias) in attention mode, where the T rows of c
+    ride through the projections together with the tokens, and :math:`t_q = s B_{seg} A_{seg} c` in
+    projection mode, which has one such branch for q, k and v together and one for the output
+    projection. A prefill runs ``crayon_attention``; a call on a filled cache, or with a mask that
+    is not one interval per sample, prepares q, k and v, updates the cache and attends with
+    PyTorch's SDPA. Parameters and state-dict keys are those of the Hugging Face module (``q_proj``
+    ... ``o_proj``; projection mode adds ``crayon_qkv`` and ``crayon_o``).
 
     Args:
-        config: A LLaMA-shaped configuration (``hidden_size``, ``num_attention_heads`` ... by attribute).
+        config: A LLaMA-shaped configuration (``hidden_size``, ``num_attention_heads`` ... by
+            attribute).
         layer_idx: The layer's index in the cache.
         crayon_mode: ``"attention"``, ``"projection"`` or ``"none"``.
         crayon_rank: R of the branches in projection mode.
         crayon_scaling: s of the branches in projection mode.
         crayon_dropout: Dropout on the branches' rows, while training.
         crayon_dtype: dtype of the branches; None = the default dtype.
-        projections: Linear layers to take over instead of making new ones, by name (``nn.Linear`` or ``DualQLoRALinear``).
+        projections: Linear layers to take over instead of making new ones, by name (``nn.Linear``
+            or ``DualQLoRALinear``).
 
     Raises:
-        ValueError: if the configuration asks for what the operator lacks (soft-capped scores, partial rotary, an odd head
-            size or one above 256) or the heads cannot be grouped.
+        ValueError: if the configuration asks for what the operator lacks (soft-capped scores,
+            partial rotary, an odd head size or one above 256) or the heads cannot be grouped.
 
     Source: arXiv 2402.11248, section 3 and figure 6.
 
@@ -83,6 +88,13 @@ class CrayonAttention(nn.Module):
         >>> out.shape
         torch.Size([2, 7, 64])
     """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    crayon_qkv: CrayonBranch
+    crayon_o: CrayonBranch
 
     def __init__(
         self,
@@ -136,13 +148,13 @@ class CrayonAttention(nn.Module):
         crayon: CrayonInputs | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the layer's output ``[B, S, hidden_size]`` and the attention weights, where they are computed.
+        """Return the output ``[B, S, hidden_size]`` and, where they exist, the attention weights.
 
         Args:
             hidden_states: ``[B, S, hidden_size]``.
             position_embeddings: cos and sin, each ``[B or 1, S, D]``.
-            attention_mask: ``[B or 1, 1, S, keys]``, bool (True = visible) or additive; None = causal. Not read where
-                ``crayon.fused``.
+            attention_mask: ``[B or 1, 1, S, keys]``, bool (True = visible) or additive; None =
+                causal. Not read where ``crayon.fused``.
             past_key_values: A Hugging Face cache (``update``, ``get_seq_length``), or None.
             crayon: The forward pass's crayon; None = plain attention.
             **kwargs: Passed on to ``attend``.
@@ -219,36 +231,37 @@ class CrayonAttention(nn.Module):
     def _project(self, hidden: Tensor, crayon: CrayonInputs) -> _Projected:
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if self.crayon_mode == "attention" and crayon.table is not None:
-            return self._project_with_rows(layers, hidden, crayon)
+            return self._project_with_rows(layers, hidden, crayon.table, crayon)
         q, k, v = (self._heads(_linear(layer, hidden, crayon.adapter_mask)) for layer in layers)
         if not self._has_branch(crayon):
             return _Projected((q, k, v), (None, None, None))
         table = self._heads(self.crayon_qkv(crayon.table).to(hidden.dtype))
         groups = self.num_key_value_heads
-        tq, tk, tv = table.split((self.num_heads, groups, groups), dim=-2)
+        tq, tk, tv = torch.split(table, [self.num_heads, groups, groups], dim=-2)
         return _Projected((q, k, v), (tq, tk, tv))
 
     def _project_with_rows(
-        self, layers: tuple[nn.Module, ...], hidden: Tensor, crayon: CrayonInputs
+        self,
+        layers: tuple[nn.Module, ...],
+        hidden: Tensor,
+        table: Tensor,
+        crayon: CrayonInputs,
     ) -> _Projected:
-        """Send the crayon's rows through the projections behind the tokens, so that each weight is read once."""
-        assert_table = crayon.table
-        if assert_table is None:
-            raise ValueError("crayon.table: expected a tensor, got None")
-        tokens, rows = hidden.shape[0] * hidden.shape[1], assert_table.shape[0]
-        x = torch.cat([hidden.flatten(0, 1), assert_table.to(hidden.dtype)])
+        """Send the crayon's rows through the projections behind the tokens: one pass per weight."""
+        tokens = hidden.shape[0] * hidden.shape[1]
+        x = torch.cat([hidden.flatten(0, 1), table.to(hidden.dtype)])
         mask = None
         if crayon.adapter_mask is not None and crayon.row_mask is not None:
             mask = torch.cat([crayon.adapter_mask.flatten(), crayon.row_mask])
         states, tables = [], []
         for layer in layers:
             y = self._heads(_linear_without_row_bias(layer, x, mask, tokens))
-            states.append(y[:tokens].unflatten(0, hidden.shape[:2]))
-            tables.append(y[tokens : tokens + rows])
+            states.append(y[:tokens].view(*hidden.shape[:2], -1, self.head_dim))
+            tables.append(y[tokens:])
         return _Projected((states[0], states[1], states[2]), (tables[0], tables[1], tables[2]))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def _prefill(
         self,
@@ -340,7 +353,7 @@ def _refuse(config: Any, head_dim: int, heads: int, groups: int) -> None:
         )
     if heads % groups:
         raise ValueError(
-            f"config.num_key_value_heads: expected a divisor of num_attention_heads {heads}, got {groups}"
+            f"config.num_key_value_heads: expected a divisor of {heads} heads, got {groups}"
         )
 
 
@@ -384,7 +397,7 @@ def _linear(
 def _linear_without_row_bias(
     layer: nn.Module, x: Tensor, adapter_mask: Tensor | None, tokens: int
 ) -> Tensor:
-    """Call a projection on tokens and, behind them, rows; take its bias off the rows inside the same call."""
+    """Call a projection on tokens and, behind them, rows, which get no bias."""
     bias = getattr(layer, "bias", None)
     if bias is None:
         return _linear(layer, x, adapter_mask)

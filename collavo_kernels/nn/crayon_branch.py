@@ -9,8 +9,9 @@ from torch import Tensor, nn
 class CrayonBranch(nn.Module):
     r"""A crayon table for one projection: :math:`\text{table} = s \, B_{seg} (A_{seg} c)`.
 
-    It has no bias, and it runs on the crayon's rows, never on tokens. ``B`` starts at zero and ``A`` does not: exactly one
-    factor on the crayon's path is zero, so the first step reaches ``B`` and the second everything behind it.
+    It has no bias, and it runs on the crayon's rows, never on tokens. ``B`` starts at zero and
+    ``A`` does not: exactly one factor on the crayon's path is zero, so the first step reaches ``B``
+    and the second everything behind it.
 
     Args:
         hidden_size: Width of the crayon rows.
@@ -51,7 +52,7 @@ class CrayonBranch(nn.Module):
         self.dropout = dropout
         self.A = nn.Linear(hidden_size, rank, bias=False, device=device, dtype=dtype)
         self.B = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
-        self.B.starts_at_zero = True  # type: ignore[assignment]  # for frameworks that draw weights anew
+        self.B.starts_at_zero = True  # type: ignore[assignment]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
