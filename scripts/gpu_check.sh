@@ -39,7 +39,7 @@ if [ -z "$device" ]; then
   "$python" -c 'import torch' 2>/dev/null || echo "($python has no torch; PYTHON=... chooses another)"
   exit 0
 fi
-results=${results:-benchmarks/results/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$device" | tr 'A-Z' 'a-z')}
+results=${results:-benchmarks/results/$(sed -E 's/[^A-Za-z0-9]+/-/g; s/-$//' <<<"${device,,}")}
 mkdir -p "$results" || exit 1
 summary=$results/summary.txt
 SECONDS=0
@@ -48,6 +48,8 @@ export OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 
 say() { printf '[%4ds] %s\n' "$SECONDS" "$*" | tee -a "$summary"; }
 
+last_line() { grep -v '^ *$' "$1" | tail -n 1; }
+
 # run NAME LIMIT command...: the output goes to RESULTS/NAME.txt, its last line to the summary.
 run() {
   local name=$1 limit=$2 status
@@ -55,44 +57,62 @@ run() {
   timeout "$limit" "$@" >"$results/$name.txt" 2>&1
   status=$?
   case $status in
-    0) say "$name: ok: $(tail -n 1 "$results/$name.txt")" ;;
+    0) say "$name: ok: $(last_line "$results/$name.txt")" ;;
     5) say "$name: nothing to run (no test is marked so)" ;;
     124) say "$name: STOPPED after $limit seconds" ;;
-    *) say "$name: FAILED ($status): $(tail -n 1 "$results/$name.txt")" ;;
+    *) say "$name: FAILED ($status): $(last_line "$results/$name.txt")" ;;
   esac
   if [ "$status" != 0 ] && [ "$status" != 5 ]; then failed=1; fi
 }
 
-# Distributions that pyproject.toml names for building, running and testing and that are not there.
+# What pyproject.toml asks for to build, run and test and what is not there, or is too old. torch and
+# triton stay what they are.
 missing() {
   "$python" - <<'CODE'
 import importlib.metadata
-import re
 import tomllib
+
+from pip._vendor.packaging.requirements import Requirement
 
 with open("pyproject.toml", "rb") as file:
     pyproject = tomllib.load(file)
 project = pyproject["project"]
 wanted = pyproject["build-system"]["requires"] + project["dependencies"]
-for requirement in wanted + project["optional-dependencies"]["test"]:
-    name = re.match(r"[\w.-]+", requirement).group()
+for requirement in map(Requirement, wanted + project["optional-dependencies"]["test"]):
+    if requirement.marker is not None and not requirement.marker.evaluate():
+        continue
     try:
-        importlib.metadata.version(name)
+        there = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
-        print(name)
+        there = None
+    fits = there is not None and requirement.specifier.contains(there, prereleases=True)
+    if not fits and not (there and requirement.name in ("torch", "triton")):
+        print(f"{requirement.name}{requirement.specifier}")
 CODE
+}
+
+# The kernels beside the sources, without the package's metadata, which an old setuptools refuses.
+build_in_place() {
+  local folder
+  folder=$(mktemp -d)
+  cp -R setup.py csrc "$folder" && mkdir "$folder/collavo_kernels" &&
+    (cd "$folder" && timeout 120 "$python" setup.py build_ext --inplace) &&
+    cp "$folder"/collavo_kernels/*.so collavo_kernels/ && echo "built beside the sources"
+  local status=$?
+  rm -rf "$folder"
+  return $status
 }
 
 : >"$summary"
 say "device: $device"
 nvidia-smi >"$results/nvidia-smi.txt" 2>&1 || true
-for name in $(missing); do
+for name in $(missing | sort -u); do
   if [ -n "$wheels" ] &&
     "$python" -m pip install --quiet --no-deps --no-index --find-links "$wheels" "$name" \
       >>"$results/install.txt" 2>&1; then
     say "installed $name from $wheels"
   else
-    say "absent: $name (tests and benchmarks that need it are skipped)"
+    say "absent: $name (what needs it is skipped)"
   fi
 done
 
@@ -100,7 +120,9 @@ run build 120 "$python" -m pip install --no-build-isolation --no-deps -e .
 if [ "$failed" != 0 ]; then
   failed=0
   say "the package cannot be installed here; building beside the sources instead"
-  run build_inplace 120 "$python" setup.py build_ext --inplace
+  export python
+  export -f build_in_place
+  run build_in_place 130 bash -c build_in_place
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi
 run info 30 "$python" -m collavo_kernels
