@@ -1,0 +1,59 @@
+"""The Triton kernels of panoptic_lookup on the CPU: every case, bit for bit the reference."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "panoptic_lookup"))
+
+from panoptic_cases import CASES, Case, noise
+
+from collavo_kernels.ops.panoptic_lookup import reference, triton_kernels
+from collavo_kernels.ops.panoptic_lookup.inputs import REDUCTIONS, LookupResult
+from collavo_kernels.testing import offset_view, poisoned_empty
+
+
+def assert_same(actual: LookupResult, expected: LookupResult) -> None:
+    for name, ours, theirs in zip(LookupResult._fields, actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_case_gives_the_reference_bits(case: Case, reduce: str) -> None:
+    inputs = case.inputs(reduce)
+    with poisoned_empty():
+        assert_same(triton_kernels.forward(inputs), reference.forward(inputs))
+
+
+def test_a_cell_of_more_pixels_than_a_program_takes_at_once() -> None:
+    ids = [0, 1, 2, 3]
+    pairs = [[(i, 0) for i in ids[1:]]]
+    case = Case("two rounds per row", lambda: [noise(40, 30, ids)], pairs, (1, 2))
+    assert 2 * triton_kernels.BLOCK < 40 * 15
+    inputs = case.inputs("majority")
+    assert_same(triton_kernels.forward(inputs), reference.forward(inputs))
+
+
+def test_more_rows_than_a_program_writes_at_once() -> None:
+    pairs = [[(2 * i + 1, i % 5) for i in range(triton_kernels.ROWS)]]
+    case = Case("two blocks of rows", lambda: [noise(6, 6, [1, 3, 8])], pairs, (2, 2))
+    inputs = case.inputs("majority")
+    assert_same(triton_kernels.forward(inputs), reference.forward(inputs))
+
+
+def test_views_are_read_where_they_lie() -> None:
+    maps = torch.randint(-1, 4, (2, 9, 11), dtype=torch.int32)
+    pairs = [[(1, 0), (2, 0)], [(3, 1)]]
+    case = Case("odd strides", lambda: list(maps), pairs, (3, 4))
+    inputs = case.inputs("majority")
+    expected = reference.forward(inputs)
+    wide = torch.zeros(2, 12, 20, dtype=torch.int32)
+    wide[:, 2:11, 5:16] = maps
+    for view in (offset_view(maps), wide[:, 2:11, 5:16]):
+        assert_same(triton_kernels.forward(inputs._replace(maps=(view,))), expected)
