@@ -128,13 +128,25 @@ def test_cuda_library_exports_only_its_launchers() -> None:
     assert "libcudart" not in needed
 
 
-def test_cuda_library_has_code_for_every_processor() -> None:
+def cuobjdump(*options: str) -> str:
+    """What NVIDIA's tool, of which triton has a copy, says about the CUDA library."""
     library = BUILD / "_cuda"
     triton = importlib.util.find_spec("triton")
     if not library.exists() or triton is None or triton.origin is None:
         pytest.skip("the CUDA library is not built here, or no triton, whose tool reads it")
     tool = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
-    command = [str(tool), "--list-elf", "--list-ptx", str(library)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [str(tool), *options, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_cuda_library_has_code_for_every_processor() -> None:
+    listing = cuobjdump("--list-elf", "--list-ptx")
     for expected in (r"sm_80\.cubin", r"sm_90\.cubin", r"sm_90\.ptx"):
         assert re.search(expected, listing), listing
+
+
+def test_cuda_kernels_keep_everything_in_registers() -> None:
+    """A stack means that registers spill to memory, or that an array is indexed at run time."""
+    listing = cuobjdump("--dump-resource-usage")
+    for function, stack in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", listing):
+        assert stack == "0", f"{function} has a stack of {stack} bytes"
