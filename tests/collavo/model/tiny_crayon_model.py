@@ -1,0 +1,76 @@
+"""A CoLLaVO model of a few thousand parameters and a left-padded batch for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from collavo.configuration import CollavoConfig
+from collavo.modeling import CollavoForConditionalGeneration
+
+IMAGE, PAD, VOCABULARY, CELLS = 31, 0, 32, 4
+
+
+def make_config(**options: Any) -> CollavoConfig:
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": PAD,
+        **options.pop("text", {}),
+    }
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return CollavoConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        **{"crayon_rank": 4, "lora_rank": 4, "lora_alpha": 4.0, **options},
+    )
+
+
+def make_model(*, trained: bool = True, **options: Any) -> CollavoForConditionalGeneration:
+    """Build a model; a trained one has no zero factors, so crayon and adapters have an effect."""
+    torch.manual_seed(3)
+    model = CollavoForConditionalGeneration(make_config(**options))
+    if trained:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def make_batch() -> dict[str, Tensor]:
+    """Two samples with one image each; the second is one token shorter at the left."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.tensor(
+            [[1, IMAGE, IMAGE, IMAGE, IMAGE, 5, 6, 7], [PAD, 1, 9, IMAGE, IMAGE, IMAGE, IMAGE, 9]]
+        ),
+        "attention_mask": torch.tensor([[1] * 8, [0] + [1] * 7]),
+        "pixel_values": torch.randn(2, 3, 8, 8, generator=generator),
+        "crayon_index": torch.tensor([[0, 1, 1, -1], [2, 1, 0, 1]], dtype=torch.int32),
+        "crayon_class": torch.tensor([[0, 18, -1], [0, 3, 5]], dtype=torch.int32),
+        "crayon_number": torch.tensor([[0, 1, 0], [0, 1, 2]], dtype=torch.int32),
+    }
+
+
+def row(batch: dict[str, Tensor], index: int, *, skip: int = 0) -> dict[str, Tensor]:
+    """One sample of the batch, without its first ``skip`` tokens."""
+    single = {name: value[index : index + 1] for name, value in batch.items()}
+    for name in ("input_ids", "attention_mask"):
+        single[name] = single[name][:, skip:]
+    return single
