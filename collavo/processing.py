@@ -9,11 +9,12 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import AutoProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from collavo.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, OBJECTS_MARKER
+from collavo.configuration import CollavoConfig
 from collavo.panoptic.coco import read_image
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.text import detections_from_crayon, object_prefix
@@ -354,3 +355,6 @@ def _as(value: Tensor, kind: str | None) -> Any:
     if kind is None:
         return value.tolist()
     return value.numpy() if kind == "np" else value
+
+
+AutoProcessor.register(CollavoConfig, CollavoProcessor, exist_ok=True)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from collavo.chat_templates import CHAT_TEMPLATES
 from collavo.panoptic import CocoPanopticDataset, PanopticMap, parse_objects
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
@@ -50,6 +51,14 @@ def test_loss_is_on_answers_and_stop_tokens_only(tiny_processor, side):
     kept = batch["labels"] != -100
     assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
     assert not bool((kept & (batch["attention_mask"] == 0)).any())
+
+
+def test_stop_token_of_the_released_template(tiny_processor):
+    """There the turn's end token is what the model says last; the line feed after it is not."""
+    processor = tiny_processor(chat_template=CHAT_TEMPLATES["eval"], texts=["UNUSED_TOKEN_145"])
+    batch = CrayonCollator(processor)([record()])
+    assert spoken(processor, batch)[0].startswith("yes[")
+    assert [text[-1] for text in spoken(processor, batch)] == ["]", "]"]
 
 
 def test_training_text_continues_the_prompt_of_inference(tiny_processor):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
+from collavo.configuration import CollavoConfig
 from collavo.panoptic import PanopticMap
 from collavo.processing import CollavoProcessor, make_image_processor
 
@@ -141,6 +143,16 @@ def test_save_and_load(tiny_processor, panoptic, tmp_path):
     assert loaded.grid == (2, 8) and loaded.max_number == 7 and loaded.reduce == "nearest"
     assert loaded.chat_template == processor.chat_template
     assert loaded.prompt("Is there a horse") == processor.prompt("Is there a horse")
+
+
+def test_auto_processor_beside_a_model_config(tiny_processor, tmp_path):
+    """A model's folder also has a config.json; the Auto classes then see its model type."""
+    processor = tiny_processor()
+    CollavoConfig().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, CollavoProcessor) and loaded.grid == (4, 4)
+    assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_lists_and_arrays(tiny_processor, panoptic):

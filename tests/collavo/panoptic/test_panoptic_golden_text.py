@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.models.mask2former import image_processing_pil_mask2former as processing
 
 from collavo.chat_templates import CHAT_TEMPLATES, OBJECTS_MARKER
 from collavo.panoptic import (
@@ -19,6 +24,7 @@ from collavo.panoptic import (
     object_prefix,
     parse_objects,
 )
+from collavo.processing import CollavoProcessor, make_image_processor
 from collavo_kernels import panoptic_lookup
 
 # The official code handles these as it means to.
@@ -204,13 +210,76 @@ def test_prompts_are_reproduced(recorded, golden, tiny_processor, template, key,
     assert text == expected
 
 
-def test_mask2former_post_processing(recorded, golden):
-    """The paper's settings on logits whose result the arguments were recorded for."""
-    torch.manual_seed(0)
-    from types import SimpleNamespace
+def character_tokenizer():
+    """The recorded toy tokenizer: character c is 3 + ord(c) % 290, <image> 300, <s> 1, pad 2."""
+    characters = {chr(code): 3 + code % 290 for code in (10, *range(32, 127))}
+    core = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "<pad>": 2, "<image>": 300} | characters)
+    )
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", pad_token="<pad>", padding_side="left"
+    )
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return tokenizer
 
-    from transformers.models.mask2former import image_processing_pil_mask2former as processing
 
+def test_the_released_scripts_inputs_are_reproduced(recorded, golden):
+    """Token ids, masks, crayon and pixels of a batch of two, the second without a map."""
+    tensors, _ = golden("panoptic")
+    panoptic, _, _ = recorded("three_ascending")
+    processor = CollavoProcessor(
+        make_image_processor(4), character_tokenizer(), chat_template=CHAT_TEMPLATES["eval"]
+    )
+    questions = ("What is this?", "Describe this image in detail")
+    images = [
+        Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        for pixels in tensors["process.eval.images_uint8"]
+    ]
+    batch = processor(
+        text=[processor.prompt(question) for question in questions],
+        images=images,
+        panoptic=[panoptic, None],
+        padding=True,
+        return_tensors="pt",
+    )
+    cells = batch["input_ids"] == 300
+    assert torch.equal(cells, tensors["process.eval.im_mask"])
+    for ids, mask, expected, expected_mask in zip(
+        batch["input_ids"],
+        batch["attention_mask"],
+        tensors["process.eval.input_ids"],
+        tensors["process.eval.attention_mask"],
+        strict=True,
+    ):
+        # The recorded ids have one placeholder where ours has one for every cell.
+        first = int((ids == 300).nonzero()[0])
+        keep = (ids != 300) | (torch.arange(len(ids)) == first)
+        assert torch.equal(ids[keep], expected)
+        assert torch.equal(mask[keep], expected_mask)
+    for key, recorded_key in (("crayon_class", "semantic"), ("crayon_number", "number")):
+        values = batch[key].gather(1, batch["crayon_index"].long())
+        assert torch.equal(values, tensors[f"process.eval.seg_{recorded_key}"])
+    torch.testing.assert_close(
+        batch["pixel_values"], tensors["process.eval.pixel_values"], rtol=0, atol=1e-6
+    )
+
+
+def test_every_recorded_case_is_tested(golden):
+    elsewhere = {
+        "absent_segment_last", "absent_segment_middle", "map_id_not_in_info_middle",
+        "one_absent_one_extra", "map_id_not_in_info_first", "repeated_23_instances_overflow",
+        "repeated_22_of_which_21_same_class", "none_all_minus1", "none_all_zero",
+        "none_in_map_but_info_present", "fused_same_id_twice_in_info", "label_id_133_out_of_range",
+    }  # fmt: skip
+    assert {*RIGHT, *OTHER_SIZES, *WRONG_ORDER, *elsewhere} == set(golden("panoptic")[1]["cases"])
+
+
+def test_mask2former_post_processing():
+    """The paper's settings: no fusing, and 0.95 of score times probability in some cell."""
     masks = torch.full((1, 3, 16, 16), -10.0)
     masks[0, 0, :, :8] = 10.0
     masks[0, 1, :8, 8:] = 10.0
