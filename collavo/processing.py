@@ -357,4 +357,4 @@ def _as(value: Tensor, kind: str | None) -> Any:
     return value.numpy() if kind == "np" else value
 
 
-AutoProcessor.register(CollavoConfig, CollavoProcessor, exist_ok=True)
+AutoProcessor.register(CollavoConfig, CollavoProcessor, exist_ok=True)  # type: ignore[no-untyped-call]
