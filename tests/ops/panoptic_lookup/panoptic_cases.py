@@ -71,18 +71,18 @@ CASES = {
     "one-pixel": Case("the smallest map", lambda: [ints([7]).reshape(1, 1)], [[(7, 5)]], (1, 1)),
     "grid-sized": Case(
         "a segmenter's own grid is taken cell by cell",
-        lambda: [blobs(9, 11, [0, 1, 2, 3])],
+        lambda: [blobs(4, 5, [0, 1, 2, 3])],
         [[(1, 0), (2, 1), (3, 0)]],
-        (9, 11),
+        (4, 5),
     ),
     "grid-divides-map": Case(
-        "cells share no pixel", lambda: [blobs(24, 40, [4, 9, -1])], [[(4, 1), (9, 1)]], (6, 8)
+        "cells share no pixel", lambda: [blobs(24, 40, [4, 9, -1])], [[(4, 1), (9, 1)]], (3, 4)
     ),
     "cells-overlap": Case(
         "a grid that does not divide the map: neighbouring cells share pixels",
         lambda: [noise(37, 53, [0, 1, 2])],
         [[(1, 3), (2, 4)]],
-        (7, 9),
+        (4, 5),
     ),
     "map-smaller-than-grid": Case(
         "several cells share each pixel, and some cells own none",
@@ -142,7 +142,7 @@ CASES = {
         "instances after the last number get number 0",
         lambda: [blobs(30, 30, list(range(1, 8)))],
         [[(i, 1) for i in range(1, 8)]],
-        (6, 6),
+        (4, 4),
         num_classes=2,
         max_number=3,
     ),
