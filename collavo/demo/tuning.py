@@ -1,0 +1,172 @@
+"""The two stages of CoLLaVO on the tiny model, through ``CollavoTrainer``, and their controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from collavo.demo.conversations import Talk, Talks
+from collavo.demo.storage import Scenes
+from collavo.evaluation.answering import with_crayon
+from collavo.processing import CollavoProcessor
+from collavo.train import CollavoTrainer, CollavoTrainingArguments
+from collavo.train.collator import CrayonCollator
+
+Stage = Literal["cpt", "cit"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of the trainer.
+
+    Args:
+        name: What the progress bar and the report call it.
+        stage: ``"cpt"`` or ``"cit"``.
+        steps: Optimizer steps.
+        talk: Makes the conversations.
+        adapter: The adapter that ``"cit"`` trains: ``"image"`` or ``"vl"``.
+        learning_rate: Peak of the cosine.
+    """
+
+    name: str
+    stage: Stage
+    steps: int
+    talk: Talk
+    adapter: Literal["image", "vl"]
+    learning_rate: float
+
+
+class PhaseCollator:
+    """The package's collator; a control's batches come without their crayon.
+
+    Args:
+        processor: The model's processor.
+        crayon: Whether batches keep it.
+    """
+
+    def __init__(self, processor: CollavoProcessor, crayon: bool = True) -> None:
+        self.collator = CrayonCollator(processor, object_text=False)
+        self.crayon = crayon
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make one batch.
+
+        Args:
+            records: As for ``CrayonCollator``.
+        """
+        return with_crayon(self.collator(records), "on" if self.crayon else "off")
+
+
+@dataclass
+class _Progress(TrainerCallback):
+    """One progress bar per phase, and the losses that the trainer logs."""
+
+    label: str
+    show: bool
+    losses: list[float] = field(default_factory=list)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=self.label, disable=not self.show, leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def run_phase(
+    model: nn.Module,
+    processor: CollavoProcessor,
+    scenes: Scenes,
+    phase: Phase,
+    *,
+    folder: Path,
+    seed: int,
+    batch_size: int,
+    crayon: bool = True,
+    progress: bool = True,
+) -> list[float]:
+    """Train one phase and return the losses that were logged, one per ten steps.
+
+    Args:
+        model: A ``CollavoForConditionalGeneration``; trained in place.
+        processor: Its processor.
+        scenes: The training scenes.
+        phase: What to train.
+        folder: Where the trainer may write; it saves nothing.
+        seed: Of the order and the draws of the data.
+        batch_size: Samples per step.
+        crayon: False trains the control: the same data without the Crayon Prompt.
+        progress: Whether to show a bar.
+    """
+    arguments = CollavoTrainingArguments(
+        output_dir=str(folder),
+        stage=phase.stage,
+        vl_probability=1.0 if phase.adapter == "vl" else 0.0,
+        max_steps=phase.steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=phase.learning_rate,
+        min_learning_rate=phase.learning_rate / 50,
+        warmup_steps=min(20, phase.steps // 5),
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    rounds = -(-phase.steps * batch_size // len(scenes))
+    talks = Talks(scenes, phase.talk, seed, rounds=rounds)
+    watch = _Progress(phase.name, progress)
+    is_vl = phase.stage == "cit" and phase.adapter == "vl"
+    trainer = CollavoTrainer(
+        model,
+        arguments,
+        train_dataset=None if is_vl else talks,
+        vl_dataset=talks if is_vl else None,
+        data_collator=PhaseCollator(processor, crayon),
+        processing_class=processor,
+        callbacks=[watch],
+    )
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    trainer.train()
+    return watch.losses
+
+
+def snapshot(parameters: Any) -> list[Tensor]:
+    """Copy parameters, to compare them bit for bit later.
+
+    Args:
+        parameters: An iterable of parameters.
+    """
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def same_bits(before: Sequence[Tensor], parameters: Any) -> bool:
+    """Say whether parameters are what they were, to the last bit.
+
+    Args:
+        before: From :func:`snapshot`.
+        parameters: The same parameters now.
+    """
+    now = list(parameters)
+    return len(before) == len(now) and all(
+        torch.equal(old, new.detach()) for old, new in zip(before, now, strict=True)
+    )
