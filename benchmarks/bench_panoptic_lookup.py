@@ -1,0 +1,201 @@
+"""panoptic_lookup beside the released algorithm and careful NumPy; CrayonPrompt per row and token.
+
+The peers do the work of their own definition. The released algorithm is for maps of the grid's
+size; on a larger map it is given a nearest reduction, which it does not have. NumPy cuts cells where
+they share pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.conftest import Measure
+from collavo_kernels import CrayonMap, panoptic_lookup
+from collavo_kernels.nn import CrayonPrompt
+
+GRID = (35, 35)
+QUICK = ("480x640/s15/b1", "480x640/s15/b16")
+FULL = tuple(
+    f"{size}/s{segments}/b{batch}"
+    for size in ("480x640", "960x1280")
+    for segments in (5, 15, 60)
+    for batch in (1, 16, 64)
+    if f"{size}/s{segments}/b{batch}" not in QUICK
+)
+CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
+
+
+class Batch:
+    """Maps with connected segments, as a segmenter or an annotator makes them."""
+
+    def __init__(self, case: str) -> None:
+        size, segments, batch = case.split("/")
+        self.height, self.width = (int(side) for side in size.split("x"))
+        count = int(segments[1:])
+        generator = torch.Generator().manual_seed(0)
+        # Ids as in COCO: colours, up to 2^24.
+        ids = [torch.randperm(2**24 - 1, generator=generator)[:count].int() + 1 for _ in range(4)]
+        maps = [self._map(each, generator) for each in ids]
+        images = [k % 4 for k in range(int(batch[1:]))]
+        self.maps = torch.stack([maps[k] for k in images])
+        self.ids = [ids[k] for k in images]
+        self.classes = [torch.arange(count, dtype=torch.int32) % 40 for _ in images]
+
+    def _map(self, ids: Tensor, generator: torch.Generator) -> Tensor:
+        """Every pixel takes the id of the nearest of some points; a tenth stays unlabelled."""
+        points = len(ids) + max(1, len(ids) // 10)
+        y = torch.randint(self.height, (points, 1, 1), generator=generator)
+        x = torch.randint(self.width, (points, 1, 1), generator=generator)
+        rows, columns = torch.arange(self.height)[:, None], torch.arange(self.width)
+        best = torch.full((self.height, self.width), 2**30)
+        out = torch.zeros(self.height, self.width, dtype=torch.int32)
+        for k in range(points):
+            far = (rows - y[k]) ** 2 + (columns - x[k]) ** 2
+            nearer = far < best
+            best = torch.where(nearer, far, best)
+            out[nearer] = ids[k] if k < len(ids) else 0
+        return out
+
+
+def released_algorithm(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Loop over the ids of each map: masks, ``torch.where`` for cells and boxes."""
+    out = []
+    for segmentation, ids, classes in zip(batch.maps, batch.ids, batch.classes, strict=True):
+        label_of = dict(zip(ids.tolist(), classes.tolist(), strict=True))
+        semantic, number = torch.zeros_like(segmentation), torch.zeros_like(segmentation)
+        seen: dict[int, int] = {}
+        boxes = []
+        for segment in segmentation.unique().tolist():
+            if segment <= 0:
+                continue
+            label = label_of[segment]
+            seen[label] = seen.get(label, 0) + 1
+            y, x = torch.where(segmentation == segment)
+            semantic[y, x] = label + 1
+            number[y, x] = seen[label]
+            boxes.append(torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]))
+        height, width = segmentation.shape
+        i = (2 * torch.arange(GRID[0]) + 1) * height // (2 * GRID[0])
+        j = (2 * torch.arange(GRID[1]) + 1) * width // (2 * GRID[1])
+        cells = (semantic[i[:, None], j].flatten(), number[i[:, None], j].flatten())
+        out.append((*cells, torch.stack(boxes) / 35))
+    return out
+
+
+def careful_numpy(batch: Batch) -> list[tuple[np.ndarray, ...]]:
+    """One ``np.unique``, then ``bincount`` of (cell, segment) pairs; no loop over segments."""
+    out = []
+    for tensor, ids_tensor in zip(batch.maps, batch.ids, strict=True):
+        segmentation, ids = tensor.numpy(), np.sort(ids_tensor.numpy())
+        height, width = segmentation.shape
+        present, rows = np.unique(segmentation, return_inverse=True)
+        rows = np.where(np.isin(present, ids), np.searchsorted(ids, present) + 1, 0)[rows]
+        rows = rows.reshape(height, width)
+        # Cells are cut, not shared, at their borders: what bincount can do in one go.
+        cell = (np.arange(height) * GRID[0] // height)[:, None] * GRID[1]
+        cell = cell + np.arange(width) * GRID[1] // width
+        count = len(ids) + 1
+        pairs = np.bincount((cell * count + rows).ravel(), minlength=GRID[0] * GRID[1] * count)
+        index = pairs.reshape(-1, count).argmax(1)
+        area = np.bincount(rows.ravel(), minlength=count)
+        out.append((index, area, _numpy_boxes(rows, count)))
+    return out
+
+
+def _numpy_boxes(rows: np.ndarray, count: int) -> np.ndarray:
+    """Boxes from the (row, y) and (row, x) pairs that occur."""
+    height, width = rows.shape
+    by_y = np.zeros((count, height), dtype=bool)
+    by_x = np.zeros((count, width), dtype=bool)
+    by_y[rows, np.arange(height)[:, None]] = True
+    by_x[rows, np.arange(width)] = True
+    x0, y0 = by_x.argmax(1), by_y.argmax(1)
+    x1, y1 = width - by_x[:, ::-1].argmax(1), height - by_y[:, ::-1].argmax(1)
+    return np.stack([x0 / width, y0 / height, x1 / width, y1 / height], 1)
+
+
+def ours(batch: Batch, backend: str, reduce: str, device: torch.device) -> Callable[[], CrayonMap]:
+    maps = batch.maps.to(device)
+
+    def call() -> CrayonMap:
+        return panoptic_lookup(
+            maps, batch.ids, batch.classes, grid=GRID, reduce=reduce, backend=backend
+        )
+
+    return call
+
+
+PROVIDERS = {
+    "released-algorithm": ("nearest", "cpu"),
+    "numpy": ("majority", "cpu"),
+    "ours:cpu": ("majority", "cpu"),
+    "ours:cpu-nearest": ("nearest", "cpu"),
+    "ours:triton": ("majority", "cuda"),
+    "reference": ("majority", ""),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str, case: str) -> None:
+    reduce, needs = PROVIDERS[provider]
+    if needs and device.type != needs:
+        pytest.skip(f"{provider} runs on {needs}, the device is {device.type}")
+    batch = Batch(case)
+    if provider == "released-algorithm":
+        fn: Callable[[], object] = lambda: released_algorithm(batch)  # noqa: E731
+    elif provider == "numpy":
+        fn = lambda: careful_numpy(batch)  # noqa: E731
+    else:
+        backend = provider.removeprefix("ours:").removesuffix("-nearest")
+        fn = ours(batch, backend, reduce, device)
+    measure(
+        fn,
+        op="panoptic_lookup",
+        provider=provider,
+        case=case,
+        mode=reduce,
+        dtype=torch.int32,
+        bytes=batch.maps.numel() * 4,
+        config={"grid": GRID, "threads": torch.get_num_threads()},
+    )
+
+
+@pytest.mark.parametrize("case", ["d128", pytest.param("d1024", marks=pytest.mark.full)])
+@pytest.mark.parametrize("provider", ["ours", "per-token"])
+def bench_crayon_prompt(measure: Measure, device: torch.device, provider: str, case: str) -> None:
+    """Forward and backward for 16 images of 35x35 tokens; hidden size is four times the width."""
+    batch, width = Batch("480x640/s15/b16"), int(case[1:])
+    maps = batch.maps.to(device)
+    crayon = panoptic_lookup(maps, batch.ids, batch.classes, grid=GRID)
+    module = CrayonPrompt(embed_dim=width, hidden_size=4 * width, zero_init=False).to(device)
+    index = crayon.row_index.long()
+
+    def call() -> None:
+        module.zero_grad(set_to_none=True)
+        if provider == "ours":
+            table = module(crayon)
+        else:
+            table = module.project(crayon.row_class[index], crayon.row_number[index])
+        table.sum().backward()
+
+    measure(
+        call,
+        op="crayon_prompt",
+        provider=provider,
+        case=case,
+        mode="fwd+bwd",
+        # The work there is: forward, weight gradient and input gradient of both layers, per row.
+        flops=2 * 3 * crayon.num_rows * (4 * width * width + 16 * width * width),
+        config={
+            "rows": crayon.num_rows,
+            "tokens": index.numel(),
+            "embed_dim": width,
+            "hidden_size": 4 * width,
+        },
+    )
