@@ -76,6 +76,10 @@ class CollavoTextConfig(LlamaConfig):
         self._check_adapters()
 
     def _check_adapters(self) -> None:
+        if self.crayon_mode not in CRAYON_MODES:
+            raise ValueError(f"crayon_mode: expected one of {CRAYON_MODES}, got {self.crayon_mode!r}")
+        if self.quantize not in (None, "nf4"):
+            raise ValueError(f"quantize: expected None or 'nf4', got {self.quantize!r}")
         if len(set(self.adapters)) != len(self.adapters):
             raise ValueError(f"adapters: expected distinct names, got {list(self.adapters)}")
         if unknown := [name for name in self.image_adapters if name not in self.adapters]:

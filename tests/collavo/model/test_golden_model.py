@@ -257,7 +257,9 @@ def test_decode_step_logits(recorded: Recorded) -> None:
 
 def test_position_embedding_resize(golden: Any) -> None:
     tensors, _ = golden("model")
-    assert torch.equal(resize_position_embedding(tensors["posembed.in"], 5), tensors["posembed.out"])
+    assert torch.equal(
+        resize_position_embedding(tensors["posembed.in"], 5), tensors["posembed.out"]
+    )
 
 
 def test_checkpoint_with_clips_own_grid_is_resized(golden: Any) -> None:
