@@ -256,6 +256,25 @@ void bind_qlora_linear(py::module_& module) {
         op::sum_rows(isa, args);
       },
       "Sum the gradients of each table row.");
+  module.def(
+      "qlora_linear_product",
+      [](int isa, const std::array<int64_t, 3>& a, const std::array<int64_t, 3>& b,
+         const std::array<int64_t, 2>& c, const std::array<int64_t, 3>& shape) {
+        const op::ProductArgs args{pointer_of<const float>(a[0]),
+                                   a[1],
+                                   a[2],
+                                   pointer_of<const float>(b[0]),
+                                   b[1],
+                                   b[2],
+                                   pointer_of<float>(c[0]),
+                                   c[1],
+                                   shape[0],
+                                   shape[1],
+                                   shape[2]};
+        py::gil_scoped_release unlocked;
+        op::product(isa, args);
+      },
+      "c = a b in float32 for thin matrices, the same bits for any number of threads.");
 }
 
 }  // namespace

@@ -113,7 +113,7 @@ def save_peft_adapter(
     first = next(iter(layers))
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": None,
         "base_model_name_or_path": base_model or None,
         "r": ranks[first],
         "lora_alpha": alphas[first],

@@ -18,6 +18,10 @@ void sum_rows(int isa, const SumRowsArgs& args) {
   COLLAVO_RETURN_PER_ISA(isa, sum_rows(args));
 }
 
+void product(int isa, const ProductArgs& args) {
+  COLLAVO_RETURN_PER_ISA(isa, product(args));
+}
+
 int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t total_rank) {
   // x as float32, x in the order of the decoded weight (padded to 128), and the adapters' hidden
   // values.

@@ -77,15 +77,28 @@ struct SumRowsArgs {
   int64_t tokens, columns, rows;
 };
 
+// c = a b in float32, [m, k] times [k, n], any strides for a and b.
+struct ProductArgs {
+  const float* a;
+  int64_t a_row, a_column;
+  const float* b;
+  int64_t b_row, b_column;
+  float* c;
+  int64_t c_row;
+  int64_t m, n, k;
+};
+
 COLLAVO_DECLARE_PER_ISA(void dequantize(const DequantizeArgs& args);
                         void forward(const ForwardArgs& args);
                         void add_rows(const AddRowsArgs& args);
-                        void sum_rows(const SumRowsArgs& args))
+                        void sum_rows(const SumRowsArgs& args);
+                        void product(const ProductArgs& args))
 
 void dequantize(int isa, const DequantizeArgs& args);
 void forward(int isa, const ForwardArgs& args);
 void add_rows(int isa, const AddRowsArgs& args);
 void sum_rows(int isa, const SumRowsArgs& args);
+void product(int isa, const ProductArgs& args);
 
 // float32 values that forward() needs as scratch.
 int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t total_rank);

@@ -24,6 +24,9 @@ from collavo_kernels.ops.qlora_linear.reference import check_row_index
 
 FEW_TOKENS = 16
 _CHUNK = 64
+# The math library cuts float32 products thinner than this along the sum, so their bits would depend
+# on the number of threads.
+_THIN = 16
 _STRIP_BYTES = 1 << 20
 _BEST = -1
 
@@ -62,12 +65,12 @@ def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGrad
     upstream: list[Tensor] = []
     for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
         if mask.x or mask.a[i]:
-            upstream.append(_gate(inputs, i, wide_grad @ b.to(dtype)))
+            upstream.append(_gate(inputs, i, _product(wide_grad, b.to(dtype))))
             if mask.a[i]:
-                grads_a[i] = (upstream[-1].t() @ x).to(a.dtype)
+                grads_a[i] = _product(upstream[-1].t(), x).to(a.dtype)
         if mask.b[i]:
-            hidden = _gate(inputs, i, x @ a.to(dtype).t())
-            grads_b[i] = (wide_grad.t() @ hidden).to(b.dtype)
+            hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
+            grads_b[i] = _product(wide_grad.t(), hidden).to(b.dtype)
     return QLoRAGradients(
         x=_grad_x(module, inputs, wide_grad, upstream) if mask.x else None,
         weight=None,
@@ -145,7 +148,8 @@ def _forward_many(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
     x.copy_(inputs.x)
     column = k
     for i, a in enumerate(inputs.a):
-        joined[:, column : column + ranks[i]] = _gate(inputs, i, x @ a.to(dtype).t())
+        hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
+        joined[:, column : column + ranks[i]] = hidden
         column += ranks[i]
     out = inputs.x.new_empty((m, n), dtype=dtype)
     step = _strip(width, n, dtype)
@@ -158,11 +162,21 @@ def _forward_many(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
         for b, rank in zip(inputs.b, ranks, strict=True):
             strip[:, column : column + rank] = b[start:stop]
             column += rank
-        if stop - start == n:
-            out = joined @ strip.t()
-        else:
-            torch.mm(joined, strip.t(), out=out[:, start:stop])
+        _product(joined, strip.t(), out[:, start:stop])
     return _epilogue(module, inputs, out).to(inputs.x.dtype)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    (m, k), n = a.shape, b.shape[1]
+    if min(m, n, k) > _THIN or a.dtype != torch.float32:
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if out is None:
+        out = a.new_empty((m, n))
+    left = (a.data_ptr(), *a.stride())
+    right = (b.data_ptr(), *b.stride())
+    target = (out.data_ptr(), out.stride(0))
+    _module().qlora_linear_product(_BEST, left, right, target, (m, n, k))
+    return out
 
 
 def _epilogue(module: ModuleType, inputs: QLoRAInputs, out: Tensor) -> Tensor:
@@ -204,10 +218,7 @@ def _grad_x(
         for a in inputs.a:
             strip[row : row + a.shape[0]] = a[:, start:stop]
             row += a.shape[0]
-        if stop - start == k:
-            out = joined @ strip
-        else:
-            torch.mm(joined, strip, out=out[:, start:stop])
+        _product(joined, strip, out[:, start:stop])
     return out.to(inputs.x.dtype)
 
 

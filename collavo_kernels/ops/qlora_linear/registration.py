@@ -48,7 +48,9 @@ def _forward(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
     if x.dim() == 2:
         return out
     # Unlike view(), the result does not count as a view, which FSDP warns of.
-    return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], inputs.out_features])
+    shape = [*x.shape[:-1], inputs.out_features]
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(out, shape)
+    return shaped
 
 
 def _backward(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Tensor]:
