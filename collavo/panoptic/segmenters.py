@@ -66,6 +66,7 @@ class Mask2FormerSegmenter:
             **kwargs: Passed on to the model's ``from_pretrained``.
 
         Raises:
+            ImportError: if scipy is missing, which transformers' Mask2Former needs.
             OSError: if there is no such model.
         """
         from transformers import Mask2FormerForUniversalSegmentation

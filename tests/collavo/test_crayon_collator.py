@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import CLIPVisionConfig
 
 from collavo.chat_templates import CHAT_TEMPLATES
+from collavo.configuration import CollavoConfig
+from collavo.modeling import CollavoForConditionalGeneration
 from collavo.panoptic import CocoPanopticDataset, PanopticMap, parse_objects
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
@@ -240,3 +243,41 @@ def test_template_without_generation_block(tiny_processor):
     )
     with pytest.raises(ValueError, match="generation"):
         CrayonCollator(processor)([record()])
+
+
+def test_the_model_takes_what_the_collator_and_the_processor_make(coco_dataset, tiny_processor):
+    """Mixed batch, text-only batch and a prompt for generate(), end to end."""
+    processor = tiny_processor()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    text = {
+        "vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+    }  # fmt: skip
+    config = CollavoConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+        crayon_mode="attention",
+    )
+    model = CollavoForConditionalGeneration(config).eval()
+    collator = CrayonCollator(processor)
+    data = CrayonInstructionDataset(coco_dataset)
+    for records in ([data[0], record(), data[1]], [record(), record()]):
+        loss = model(**collator(records)).loss
+        assert loss.dim() == 0 and bool(loss.isfinite())
+    prompts = [processor.prompt("What"), processor.prompt("What", num_images=0)]
+    inputs = processor(
+        text=prompts,
+        images=[data[0]["image"]],
+        panoptic=[data[0]["panoptic"]],
+        padding=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :])
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
