@@ -1,13 +1,14 @@
 """panoptic_lookup beside the released algorithm and careful NumPy; CrayonPrompt per row and token.
 
 The peers do the work of their own definition. The released algorithm is for maps of the grid's
-size; on a larger map it is given a nearest reduction, which it does not have. NumPy cuts cells where
-they share pixels.
+size; on a larger map it is given a nearest reduction, which it does not have. NumPy cuts cells
+where they share pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,9 +88,9 @@ def released_algorithm(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
     return out
 
 
-def careful_numpy(batch: Batch) -> list[tuple[np.ndarray, ...]]:
+def careful_numpy(batch: Batch) -> list[tuple[Any, ...]]:
     """One ``np.unique``, then ``bincount`` of (cell, segment) pairs; no loop over segments."""
-    out = []
+    out: list[tuple[Any, ...]] = []
     for tensor, ids_tensor in zip(batch.maps, batch.ids, strict=True):
         segmentation, ids = tensor.numpy(), np.sort(ids_tensor.numpy())
         height, width = segmentation.shape
