@@ -48,13 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, with transformers' progress bars, and save the model in ``--output_dir``."""
+    from collavo.loading import load_pretrained
+    from collavo.processing import CollavoProcessor
     from collavo.train.collator import CrayonCollator
     from collavo.train.trainer import CollavoTrainer
 
     training = training_arguments(args)
     samples = coco_samples(args)
     image_data, vl_data = datasets(args, training, samples)
-    model, processor = load(args.model)
+    processor = CollavoProcessor.from_pretrained(args.model)
+    model = load_pretrained(args.model)
     if training.stage == "cit" and not model.config.adapters:
         model.add_dual_qlora(
             rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize
@@ -140,21 +143,3 @@ def datasets(
         for path in args.vl_data
     ]
     return image_data, ConcatDataset(parts)
-
-
-def load(folder: str) -> tuple[Any, Any]:
-    """Load model and processor from a folder; every tensor must be there, and no other.
-
-    Raises:
-        OSError: if there is no such model.
-        ValueError: naming missing, surplus or misshapen tensors.
-    """
-    from collavo.modeling import CollavoForConditionalGeneration
-    from collavo.processing import CollavoProcessor
-
-    loaded: Any = CollavoForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    model, found = loaded
-    faults = [f"{kind} {sorted(map(str, keys))[:5]}" for kind, keys in found.items() if keys]
-    if faults:
-        raise ValueError(f"{folder}: its tensors are not this model's: {'; '.join(faults)}")
-    return model, CollavoProcessor.from_pretrained(folder)

@@ -14,32 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from collavo.loading import weight_files
+
 STREAMS = "collavo_streams.json"
-RESUME_FILES = ("trainer_state.json", STREAMS)
-OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder.
-
-    Raises:
-        FileNotFoundError: if the folder, its weights or one of their parts is missing.
-        ValueError: if the index of the parts cannot be read.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / INDEX
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there")
-    names = set(_read_json(index).get("weight_map", {}).values())
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: missing, {INDEX} names it")
-    return [folder / name for name in sorted(names)]
+RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAMS)
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:
@@ -49,7 +27,7 @@ def check_weights(folder: Path, model: nn.Module) -> None:
     are read.
 
     Raises:
-        FileNotFoundError: as :func:`weight_files`.
+        FileNotFoundError: naming the folder or the file that is missing.
         ValueError: naming the file that is no safetensors file, or the missing, surplus or
             misshapen tensors.
     """
@@ -59,7 +37,7 @@ def check_weights(folder: Path, model: nn.Module) -> None:
             with safe_open(path, framework="pt") as tensors:
                 stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+            raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
     expected = model.state_dict()
     by_memory = {_memory(expected[key]) for key in stored if key in expected}
     missing = [key for key in expected if key not in stored and not _tied(expected[key], by_memory)]
@@ -75,19 +53,18 @@ def check_weights(folder: Path, model: nn.Module) -> None:
         raise ValueError(f"{folder}: its tensors are not this model's; {'; '.join(faults)}")
 
 
-def check_resume(folder: Path, facts: Mapping[str, Any], *, sharded: bool = False) -> None:
+def check_resume(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raise unless the folder is a whole checkpoint of a run with the same streams of samples.
 
     Args:
         folder: A ``checkpoint-N`` folder.
         facts: The present run's ``CollavoTrainingArguments.stream_facts()``.
-        sharded: The optimizer's state is in shards, whose files are accelerate's to check.
 
     Raises:
         FileNotFoundError: naming the missing file.
         ValueError: naming the argument that differs.
     """
-    for name in RESUME_FILES if sharded else (*RESUME_FILES, *OPTIMIZER_FILES):
+    for name in RESUME_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name}: missing; it is not a whole checkpoint, resume from an older one"

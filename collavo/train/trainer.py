@@ -16,6 +16,7 @@ from collavo.train import checkpoint
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.sampler import StepSampler, join
 from collavo.train.schedule import StepKind, StepSchedule
+from collavo.train.sharding import full_state_dict
 from collavo.train.stages import drop_idle_gradients, prepare_stage
 
 
@@ -37,8 +38,8 @@ class CollavoTrainer(Trainer):
         kwargs: As for ``transformers.Trainer`` (``data_collator``, ``eval_dataset`` ...).
 
     Raises:
-        ValueError: if the model lacks what the stage trains, or a data set that the stage draws
-            from is missing or empty.
+        ValueError: if the model lacks what the stage trains, a data set that the stage draws from
+            is missing or empty, or FSDP is asked for something it cannot do here.
     """
 
     args: CollavoTrainingArguments
@@ -60,6 +61,7 @@ class CollavoTrainer(Trainer):
         self._logged_kinds: Counter[StepKind] = Counter()
         joined = self._join(train_dataset, vl_dataset if probability > 0.0 else None)
         super().__init__(model=cast(Any, model), args=args, train_dataset=joined, **kwargs)
+        self._check_fsdp()
         if joined is not None:
             self._get_train_sampler()  # complains now, not in train(), about an empty data set
 
@@ -72,6 +74,17 @@ class CollavoTrainer(Trainer):
             "vl": 0 if vl is None else len(cast(Any, vl)),
         }
         return joined
+
+    def _check_fsdp(self) -> None:
+        if not self.is_fsdp_enabled:
+            return
+        if not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_config: expected fsdp_version 2; version 1 cannot shard bytes")
+        if self.args.save_strategy != "no" and not self.args.save_only_model:
+            raise ValueError(
+                "save_only_model: expected True with FSDP, whose checkpoints hold the model alone; "
+                "train with DDP to resume from checkpoints"
+            )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         return StepSampler(
@@ -100,6 +113,13 @@ class CollavoTrainer(Trainer):
             self._logged_kinds.clear()
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model so that ``from_pretrained`` reads it; all processes have to call it."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=full_state_dict(cast(nn.Module, self.model)))
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         target = Path(output_dir or str(self.args.output_dir))
         if not self.args.should_save:
@@ -123,8 +143,6 @@ class CollavoTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded:
-            checkpoint.check_weights(folder, cast(nn.Module, self.model))
-        checkpoint.check_resume(folder, self.args.stream_facts(), sharded=sharded)
+        checkpoint.check_weights(folder, cast(nn.Module, self.model))
+        checkpoint.check_resume(folder, self.args.stream_facts())
         super()._load_from_checkpoint(resume_from_checkpoint, cast(Any, model))

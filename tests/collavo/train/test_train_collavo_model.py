@@ -19,7 +19,7 @@ from collavo.train.trainer import CollavoTrainer
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., CollavoTrainer]:
     def make(
-        model: Any, folder: str = "run", *, vl_images: bool = True, **changes: Any
+        model: Any, folder: str = "run", *, vl_text_every: int = 0, **changes: Any
     ) -> CollavoTrainer:
         options: dict[str, Any] = {
             "stage": "cit",
@@ -33,7 +33,7 @@ def build(tmp_path: Path) -> Callable[..., CollavoTrainer]:
             "seed": 3,
         }
         args = CollavoTrainingArguments(output_dir=str(tmp_path / folder), **{**options, **changes})
-        vl = CollavoRecords("vl", images=vl_images)
+        vl = CollavoRecords("vl", text_every=vl_text_every)
         return CollavoTrainer(model, args, CollavoRecords("image"), vl)
 
     return make
@@ -61,10 +61,11 @@ def parts_changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[st
         ({"stage": "cpt"}, {"crayon"}),
         ({"vl_probability": 0.0}, {"crayon", "image"}),
         ({"vl_probability": 1.0}, {"crayon", "vl"}),
-        # Text alone reaches no crayon.
-        ({"vl_probability": 1.0, "vl_images": False}, {"vl"}),
+        # Text alone: the crayon's gradient is zero, and its weight decays.
+        ({"vl_probability": 1.0, "vl_text_every": 1}, {"crayon", "vl"}),
+        ({"vl_probability": 1.0, "vl_text_every": 1, "weight_decay": 0.0}, {"vl"}),
     ],
-    ids=["cpt", "image", "vl", "vl-text"],
+    ids=["cpt", "image", "vl", "vl-text-decay", "vl-text"],
 )
 def test_what_is_trained(
     build: Callable[..., CollavoTrainer], mode: str, options: dict[str, Any], expected: set[str]
@@ -95,7 +96,7 @@ def test_resumed_equals_straight_through_and_loads_as_saved(
     build: Callable[..., CollavoTrainer], tmp_path: Path
 ) -> None:
     """Bytes of the 4-bit weights included; the checkpoint is a model folder like any other."""
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "vl_images": False}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "vl_text_every": 1}
     straight = make_collavo()
     build(straight, **options).train()
     resumed = make_collavo()

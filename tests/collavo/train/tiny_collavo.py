@@ -57,10 +57,10 @@ def make_collavo(
 
 
 class CollavoRecords(Dataset[dict[str, Tensor]]):
-    """Model inputs that follow from the index; with ``images=False`` of text alone."""
+    """Model inputs that follow from the index; every ``text_every``-th record is text alone."""
 
-    def __init__(self, kind: str, size: int = 8, *, images: bool = True) -> None:
-        self.kind, self.size, self.images = kind, size, images
+    def __init__(self, kind: str, size: int = 8, *, text_every: int = 0) -> None:
+        self.kind, self.size, self.text_every = kind, size, text_every
 
     def __len__(self) -> int:
         return self.size
@@ -71,7 +71,7 @@ class CollavoRecords(Dataset[dict[str, Tensor]]):
         labels = tokens.clone()
         labels[: 2 + CELLS] = -100
         record = {"attention_mask": torch.ones_like(tokens), "labels": labels}
-        if self.images:
+        if not self.text_every or index % self.text_every:
             tokens[1 : 1 + CELLS] = IMAGE_TOKEN
             record["pixel_values"] = torch.randn(3, 8, 8, generator=generator)
             record["crayon_index"] = torch.tensor([0, 1, 2, 1], dtype=torch.int32)

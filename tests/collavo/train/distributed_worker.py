@@ -1,0 +1,155 @@
+"""One of two processes: trains the tiny model by DDP (Trainer) or FSDP2 (a loop of its own).
+
+Usage: ``distributed_worker.py {ddp,fsdp2} FOLDER`` with RANK, WORLD_SIZE and the address in the
+environment. Writes ``FOLDER/rank<R>.json``; rank 0 saves the model in ``FOLDER/model``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_collavo import CollavoRecords, make_collavo
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import default_collate
+from transformers import TrainerCallback
+
+from collavo.train.arguments import CollavoTrainingArguments
+from collavo.train.sampler import StepSampler, join
+from collavo.train.schedule import StepSchedule
+from collavo.train.sharding import full_state_dict
+from collavo.train.stages import drop_idle_gradients, prepare_stage
+from collavo.train.trainer import CollavoTrainer
+
+STEPS, STEP_SIZE, SEED, RATE = 6, 4, 3, 1e-2
+# With the usual epsilon Adam turns the rounding of a near-zero gradient into a whole step.
+EPSILON = 1e-2
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Hash this rank's own bytes of some tensors."""
+    total = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        total.update(local.detach().numpy().tobytes())
+    return total.hexdigest()
+
+
+def digests(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, str]:
+    """Hash crayon and adapters, each with its optimizer state."""
+    groups = {name: list(model.adapter_parameters(name)) for name in ("image", "vl")}
+    groups["crayon"] = list(model.crayon_parameters())
+    result = {}
+    for name, parameters in groups.items():
+        held = {} if optimizer is None else optimizer.state
+        moments = [v for p in parameters for v in held.get(p, {}).values()]
+        result[name] = digest([*parameters, *(torch.as_tensor(v) for v in moments)])
+    return result
+
+
+def datasets() -> tuple[CollavoRecords, CollavoRecords]:
+    """Every second VL record has no image: in some steps one rank has an image, the other none."""
+    return CollavoRecords("image"), CollavoRecords("vl", text_every=2)
+
+
+class Watch(TrainerCallback):
+    def __init__(self, log: list[dict[str, str]]) -> None:
+        self.log = log
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.log.append(digests(kwargs["model"], kwargs["optimizer"].optimizer))
+
+
+def train_ddp(folder: Path, log: list[dict[str, str]]) -> Any:
+    args = CollavoTrainingArguments(
+        output_dir=str(folder / "model"),
+        stage="cit",
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=STEP_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        adam_epsilon=EPSILON,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        use_cpu=True,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    trainer = CollavoTrainer(make_collavo(), args, *datasets())
+    trainer.add_callback(Watch(log))
+    trainer.train()
+    trainer.save_model()
+    return trainer.model
+
+
+def train_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model: Any = make_collavo()
+    prepare_stage(model, "cit")
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Trainer decays matrices alone.
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, eps=EPSILON)
+    data, schedule = join(*datasets()), StepSchedule(SEED, 0.5)
+    sizes = {"image": 8, "vl": 8}
+    indices = [
+        i for step in (0, 4) for i in StepSampler(schedule, sizes, 4, SEED, lambda s=step: s)
+    ]
+    accumulation = STEP_SIZE // world
+    model.train()
+    for step in range(STEPS):
+        for micro in range(accumulation):
+            model.set_requires_gradient_sync(micro == accumulation - 1)
+            position = STEP_SIZE * step + micro * world + rank
+            loss = model(**default_collate([data[indices[position]]])).loss / accumulation
+            loss.backward()
+        drop_idle_gradients(model, schedule.kind(step))
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append(digests(model, optimizer))
+    full = full_state_dict(model)
+    if rank == 0:
+        model.save_pretrained(folder / "model", state_dict=full)
+    dist.barrier()
+    return model
+
+
+def main() -> None:
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    log: list[dict[str, str]] = []
+    model = {"ddp": train_ddp, "fsdp2": train_fsdp2}[kind](folder, log)
+    schedule = StepSchedule(SEED, 0.5)
+    report = {
+        "kinds": [schedule.kind(step) for step in range(STEPS)],
+        "before": digests(make_collavo(), None),
+        "steps": log,
+        "all": digest(model.state_dict().values()) if kind == "ddp" else "",
+    }
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
