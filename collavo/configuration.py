@@ -77,7 +77,9 @@ class CollavoTextConfig(LlamaConfig):
 
     def _check_adapters(self) -> None:
         if self.crayon_mode not in CRAYON_MODES:
-            raise ValueError(f"crayon_mode: expected one of {CRAYON_MODES}, got {self.crayon_mode!r}")
+            raise ValueError(
+                f"crayon_mode: expected one of {CRAYON_MODES}, got {self.crayon_mode!r}"
+            )
         if self.quantize not in (None, "nf4"):
             raise ValueError(f"quantize: expected None or 'nf4', got {self.quantize!r}")
         if len(set(self.adapters)) != len(self.adapters):

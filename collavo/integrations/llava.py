@@ -117,9 +117,9 @@ def apply_to_llava(
 
     Only this instance changes: nothing of transformers is patched. The model then takes
     ``crayon_index``, ``crayon_class`` and ``crayon_number`` in ``forward`` and ``generate``, and
-    has ``crayon_parameters()`` and ``adapter_parameters(name)``. A fresh crayon and fresh adapters have
-    no effect until they are trained. Where weights are quantised, the handle keeps the dense ones
-    for ``undo``.
+    has ``crayon_parameters()`` and ``adapter_parameters(name)``. A fresh crayon and fresh adapters
+    have no effect until they are trained. Where weights are quantised, the handle keeps the dense
+    ones for ``undo``.
 
     Args:
         model: With a LLaMA, Mistral or Qwen2 decoder; linear layers plain, or bitsandbytes' NF4.

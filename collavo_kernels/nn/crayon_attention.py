@@ -170,7 +170,8 @@ class CrayonAttention(nn.Module):
             )
         mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
         table = self.crayon_o(crayon.table) if self._has_branch(crayon) else None
-        return _linear(self.o_proj, mixed, crayon.adapter_mask, table, crayon.row_index), weights
+        index = None if table is None else crayon.row_index
+        return _linear(self.o_proj, mixed, crayon.adapter_mask, table, index), weights
 
     def attend(
         self,

@@ -13,7 +13,7 @@ from collavo.convert import convert_state_dict, resize_position_embedding, unpac
 from collavo.modeling import CollavoForConditionalGeneration
 
 HEADS, GROUPS, CELLS, IMAGE = 4, 2, 25, 300
-# float32 through three layers; the independent re-computation named in the record differed by 8.4e-6.
+# float32, three layers; the record names a second computation that differed by 8.4e-6.
 LOGITS = 2e-5
 
 

@@ -1,0 +1,131 @@
+"""``collavo chat`` on a model folder: answers, turns, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig
+
+from collavo.cli import main
+from collavo.configuration import CollavoConfig
+from collavo.modeling import CollavoForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_processor: Callable[..., Any]
+) -> Path:
+    processor = tiny_processor(texts=["How many horses are there ?"])
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = CollavoConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    model = CollavoForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    model.generation_config.suppress_tokens = [config.image_token_index, text["eos_token_id"]]
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def arguments(folder: Path, coco: Path, *more: str) -> list[str]:
+    image = ["--image", str(coco / "images" / "001.png")]
+    panoptic = ["--panoptic", str(coco / "panoptic" / "001.png")]
+    listed = ["--annotations", str(coco / "panoptic.json")]
+    return ["chat", "--model", str(folder), *image, *panoptic, *listed, *more]
+
+
+def test_one_question(
+    model_folder: Path, coco_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--question", "How many horses are there?", "--max-new-tokens", "5"]
+    assert main(arguments(model_folder, coco_folder, *more)) == 0
+    answer = capsys.readouterr().out
+    assert answer.strip()
+    assert main(arguments(model_folder, coco_folder, *more)) == 0
+    assert capsys.readouterr().out == answer
+    assert main(arguments(model_folder, coco_folder, *more, "--no-object-text")) == 0
+    assert capsys.readouterr().out != answer
+
+
+def test_turns_until_an_empty_line(
+    model_folder: Path,
+    coco_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = iter(["How many horses are there?", "Is there a person?", ""])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
+    assert main(arguments(model_folder, coco_folder, "--max-new-tokens", "4")) == 0
+    assert capsys.readouterr().out.strip()
+    assert next(lines, None) is None
+
+
+def test_without_an_image(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["chat", "--model", str(model_folder), "--question", "Is there a person?"]
+    assert main([*words, "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_wrong_arguments_are_named(
+    model_folder: Path, coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(model_folder, coco_folder, "--question", "x")
+    without_image = [w for w in given if w not in ("--image", str(coco_folder / "images/001.png"))]
+    cases = [
+        ([*given, "--max-new-tokens", "0"], "--max-new-tokens: expected at least 1"),
+        (without_image, "--image: expected the image"),
+        (given[:-4] + given[-2:], "--annotations: --panoptic and --annotations go together"),
+        (arguments(tmp_path / "none", coco_folder, "--question", "x"), "no such model folder"),
+        ([*given, "--image", str(tmp_path / "none.png")], "none.png"),
+    ]
+    for words, message in cases:
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_a_folder_that_is_not_whole_is_named(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["chat", "--model", str(tmp_path), "--question", "x"]
+    for file in model_folder.iterdir():
+        if file.name != "processor_config.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert main(words) == 2
+    assert "processor_config.json: missing" in capsys.readouterr().err
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.language_model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert main(words) == 2
+    assert "tensors are missing: model.language_model.norm.weight" in capsys.readouterr().err
