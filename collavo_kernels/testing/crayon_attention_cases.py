@@ -66,10 +66,10 @@ class AttentionCase:
 
         b, s, d = self.batch, self.length, self.size
         q, k, v = (normal(b, s, n, d) for n in (self.heads, self.groups, self.groups))
-        tables = [
+        crayon_q, crayon_k, crayon_v = (
             normal(self.rows, n, d) if name in self.tables else None
             for name, n in (("q", self.heads), ("k", self.groups), ("v", self.groups))
-        ]
+        )
         angles = torch.rand(b if self.own_angles else 1, s, d // 2, generator=generator)
         angles = torch.cat((angles, angles), -1).double() * 6.0
         return AttentionInputs(
@@ -78,7 +78,9 @@ class AttentionCase:
             v,
             angles.cos().to(dtype),
             angles.sin().to(dtype),
-            *tables,
+            crayon_q,
+            crayon_k,
+            crayon_v,
             self._row_index(generator) if self.tables else None,
             None if self.ranges is None else torch.tensor(self.ranges, dtype=torch.int32),
             self.causal,

@@ -280,15 +280,20 @@ def tuning(size: int, bytes_per_element: int) -> dict[str, int]:
     Every choice compiles without register spills and within the shared memory of all targets.
     """
     if bytes_per_element == 4:
-        blocks = (64, 32, 4, 1) if size <= 64 else (32, 32, 4, 1)
+        blocks = (32, 32, 4, 1) if size <= 64 else (16, 32, 8, 1)
     elif size <= 64:
-        blocks = (128, 64, 4, 2)
-    elif size <= 128:
         blocks = (128, 64, 8, 2)
+    elif size <= 128:
+        blocks = (128, 32, 8, 2)
     else:
-        blocks = (64, 32, 8, 1)
+        blocks = (64, 32, 8, 2)
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     return dict(zip(names, blocks, strict=True))
+
+
+def prepare_block(size: int) -> int:
+    """Return how many tokens a block of ``prepare_kernel`` takes, so that no register spills."""
+    return 32 if size <= 128 else 16
 
 
 def padded(size: int) -> dict[str, int]:
@@ -303,7 +308,7 @@ def _launch_prepare(inputs: AttentionInputs, key: Tensor, value: Tensor) -> None
     used = _has_rows(inputs)
     options = padded(size)
     options.pop("WHOLE")
-    block = 32
+    block = prepare_block(size)
     prepare_kernel[(triton.cdiv(length, block), batch * groups)](
         k,
         v,
