@@ -121,7 +121,7 @@ class CrayonMap:
         Raises:
             TypeError: if the positions are no integers.
             ValueError: if their shape or device is another, or (on the CPU, outside of compiled
-                code) a position is S or more.
+                code; elsewhere its cell is left out) a position is S or more.
 
         Example:
             >>> import torch
@@ -144,8 +144,10 @@ class CrayonMap:
         positions = image_positions.to(torch.int64)
         if not torch.compiler.is_compiling() and positions.device.type == "cpu":
             _check_positions(positions, sequence_length)
-        # Left-out cells go to one column more, which is cut off.
-        positions = torch.where(positions < 0, sequence_length, positions)
+        # Left-out cells go to one column more, which is cut off; so do positions that are too high
+        # where they cannot be reported, and nothing is ever written out of bounds.
+        left_out = (positions < 0) | (positions >= sequence_length)
+        positions = torch.where(left_out, sequence_length, positions)
         out = self.row_index.new_full((self.num_images, sequence_length + 1), -1)
         return out.scatter(1, positions, self.row_index)[:, :sequence_length].contiguous()
 

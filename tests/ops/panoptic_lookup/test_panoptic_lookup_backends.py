@@ -149,6 +149,17 @@ def test_the_compiled_kernel_serves_the_cpu() -> None:
     assert OPERATOR.select(inputs, "mps").name == "reference"
 
 
+def test_without_the_compiled_module_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "native", lambda: None)
+    monkeypatch.setattr(cpu, "native_reason", lambda: "it was not built")
+    inputs = CASES["ties"].inputs("majority")
+    assert OPERATOR.select(inputs, "cpu").name == "reference"
+    with pytest.raises(ValueError, match=r"'cpu' cannot serve .* it was not built"):
+        OPERATOR.select(inputs, "cpu", "cpu")
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[Tensor], list[list[tuple[int, int]]], tuple[int, int]]:
     values = draw(st.lists(st.integers(-2, 12), min_size=1, max_size=6))
