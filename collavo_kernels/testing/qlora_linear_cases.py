@@ -63,7 +63,7 @@ CASES = (
               rows=2),
     QLoRACase("k_100", "blocks cross the ends of rows", (3, 7), 46, 100, mask=True, bias=True),
     QLoRACase("k_odd", "a row can start in the middle of a byte", (19,), 7, 5, (2,), rows=3),
-    QLoRACase("one_row", "a single output, rank 1", (21,), 1, 64, (1, 1)),
+    QLoRACase("three_rows", "fewer outputs than a tile, rank 1", (21,), 3, 64, (1, 2)),
     QLoRACase("no_adapters", "the base alone", (6,), 48, 64, ()),
     QLoRACase("rank_0", "an adapter of rank 0 contributes nothing", (6,), 48, 64, (0, 4)),
     QLoRACase("three", "more than two adapters, different ranks", (18,), 50, 64, (1, 7, 33),

@@ -65,12 +65,14 @@ def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGrad
     upstream: list[Tensor] = []
     for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
         if mask.x or mask.a[i]:
-            upstream.append(_gate(inputs, i, _product(wide_grad, b.to(dtype))))
+            columns = b.to(dtype).t().contiguous()
+            upstream.append(_gate(inputs, i, _product(wide_grad, columns.t())))
             if mask.a[i]:
                 grads_a[i] = _product(upstream[-1].t(), x).to(a.dtype)
         if mask.b[i]:
             hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
-            grads_b[i] = _product(wide_grad.t(), hidden).to(b.dtype)
+            # Transposed, because the kernel is quick along rows of its right factor.
+            grads_b[i] = _product(hidden.t(), wide_grad).t().to(b.dtype).contiguous()
     return QLoRAGradients(
         x=_grad_x(module, inputs, wide_grad, upstream) if mask.x else None,
         weight=None,

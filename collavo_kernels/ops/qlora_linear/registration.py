@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from collavo_kernels._backends import Backend, Operator
 from collavo_kernels.ops.qlora_linear import cpu, reference
-from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAInputs
+from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? scales, SymInt out_features, int block_size, "
@@ -25,6 +26,30 @@ _LIBRARY.define(
     'str backend="") -> Tensor[]'
 )
 
+
+def _triton_unavailable() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _triton_declines(inputs: QLoRAInputs) -> str | None:
+    reason = cpu.declines(inputs)
+    if reason is None and inputs.x.shape[1] % 2:
+        return f"K = {inputs.x.shape[1]} is odd: rows start in the middle of a byte"
+    return reason
+
+
+def _triton_forward(inputs: QLoRAInputs) -> Tensor:
+    from collavo_kernels.ops.qlora_linear import triton_kernels
+
+    return triton_kernels.forward(inputs)
+
+
+def _triton_backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
+    from collavo_kernels.ops.qlora_linear import triton_kernels
+
+    return triton_kernels.backward(inputs, grad, mask)
+
+
 OPERATOR: Operator[QLoRAInputs] = Operator(
     "qlora_linear",
     (
@@ -35,6 +60,14 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
             devices=("cpu",),
             unavailable=cpu.unavailable,
             declines=cpu.declines,
+        ),
+        Backend(
+            "triton",
+            forward=_triton_forward,
+            backward=_triton_backward,
+            devices=("cuda",),
+            unavailable=_triton_unavailable,
+            declines=_triton_declines,
         ),
         Backend("reference", forward=reference.forward, backward=reference.backward),
     ),
