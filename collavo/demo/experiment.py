@@ -1,0 +1,364 @@
+"""The demo's experiment: base, CPT, CIT with Dual QLoRA, controls, and what is measured of them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collavo.demo import base
+from collavo.demo.conversations import Talks, base_talk, image_talk, list_talk, vl_talk
+from collavo.demo.language import build_tokenizer
+from collavo.demo.model import build_model, build_processor
+from collavo.demo.scenes import THING_NAMES, make_scene
+from collavo.demo.settings import Settings
+from collavo.demo.storage import Scenes, write_scenes
+from collavo.demo.tuning import Phase, run_phase, same_bits, snapshot
+from collavo.evaluation import (
+    ObjectQuestion,
+    ObjectScore,
+    answer_questions,
+    box_questions,
+    class_questions,
+    score,
+)
+from collavo.evaluation.answering import CrayonUse
+from collavo.modeling import CollavoForConditionalGeneration
+from collavo.processing import CollavoProcessor
+from collavo_kernels.nn import DualQLoRALinear
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a model answered the held-out questions at one point of the experiment."""
+
+    name: str
+    crayon: CrayonUse
+    b2c: ObjectScore
+    c2b: ObjectScore
+
+
+@dataclass
+class Results:
+    """Everything the report tells."""
+
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Experiment:
+    """One run of the demo.
+
+    Args:
+        settings: Sizes and steps.
+        seed: Of everything random.
+        folder: Where scenes, model and report go.
+        say: Prints a line.
+        progress: Whether to show progress bars.
+    """
+
+    def __init__(
+        self, settings: Settings, seed: int, folder: Path, say: Say, progress: bool = True
+    ) -> None:
+        self.settings = settings
+        self.seed = seed
+        self.folder = folder
+        self.say = say
+        self.progress = progress
+        self.results = Results()
+        self.train: Scenes
+        self.test: Scenes
+        self.model: CollavoForConditionalGeneration
+        self.processor: CollavoProcessor
+        self.questions: list[ObjectQuestion]
+
+    def run(self) -> Results:
+        """Do all of it, in order."""
+        self.write_data()
+        self.train_base()
+        control = copy.deepcopy(self.model) if self.settings.control else None
+        self.measure("base", "off")
+        self.train_crayon()
+        if control is not None:
+            self.train_control(control)
+        return self.results
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note how long a part took, in seconds of wall time."""
+        start = time.perf_counter()
+        yield
+        self.results.seconds[name] = round(time.perf_counter() - start, 1)
+
+    def write_data(self) -> None:
+        """Draw the scenes, write them in COCO panoptic format and open them again."""
+        settings = self.settings
+        with self.timed("scenes"):
+            rng = np.random.default_rng(self.seed)
+            for name, count in (("train", settings.train_scenes), ("test", settings.test_scenes)):
+                scenes = (make_scene(rng, settings.style) for _ in range(count))
+                write_scenes(self.folder / "scenes" / name, scenes)
+            self.train = Scenes(self.folder / "scenes" / "train")
+            self.test = Scenes(self.folder / "scenes" / "test")
+            self.questions = [
+                *box_questions(self.test),
+                *class_questions(self.test, candidates=THING_NAMES, seed=self.seed),
+            ]
+        self.say(
+            f"{settings.train_scenes} training and {settings.test_scenes} held-out scenes in COCO "
+            f"panoptic format: {self.folder / 'scenes'}"
+        )
+
+    def train_base(self) -> None:
+        """Build the tiny model and train what stands in for a pretrained LLaVA."""
+        settings, seed = self.settings, self.seed
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer(self._texts())
+        self.processor = build_processor(tokenizer)
+        self.model = build_model(tokenizer)
+        with self.timed("base"):
+            patches = base.Patches.read(self.train, self.processor)
+            seen = base.align_vision(
+                self.model,
+                self.processor,
+                patches,
+                steps=settings.vision_steps,
+                seed=seed,
+                progress=self.progress,
+            )
+            self.results.losses["base"] = base.train_language(
+                self.model,
+                self.processor,
+                self.train,
+                steps=settings.base_steps,
+                seed=seed,
+                batch_size=settings.batch_size,
+                learning_rate=settings.base_rate,
+                progress=self.progress,
+            )
+        self.results.facts["object_patches_named"] = seen
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        self.results.facts["weights"] = weights
+        self.say(
+            f"base model: {weights / 1e6:.2f} M weights, vision tower names {seen:.0%} of the "
+            "objects' patches, then frozen"
+        )
+
+    def _texts(self) -> Iterator[str]:
+        for talk in (base_talk, list_talk, image_talk, vl_talk):
+            talks = Talks(self.train, talk, self.seed)
+            for index in range(min(len(talks), 1000)):
+                for question, answer in talks.turns(index):
+                    yield f" User: {question} Assistant: {answer}"
+
+    def train_crayon(self) -> None:
+        """CPT, then CIT: an image phase and a vl phase, both adapters active throughout."""
+        settings, model = self.settings, self.model
+        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if _is_base(n)}
+        cpt = Phase("CPT", "cpt", settings.cpt_steps, list_talk, "image", settings.cpt_rate)
+        self._train(model, cpt)
+        self.results.facts["cpt_moved_only_the_crayon"] = all(
+            torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen
+        )
+        self.measure("cpt", "on")
+        model.add_dual_qlora(rank=settings.rank, alpha=float(settings.rank))
+        self._train(model, self._image_phase(settings.image_steps))
+        self.measure("image", "on")
+        self.measure("image, crayon shuffled", "shuffled", of="image")
+        before = Before(self)
+        self._train(model, self._vl_phase())
+        self.measure("vl", "on")
+        self.measure("vl, crayon shuffled", "shuffled", of="vl")
+        self.measure("vl, crayon left out", "off", of="vl")
+        self.results.facts |= before.compare(self)
+
+    def train_control(self, model: CollavoForConditionalGeneration) -> None:
+        """Train the same base on the same data without the Crayon Prompt.
+
+        It has nothing to train in CPT; it gets those steps in its image phase.
+        """
+        settings = self.settings
+        model.add_dual_qlora(rank=settings.rank, alpha=float(settings.rank))
+        steps = settings.cpt_steps + settings.image_steps
+        self._train(model, self._image_phase(steps), crayon=False)
+        self.measure("image, no crayon", "off", model=model)
+        self._train(model, self._vl_phase(), crayon=False)
+        self.measure("vl, no crayon", "off", model=model)
+
+    def _image_phase(self, steps: int) -> Phase:
+        rate = self.settings.cit_rate
+        return Phase("CIT image phase", "cit", steps, image_talk, "image", rate)
+
+    def _vl_phase(self) -> Phase:
+        settings = self.settings
+        return Phase("CIT vl phase", "cit", settings.vl_steps, vl_talk, "vl", settings.cit_rate)
+
+    def _train(
+        self, model: CollavoForConditionalGeneration, phase: Phase, crayon: bool = True
+    ) -> None:
+        name = phase.name if crayon else f"{phase.name}, no crayon"
+        with self.timed(name):
+            self.results.losses[name] = run_phase(
+                model,
+                self.processor,
+                self.train,
+                phase,
+                folder=self.folder / "trainer",
+                seed=self.seed + 1,
+                batch_size=self.settings.batch_size,
+                crayon=crayon,
+                progress=self.progress,
+            )
+
+    def measure(
+        self,
+        name: str,
+        crayon: CrayonUse,
+        *,
+        of: str | None = None,
+        model: CollavoForConditionalGeneration | None = None,
+    ) -> None:
+        """Ask the held-out questions and note the scores."""
+        with self.timed(f"questions: {name}"):
+            answers = answer_questions(
+                model or self.model,
+                self.processor,
+                self.test,
+                self.questions,
+                crayon=crayon,
+                batch_size=256,
+                max_new_tokens=3,
+                seed=self.seed,
+                progress=f"questions: {name}" if self.progress else None,
+            )
+        b2c = score("b2c", self.questions, answers)
+        c2b = score("c2b", self.questions, answers)
+        self.results.measurements[name] = Measurement(name, crayon, b2c, c2b)
+        self.say(
+            f"{name:24s} B2C {100 * (b2c.accuracy or 0):5.1f} %   "
+            f"C2B {100 * (c2b.accuracy or 0):5.1f} %"
+        )
+
+
+class Before:
+    """The model as it was before the vl phase, to be compared with what it is afterwards.
+
+    Args:
+        experiment: After its image phase.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        model = experiment.model
+        self.crayon = snapshot(model.crayon_parameters())
+        self.image = snapshot(model.adapter_parameters("image"))
+        self.base = snapshot(p for n, p in model.named_parameters() if _is_base(n))
+        self.logits = self._logits(experiment)
+        with only_adapter(model, "image"):
+            self.image_logits = self._logits(experiment)
+
+    def compare(self, experiment: Experiment) -> dict[str, Any]:
+        """Return what the vl phase left as it was; the crayon is trained in it and moves.
+
+        With the crayon of the image phase put back and the vl adapter switched off, the outputs
+        must be those of the image phase.
+
+        Args:
+            experiment: After its vl phase.
+        """
+        model = experiment.model
+        facts: dict[str, Any] = {
+            "image_adapter_identical": same_bits(
+                self.image, model.adapter_parameters("image")
+            ),
+            "base_identical": same_bits(
+                self.base, (p for n, p in model.named_parameters() if _is_base(n))
+            ),
+            "crayon_moved_in_vl_phase": _largest_change(self.crayon, model),
+        }
+        with only_adapter(model, "image"):
+            moved = self._logits(experiment)
+        now = snapshot(model.crayon_parameters())
+        _restore(model, self.crayon)
+        with only_adapter(model, "image"):
+            restored = self._logits(experiment)
+        _restore(model, now)
+        facts["image_outputs_restored"] = torch.equal(restored, self.image_logits)
+        facts["image_outputs_difference"] = float((restored - self.logits).abs().max())
+        facts["image_outputs_difference_with_moved_crayon"] = float(
+            (moved - self.logits).abs().max()
+        )
+        return facts
+
+    @staticmethod
+    @torch.no_grad()
+    def _logits(experiment: Experiment) -> Tensor:
+        samples = [experiment.test[i] for i in range(8)]
+        prompt = experiment.processor.prompt("Describe the image.")
+        batch = experiment.processor(
+            [sample.image for sample in samples],
+            [prompt] * len(samples),
+            [sample.panoptic for sample in samples],
+            return_tensors="pt",
+            padding=True,
+        )
+        experiment.model.eval()
+        logits: Tensor = experiment.model(**batch).logits
+        return logits
+
+
+@contextmanager
+def only_adapter(model: CollavoForConditionalGeneration, name: str) -> Iterator[None]:
+    """Switch every adapter but one off, by the adapter mask of each linear layer.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter that stays on.
+    """
+    bit = 1 << tuple(model.config.adapters).index(name)
+
+    def mask(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0]
+        kwargs["adapter_mask"] = torch.full(
+            x.shape[:-1], bit, dtype=torch.uint8, device=x.device
+        )
+        return args[:1], kwargs
+
+    hooks = [
+        module.register_forward_pre_hook(mask, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, DualQLoRALinear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_base(name: str) -> bool:
+    return not any(part in name for part in ("crayon_prompt", "lora_A", "lora_B"))
+
+
+def _largest_change(before: list[Tensor], model: CollavoForConditionalGeneration) -> float:
+    pairs = zip(before, model.crayon_parameters(), strict=True)
+    return max(float((old - new.detach()).abs().max()) for old, new in pairs)
+
+
+@torch.no_grad()
+def _restore(model: CollavoForConditionalGeneration, values: list[Tensor]) -> None:
+    for parameter, value in zip(model.crayon_parameters(), values, strict=True):
+        parameter.copy_(value)
+
+
