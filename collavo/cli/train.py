@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     training = training_arguments(args)
     samples = coco_samples(args)
     image_data, vl_data = datasets(args, training, samples)
-    processor = CollavoProcessor.from_pretrained(args.model)
     model = load_pretrained(args.model)
+    processor = CollavoProcessor.from_pretrained(args.model)
     if training.stage == "cit" and not model.config.adapters:
         model.add_dual_qlora(
             rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collavo.train.arguments import CollavoTrainingArguments as CollavoTrainingArguments
+    from collavo.train.collator import CrayonCollator as CrayonCollator
+    from collavo.train.dataset import ConversationDataset as ConversationDataset
+    from collavo.train.dataset import CrayonInstructionDataset as CrayonInstructionDataset
     from collavo.train.schedule import StepSchedule as StepSchedule
     from collavo.train.trainer import CollavoTrainer as CollavoTrainer
 
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "CollavoTrainer": "trainer",
     "CollavoTrainingArguments": "arguments",
+    "ConversationDataset": "dataset",
+    "CrayonCollator": "collator",
+    "CrayonInstructionDataset": "dataset",
     "StepSchedule": "schedule",
 }
 

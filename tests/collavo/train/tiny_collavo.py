@@ -14,7 +14,13 @@ VOCABULARY, IMAGE_TOKEN, CELLS = 40, 39, 4
 
 
 def make_collavo(
-    crayon_mode: str = "projection", *, adapters: bool = True, quantize: bool = True
+    crayon_mode: str = "projection",
+    *,
+    adapters: bool = True,
+    quantize: bool = True,
+    classes: int = 8,
+    numbers: int = 4,
+    vocabulary: int = VOCABULARY,
 ) -> CollavoForConditionalGeneration:
     """Build a model with random weights; its adapters' B and its crayon begin away from zero."""
     torch.manual_seed(5)
@@ -27,7 +33,7 @@ def make_collavo(
         patch_size=4,
     )
     text = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -42,8 +48,8 @@ def make_collavo(
         vision_feature_layer=-1,
         crayon_mode=crayon_mode,
         crayon_rank=4,
-        num_crayon_classes=8,
-        max_crayon_number=4,
+        num_crayon_classes=classes,
+        max_crayon_number=numbers,
     )
     model = CollavoForConditionalGeneration(config)
     if adapters:

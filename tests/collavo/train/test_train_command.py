@@ -1,0 +1,119 @@
+"""``collavo train`` on a folder: both stages, data with and without images, resume, mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_collavo import make_collavo
+
+from collavo.cli import main
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tiny_processor: Callable[..., Any]) -> Path:
+    """A model without adapters and a processor whose 2x2 grid and vocabulary are the model's."""
+    processor = tiny_processor(grid=(2, 2), image_size=8)
+    tokenizer = processor.tokenizer
+    model = make_collavo(adapters=False, classes=133, numbers=20, vocabulary=len(tokenizer))
+    model.config.image_token_index = processor.image_token_id
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def vl_json(tmp_path: Path) -> Path:
+    """A question about an image that has a map, one about text alone, in LLaVA's format."""
+
+    def record(**extra: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": "What is in this picture?"}]
+        return {**extra, "conversations": [*turns, {"from": "gpt", "value": "a horse"}]}
+
+    path = tmp_path / "vl.json"
+    path.write_text(json.dumps([record(image="001.png"), record(), record(image="003.png")]))
+    return path
+
+
+@pytest.fixture
+def words(model_folder: Path, coco_folder: Path, tmp_path: Path) -> list[str]:
+    options = {
+        "--model": model_folder,
+        "--coco-images": coco_folder / "images",
+        "--panoptic": coco_folder / "panoptic",
+        "--annotations": coco_folder / "panoptic.json",
+        "--output_dir": tmp_path / "out",
+        "--max_steps": 4,
+        "--per_device_train_batch_size": 2,
+        "--learning_rate": 0.01,
+        "--logging_steps": 1,
+    }
+    return ["train", "--use_cpu", *(str(word) for pair in options.items() for word in pair)]
+
+
+def test_both_stages_one_after_the_other(
+    words: list[str], vl_json: Path, coco_folder: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    """What cpt saved is what cit starts from; cit adds the adapters, and its 4-bit weights."""
+    assert main([*words, "--stage", "cpt", "--save_strategy", "no"]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (model_folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("crayon" in name for name in changed)
+
+    cit = [*words, "--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "cit")]
+    cit += ["--stage", "cit", "--vl-data", str(vl_json), "--vl-images", str(coco_folder / "images")]
+    cit += ["--save_steps", "2", "--lora-rank", "4", "--lora-alpha", "4"]
+    assert main(cit) == 0
+    names = load_file(tmp_path / "cit" / "model.safetensors")
+    assert any("lora_A.vl.weight" in name for name in names)
+    assert any("bitsandbytes__nf4" in name for name in names)
+    state = json.loads((tmp_path / "cit" / "checkpoint-4" / "trainer_state.json").read_text())
+    kinds = [(log["image_steps"], log["vl_steps"]) for log in state["log_history"] if "loss" in log]
+    assert len(kinds) == 4 and (1, 0) in kinds and (0, 1) in kinds
+
+    final = (tmp_path / "cit" / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / "cit" / name).unlink()
+    for file in sorted((tmp_path / "cit" / "checkpoint-4").iterdir()):
+        file.unlink()
+    (tmp_path / "cit" / "checkpoint-4").rmdir()
+    assert main([*cit, "--resume"]) == 0
+    assert (tmp_path / "cit" / "model.safetensors").read_bytes() == final
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--stage", "cit"], "--vl-data: stage cit draws visual instructions"),
+        (["--stage", "cit", "--vl-data", "none.json"], "none.json: there is no such file"),
+        (["--model", "no-model"], "no-model: no such model folder"),
+        (["--panoptic", "no-folder"], "there is no folder no-folder"),
+        (["--resume"], "No valid checkpoint found in output directory"),
+        (["--vl_probability", "2"], "vl_probability: expected 0 to 1, got 2.0"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    words: list[str],
+    changes: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*words, *changes]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo")]
+    assert len(error) == 1 and message in error[0]
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_part_of_the_coco_folder_is_not_enough(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = words.index("--panoptic")
+    assert main([*words[:start], *words[start + 2 :]]) == 2
+    assert "--panoptic: expected with --coco-images" in capsys.readouterr().err
