@@ -23,6 +23,8 @@ from collavo_kernels.ops.qlora_linear.inputs import (
 )
 from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE, block_count, split_scales
 
+# Four warps spill on sm_80 from 64 tokens on.
+WARPS = {16: 4, 32: 4, 64: 8}
 _codes: dict[torch.device, Tensor] = {}
 
 
@@ -32,8 +34,10 @@ def _scale(absmax, nested_absmax, nested_code, offset, block, live, NESTED: tl.c
         code = tl.load(absmax + block, mask=live, other=0).to(tl.int32)
         inner = tl.load(nested_code + code)
         outer = tl.load(nested_absmax + block // 256, mask=live, other=0.0)
-        return inner * outer + tl.load(offset)
-    return tl.load(absmax + block, mask=live, other=0.0)
+        scale = inner * outer + tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=live, other=0.0)
+    return scale
 
 
 @triton.jit
@@ -64,12 +68,14 @@ def _decode(
         # A tile's row lies in one block.
         block = (rows * k + start) // BLOCK_SIZE
         scale = _scale(absmax, nested_absmax, nested_code, offset, block, rows < n, NESTED)
-        return values * scale[:, None]
-    columns = start + tl.arange(0, BLOCK_K)
-    inside = (rows < n)[:, None] & (columns < k)[None, :]
-    blocks = (rows[:, None] * k + columns[None, :]) // BLOCK_SIZE
-    scales = _scale(absmax, nested_absmax, nested_code, offset, blocks, inside, NESTED)
-    return values * scales
+        weight = values * scale[:, None]
+    else:
+        columns = start + tl.arange(0, BLOCK_K)
+        inside = (rows < n)[:, None] & (columns < k)[None, :]
+        blocks = (rows[:, None] * k + columns[None, :]) // BLOCK_SIZE
+        scales = _scale(absmax, nested_absmax, nested_code, offset, blocks, inside, NESTED)
+        weight = values * scales
+    return weight
 
 
 @triton.jit
@@ -263,6 +269,7 @@ def forward(inputs: QLoRAInputs) -> Tensor:
         HAS_TABLE=table is not None,
         HAS_BIAS=bias is not None,
         BLOCK_M=block_m,
+        num_warps=WARPS[block_m],
     )
     return out
 
@@ -295,6 +302,7 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
         upstream.shape[1] if branches else 0,
         **_options(inputs),
         BLOCK_M=block_m,
+        num_warps=WARPS[block_m],
     )
     return out
 
