@@ -41,8 +41,8 @@ def to_state_dict(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
         entries["nested_quant_map"] = parts.nested_code.clone()
         facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
         # A weight on "meta" has shapes only; its entries have no values either.
-        known = parts.offset is not None and not parts.offset.is_meta
-        facts["nested_offset"] = float(parts.offset) if known else 0.0
+        offset = parts.offset
+        facts["nested_offset"] = 0.0 if offset is None or offset.is_meta else float(offset)
     text = json.dumps(facts).encode()
     entries[FACTS_KEY] = torch.tensor(list(text), dtype=torch.uint8, device=weight.device)
     return {prefix: weight.packed} | {f"{prefix}.{key}": v for key, v in entries.items()}

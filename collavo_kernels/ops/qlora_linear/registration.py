@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from collavo_kernels._backends import Backend, Operator
-from collavo_kernels.ops.qlora_linear import cpu, reference
+from collavo_kernels.ops.qlora_linear import cpu, cuda, reference
 from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
 
 _ARGUMENTS = (
@@ -60,6 +60,14 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
             devices=("cpu",),
             unavailable=cpu.unavailable,
             declines=cpu.declines,
+        ),
+        Backend(
+            "cuda",
+            forward=cuda.forward,
+            devices=("cuda",),
+            unavailable=cuda.unavailable,
+            declines=cuda.declines,
+            opt_in=True,
         ),
         Backend(
             "triton",
