@@ -108,7 +108,8 @@ def align_vision(
     """
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     words = _word_ids(processor, (*THING_NAMES, *STUFF_NAMES))
-    table = model.get_input_embeddings().weight.detach()[words, 2 * SLOT :]
+    embedding: Any = model.get_input_embeddings()
+    table = embedding.weight.detach()[words, 2 * SLOT :]
     parameters = [*tower.parameters(), *projector.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     generator = torch.Generator().manual_seed(seed)

@@ -11,8 +11,14 @@ from torch.utils.data import Dataset
 from collavo.demo.scenes import SIZE, SNAP, THING_NAMES
 from collavo.demo.storage import Scenes
 from collavo.evaluation import ask_class, ask_presence
-from collavo.panoptic import Detection, build_instruction, class_index, detections_from_map, is_thing
-from collavo.panoptic import display_name
+from collavo.panoptic import (
+    Detection,
+    build_instruction,
+    class_index,
+    detections_from_map,
+    display_name,
+    is_thing,
+)
 
 Turn = tuple[str, str]
 Talk = Callable[["Viewed", random.Random], list[Turn]]
@@ -78,7 +84,7 @@ def count_turns(view: Viewed, rng: random.Random, count: int) -> list[Turn]:
 
 
 def caption_turn(view: Viewed) -> Turn:
-    """A sentence about the scene."""
+    """Ask for a sentence about the scene."""
 
     def listed(detections: Sequence[Detection]) -> str:
         return " and ".join(f"a {one.name}" for one in detections)
@@ -88,7 +94,7 @@ def caption_turn(view: Viewed) -> Turn:
 
 
 def base_talk(view: Viewed, rng: random.Random) -> list[Turn]:
-    """What stands in for LLaVA's training: lists, regions, and mixed questions."""
+    """Mix lists, regions and questions: what stands in for LLaVA's training."""
     draw = rng.random()
     if draw < 0.2:
         return crayon_turn(view, rng)

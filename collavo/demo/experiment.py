@@ -279,9 +279,7 @@ class Before:
         """
         model = experiment.model
         facts: dict[str, Any] = {
-            "image_adapter_identical": same_bits(
-                self.image, model.adapter_parameters("image")
-            ),
+            "image_adapter_identical": same_bits(self.image, model.adapter_parameters("image")),
             "base_identical": same_bits(
                 self.base, (p for n, p in model.named_parameters() if _is_base(n))
             ),
@@ -304,7 +302,7 @@ class Before:
     @staticmethod
     @torch.no_grad()
     def _logits(experiment: Experiment) -> Tensor:
-        samples = [experiment.test[i] for i in range(8)]
+        samples = [experiment.test[i] for i in range(min(8, len(experiment.test)))]
         prompt = experiment.processor.prompt("Describe the image.")
         batch = experiment.processor(
             [sample.image for sample in samples],
@@ -313,7 +311,7 @@ class Before:
             return_tensors="pt",
             padding=True,
         )
-        experiment.model.eval()
+        experiment.model.train(False)
         logits: Tensor = experiment.model(**batch).logits
         return logits
 
@@ -330,9 +328,7 @@ def only_adapter(model: CollavoForConditionalGeneration, name: str) -> Iterator[
 
     def mask(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0]
-        kwargs["adapter_mask"] = torch.full(
-            x.shape[:-1], bit, dtype=torch.uint8, device=x.device
-        )
+        kwargs["adapter_mask"] = torch.full(x.shape[:-1], bit, dtype=torch.uint8, device=x.device)
         return args[:1], kwargs
 
     hooks = [
@@ -360,5 +356,3 @@ def _largest_change(before: list[Tensor], model: CollavoForConditionalGeneration
 def _restore(model: CollavoForConditionalGeneration, values: list[Tensor]) -> None:
     for parameter, value in zip(model.crayon_parameters(), values, strict=True):
         parameter.copy_(value)
-
-

@@ -1,15 +1,16 @@
-"""The demo's tiny model: a CLIP tower, a projector and a LLaMA decoder of under a million weights."""
+"""The demo's tiny model: CLIP tower, projector and LLaMA decoder of under a million weights."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from collavo.configuration import CollavoConfig
-from collavo.demo.language import CHAT_TEMPLATE, coordinate_of
+from collavo.demo.language import CHAT_TEMPLATE, IMAGE, coordinate_of
 from collavo.demo.scenes import SIZE
 from collavo.modeling import CollavoForConditionalGeneration
 from collavo.processing import CollavoProcessor, make_image_processor
@@ -75,16 +76,17 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> CollavoConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    return CollavoConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=GRID * GRID,
-        vision_feature_layer=-1,
-        crayon_mode="attention",
-        crayon_embed_dim=HIDDEN,
-        tie_word_embeddings=True,
-    )
+    options: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
+        "image_seq_length": GRID * GRID,
+        "vision_feature_layer": -1,
+        "crayon_mode": "attention",
+        "crayon_embed_dim": HIDDEN,
+        "tie_word_embeddings": True,
+    }
+    return CollavoConfig(**options)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> CollavoForConditionalGeneration:
@@ -96,11 +98,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> CollavoForConditionalGene
     model = CollavoForConditionalGeneration(build_config(tokenizer))
     _start_embeddings(model, tokenizer)
     _start_attention(model)
-    prompt = model.model.crayon_prompt
-    if prompt is not None:
-        with torch.no_grad():
-            for table in (prompt.class_embedding, prompt.number_embedding):
-                table.weight.normal_(0.0, 0.5)
+    _start_crayon(model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
@@ -110,7 +108,8 @@ def _start_embeddings(
     model: CollavoForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Draw the word embeddings; coordinates start as waves, in the x slot or in the y slot."""
-    weight = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings()
+    weight: Tensor = embedding.weight
     weight.normal_(0.0, _SCALE)
     kinds = torch.randn(4, HIDDEN) * _SCALE
     kinds[:, : 2 * SLOT] = 0.0
@@ -129,8 +128,18 @@ def _start_attention(model: CollavoForConditionalGeneration) -> None:
 
     Source: Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023).
     """
-    for layer in model.model.language_model.layers:
+    decoder: Any = model.model.language_model
+    for layer in decoder.layers:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+
+
+@torch.no_grad()
+def _start_crayon(model: CollavoForConditionalGeneration) -> None:
+    """Draw the queries so wide that the MLP's first layer tells them apart from the first step."""
+    prompt = model.model.crayon_prompt
+    if prompt is not None:
+        nn.init.normal_(prompt.class_embedding.weight, std=0.5)
+        nn.init.normal_(prompt.number_embedding.weight, std=0.5)
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> CollavoProcessor:

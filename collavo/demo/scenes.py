@@ -1,8 +1,8 @@
 """Drawn scenes: small pictures of coloured shapes that carry COCO class names.
 
-Ten classes are made of five shapes and five hues so that every class shares its shape with one class and its hue with
-another: neither alone names the object. Colour jitter and strong pixel noise make the pictures hard for a small vision
-tower, which is the premise of the Crayon Prompt.
+Ten classes are made of five shapes and five hues so that every class shares its shape with one
+class and its hue with another: neither alone names the object. Colour jitter and strong pixel noise
+make the pictures hard for a small vision tower, which is the premise of the Crayon Prompt.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SceneStyle:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One segment of a scene: its id in the map, its display name and its pixel box (x1, y1, x2, y2)."""
+    """One segment: its id in the map, its display name and its pixel box (x1, y1, x2, y2)."""
 
     segment_id: int
     name: str

@@ -1,4 +1,4 @@
-"""Sizes, steps and margins of the demo: the full run, and a quick one for continuous integration."""
+"""Sizes, steps and margins of the demo: the full run, and a quick one for automatic checks."""
 
 from __future__ import annotations
 

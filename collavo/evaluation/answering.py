@@ -145,5 +145,6 @@ def _generate(
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [
-        str(text).strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        str(text).strip()
+        for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     ]

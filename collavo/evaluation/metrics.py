@@ -93,9 +93,7 @@ class ObjectScore:
         return asdict(self)
 
 
-def score(
-    kind: Kind, questions: Sequence[ObjectQuestion], answers: Sequence[str]
-) -> ObjectScore:
+def score(kind: Kind, questions: Sequence[ObjectQuestion], answers: Sequence[str]) -> ObjectScore:
     """Score the answers to the questions of one kind; questions of the other kind are passed over.
 
     Args:
@@ -138,9 +136,7 @@ def score(
     )
 
 
-def _per_class(
-    questions: Sequence[ObjectQuestion], right: Sequence[bool]
-) -> tuple[ClassRow, ...]:
+def _per_class(questions: Sequence[ObjectQuestion], right: Sequence[bool]) -> tuple[ClassRow, ...]:
     by_name: dict[str, list[bool]] = {}
     for question, is_good in zip(questions, right, strict=True):
         by_name.setdefault(question.name, []).append(is_good)
