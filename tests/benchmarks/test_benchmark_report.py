@@ -50,6 +50,7 @@ def test_saved_rows_are_read_back_and_replaced_by_later_ones(tmp_path: Path) -> 
     assert [row.p50_ms for row in report.read_csv(path)] == [2.0, 1.0]
     table = path.with_suffix(".md").read_text()
     assert "| decode | fwd  | bfloat16 | ours:cpu " in table and "50%" in table
+    assert table.index("bitsandbytes") < table.index("ours:cpu")  # the faster one first
     assert sorted(file.suffix for file in path.parent.iterdir()) == [".csv", ".md"]
 
 
