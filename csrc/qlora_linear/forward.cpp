@@ -20,21 +20,6 @@ struct Tokens {
 };
 
 template <typename T>
-void prepare_tokens(const T* x, int64_t count, int64_t columns, float* plain, float* split) {
-  for (int64_t m = 0; m < count; ++m) {
-    for (int64_t k = 0; k < columns; ++k) plain[m * columns + k] = to_float(x[m * columns + k]);
-    for (int64_t k = 0; k < columns; k += 2 * kLanes) {
-      const float* from = plain + m * columns + k;
-      float* to = split + m * columns + k;
-      for (int64_t i = 0; i < kLanes; ++i) {
-        to[i] = from[2 * i];
-        to[kLanes + i] = from[2 * i + 1];
-      }
-    }
-  }
-}
-
-template <typename T>
 Vec dot_into(Vec sums, const T* a, const float* b, int64_t n, float* rest) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sums = fma(load(a + i), load(b + i), sums);
@@ -62,6 +47,16 @@ void shrink(const ForwardArgs& args, const Tokens& tokens, int64_t index, const 
       });
 }
 
+// Called for the rows that come next: a row is too short for the processor to foresee the following
+// one. An address behind the last row is only a hint that comes to nothing.
+inline void fetch(const uint8_t* line) {
+#if defined(__AVX2__)
+  _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
+#else
+  (void)line;
+#endif
+}
+
 // sums[r][m] += weight[row + r] . x[token + m]
 template <int kRows, int kTokens>
 void dot_weight(const NF4& weight, const Scales& scales, const Tokens& tokens, int64_t row,
@@ -71,7 +66,11 @@ void dot_weight(const NF4& weight, const Scales& scales, const Tokens& tokens, i
   const float* x = tokens.split + token * columns;
   for (int64_t k = 0; k < columns; k += kChunk) {
     Vec scale[kRows];
-    for (int r = 0; r < kRows; ++r) scale[r] = broadcast(scales.at((row + r) * columns + k));
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t element = (row + r) * columns + k;
+      scale[r] = broadcast(scales.at(element));
+      fetch(weight.packed + (element + kRows * columns) / 2);
+    }
     for (int64_t i = k; i < k + kChunk; i += 2 * kLanes) {
       for (int r = 0; r < kRows; ++r) {
         Vec high, low;
@@ -80,6 +79,103 @@ void dot_weight(const NF4& weight, const Scales& scales, const Tokens& tokens, i
           sums[r][m] = fma(high, load(x + m * columns + i), sums[r][m]);
           sums[r][m] = fma(low, load(x + m * columns + i + kLanes), sums[r][m]);
         }
+      }
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+
+constexpr int64_t kPair = 2 * kChunk;  // elements of one 64-byte line of codes
+
+// x as bfloat16 in the order in which four look-ups per line of codes give weights, and zeros up
+// to a whole line.
+void prepare_lines(const BFloat16* x, int64_t count, int64_t columns, BFloat16* lines) {
+  // A 16-bit lane holds elements 1, 0, 3, 2 of its four, from the low bits up.
+  constexpr int64_t kOrder[4] = {1, 0, 3, 2};
+  const int64_t padded = (columns + kPair - 1) / kPair * kPair;
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t k = 0; k < padded; k += kPair) {
+      BFloat16* to = lines + m * padded + k;
+      for (int64_t part = 0; part < 4; ++part) {
+        for (int64_t lane = 0; lane < 32; ++lane) {
+          const int64_t from = k + 4 * lane + kOrder[part];
+          to[32 * part + lane] = from < columns ? x[m * columns + from] : BFloat16{0};
+        }
+      }
+    }
+  }
+}
+
+__m512bh as_bfloat16(__m512i bits) {
+  return reinterpret_cast<__m512bh>(bits);
+}
+
+// The same sums with the processor's bfloat16 products: exact products, float32 sums; the codes
+// are rounded to bfloat16 as a dense weight would be, scales are float32.
+template <int kRows, int kTokens>
+void dot_lines(const NF4& weight, const Scales& scales, const BFloat16* lines, int64_t row,
+               int64_t token, Vec (&sums)[kRows][kTokens]) {
+  alignas(64) BFloat16 codes[32];
+  for (int i = 0; i < 32; ++i) from_float(kCode[i % 16], codes + i);
+  // Twice the sixteen codes: a look-up reads five bits of its lane, and the fifth does not matter.
+  const __m512i table = _mm512_load_si512(codes);
+  const int64_t columns = weight.columns, padded = (columns + kPair - 1) / kPair * kPair;
+  for (int64_t k = 0; k < columns; k += kPair) {
+    const bool whole = k + kPair <= columns;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t element = (row + r) * columns + k;
+      const __m512i packed =
+          _mm512_maskz_loadu_epi32(whole ? 0xffff : 0x00ff, weight.packed + element / 2);
+      fetch(weight.packed + (element + kRows * columns) / 2);
+      const Vec scale = _mm512_mask_blend_ps(0xff00, broadcast(scales.at(element)),
+                                             broadcast(whole ? scales.at(element + kChunk) : 0.0f));
+      const __m512bh w0 = as_bfloat16(_mm512_permutexvar_epi16(packed, table));
+      const __m512bh w1 =
+          as_bfloat16(_mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table));
+      const __m512bh w2 =
+          as_bfloat16(_mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), table));
+      const __m512bh w3 =
+          as_bfloat16(_mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), table));
+      for (int m = 0; m < kTokens; ++m) {
+        const BFloat16* x = lines + (token + m) * padded + k;
+        Vec part = _mm512_dpbf16_ps(zeros(), w0, as_bfloat16(_mm512_loadu_si512(x)));
+        part = _mm512_dpbf16_ps(part, w1, as_bfloat16(_mm512_loadu_si512(x + 32)));
+        part = _mm512_dpbf16_ps(part, w2, as_bfloat16(_mm512_loadu_si512(x + 64)));
+        part = _mm512_dpbf16_ps(part, w3, as_bfloat16(_mm512_loadu_si512(x + 96)));
+        sums[r][m] = fma(part, scale, sums[r][m]);
+      }
+    }
+  }
+}
+
+template <int kRows, int kTokens>
+void dot_weight(const NF4& weight, const Scales& scales, const Tokens& tokens, int64_t row,
+                int64_t token, Vec (&sums)[kRows][kTokens], const BFloat16*) {
+  const auto* lines = reinterpret_cast<const BFloat16*>(tokens.split);
+  dot_lines<kRows, kTokens>(weight, scales, lines, row, token, sums);
+}
+
+void prepare_split(const BFloat16* x, int64_t count, int64_t columns, const float*, float* split) {
+  prepare_lines(x, count, columns, reinterpret_cast<BFloat16*>(split));
+}
+
+#endif
+
+template <int kRows, int kTokens>
+void dot_weight(const NF4& weight, const Scales& scales, const Tokens& tokens, int64_t row,
+                int64_t token, Vec (&sums)[kRows][kTokens], const void*) {
+  dot_weight<kRows, kTokens>(weight, scales, tokens, row, token, sums);
+}
+
+void prepare_split(const void*, int64_t count, int64_t columns, const float* plain, float* split) {
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t k = 0; k < columns; k += 2 * kLanes) {
+      const float* from = plain + m * columns + k;
+      float* to = split + m * columns + k;
+      for (int64_t i = 0; i < kLanes; ++i) {
+        to[i] = from[2 * i];
+        to[kLanes + i] = from[2 * i + 1];
       }
     }
   }
@@ -112,7 +208,7 @@ void tile(const ForwardArgs& args, const Scales& scales, const Tokens& tokens, i
   for (auto& line : sums) {
     for (Vec& each : line) each = zeros();
   }
-  dot_weight<kRows, kTokens>(args.weight, scales, tokens, row, token, sums);
+  dot_weight<kRows, kTokens>(args.weight, scales, tokens, row, token, sums, out);
   for (int r = 0; r < kRows; ++r) {
     for (int m = 0; m < kTokens; ++m) finish(args, tokens, row + r, token + m, sums[r][m], out);
   }
@@ -137,8 +233,9 @@ void forward_typed(const ForwardArgs& args, const T* x, T* out) {
   for (int64_t i = 0; i < args.num_adapters; ++i) total_rank += args.adapters[i].rank;
   float* plain = args.scratch;
   float* split = plain + args.tokens * columns;
-  float* hidden = split + args.tokens * columns;
-  prepare_tokens(x, args.tokens, columns, plain, split);
+  float* hidden = split + args.tokens * ((columns + 127) / 128 * 128);
+  for (int64_t i = 0; i < args.tokens * columns; ++i) plain[i] = to_float(x[i]);
+  prepare_split(x, args.tokens, columns, plain, split);
   const Tokens tokens{plain, split, hidden, args.tokens, columns, total_rank};
   int64_t first = 0;
   for (int64_t i = 0; i < args.num_adapters; ++i) {

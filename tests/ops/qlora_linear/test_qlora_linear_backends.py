@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACase, make_ca
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = [b.name for b, reason in OPERATOR.explain("cpu") if reason is None]
 NATIVE = "cpu" in BACKENDS
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Small cases: on a busy machine threads would only wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def names(case: QLoRACase) -> str:
