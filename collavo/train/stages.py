@@ -6,9 +6,11 @@ These functions are all that CoLLaVO adds to an ordinary training loop, so a loo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from collavo.train.schedule import STEP_KINDS, StepKind
@@ -71,7 +73,8 @@ def prepare_stage(model: nn.Module, stage: str) -> list[nn.Parameter]:
     """Let exactly the stage's parameters require gradients, and return them.
 
     Call it once, before the model is wrapped (DDP, FSDP) and before the optimizer is made:
-    ``requires_grad`` does not change afterwards.
+    ``requires_grad`` does not change afterwards. Crayon and adapters in 16 bits become float32
+    (the paper's learning rates are below the resolution of bfloat16); the rest keeps its dtype.
 
     Args:
         model: A CoLLaVO model.
@@ -81,10 +84,21 @@ def prepare_stage(model: nn.Module, stage: str) -> list[nn.Parameter]:
         ValueError: as :func:`trainable_parameters`.
     """
     parameters = trainable_parameters(model, stage)
+    # Both stages alike: a saved model has one dtype for crayon and adapters.
+    for parameter in _own_parameters(_crayon_model(model)):
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
+
+
+def _own_parameters(model: CrayonModel) -> Iterator[nn.Parameter]:
+    yield from model.crayon_parameters()
+    for name in STEP_KINDS:
+        with suppress(ValueError):
+            yield from model.adapter_parameters(name)
 
 
 def drop_idle_gradients(model: nn.Module, kind: StepKind) -> None:
