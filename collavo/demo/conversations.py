@@ -101,7 +101,7 @@ def base_talk(view: Viewed, rng: random.Random) -> list[Turn]:
     if draw < 0.5:
         turns = box_turns(view, rng, 4) + region_turns(view, rng, 4)
     else:
-        turns = box_turns(view, rng, 3) + presence_turns(view, rng, 4) + count_turns(view, rng, 1)
+        turns = box_turns(view, rng, 1) + presence_turns(view, rng, 6) + count_turns(view, rng, 1)
     return rng.sample(turns, len(turns))
 
 
@@ -116,8 +116,8 @@ def image_talk(view: Viewed, rng: random.Random) -> list[Turn]:
 
 
 def vl_talk(view: Viewed, rng: random.Random) -> list[Turn]:
-    """VL-CIT: C2B, counts and captions."""
-    turns = presence_turns(view, rng, 6) + count_turns(view, rng, 2)
+    """VL-CIT: C2B, counts, captions and, as LLaVA's instruction data has them, regions."""
+    turns = presence_turns(view, rng, 6) + count_turns(view, rng, 2) + region_turns(view, rng, 2)
     if rng.random() < 0.3:
         turns.append(caption_turn(view))
     return rng.sample(turns, len(turns))

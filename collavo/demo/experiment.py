@@ -21,8 +21,9 @@ from collavo.demo.model import build_model, build_processor
 from collavo.demo.scenes import THING_NAMES, make_scene
 from collavo.demo.settings import Settings
 from collavo.demo.storage import Scenes, write_scenes
-from collavo.demo.tuning import Phase, run_phase, same_bits, snapshot
+from collavo.demo.tuning import Phase, PhaseCollator, run_phase, same_bits, snapshot
 from collavo.evaluation import (
+    CRAYON_USES,
     ObjectQuestion,
     ObjectScore,
     answer_questions,
@@ -30,7 +31,7 @@ from collavo.evaluation import (
     class_questions,
     score,
 )
-from collavo.evaluation.answering import CrayonUse
+from collavo.evaluation.answering import CrayonUse, with_crayon
 from collavo.modeling import CollavoForConditionalGeneration
 from collavo.processing import CollavoProcessor
 from collavo_kernels.nn import DualQLoRALinear
@@ -173,6 +174,7 @@ class Experiment:
             torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen
         )
         self.measure("cpt", "on")
+        self.results.facts["list_loss"] = self._list_losses()
         model.add_dual_qlora(rank=settings.rank, alpha=float(settings.rank))
         self._train(model, self._image_phase(settings.image_steps))
         self.measure("image", "on")
@@ -183,6 +185,19 @@ class Experiment:
         self.measure("vl, crayon shuffled", "shuffled", of="vl")
         self.measure("vl, crayon left out", "off", of="vl")
         self.results.facts |= before.compare(self)
+
+    def _list_losses(self) -> dict[str, float]:
+        """Return the loss of crayon instructions about held-out scenes, by use of the crayon."""
+        talks = Talks(self.test, list_talk, self.seed)
+        batch = PhaseCollator(self.processor)([talks[i] for i in range(len(talks))])
+        self.model.train(False)
+        losses = {}
+        for use in CRAYON_USES:
+            generator = torch.Generator().manual_seed(self.seed)
+            with torch.no_grad():
+                output = self.model(**with_crayon(batch, use, generator))
+            losses[use] = round(float(output.loss), 4)
+        return losses
 
     def train_control(self, model: CollavoForConditionalGeneration) -> None:
         """Train the same base on the same data without the Crayon Prompt.
@@ -198,12 +213,12 @@ class Experiment:
         self.measure("vl, no crayon", "off", model=model)
 
     def _image_phase(self, steps: int) -> Phase:
-        rate = self.settings.cit_rate
+        rate = self.settings.image_rate
         return Phase("CIT image phase", "cit", steps, image_talk, "image", rate)
 
     def _vl_phase(self) -> Phase:
         settings = self.settings
-        return Phase("CIT vl phase", "cit", settings.vl_steps, vl_talk, "vl", settings.cit_rate)
+        return Phase("CIT vl phase", "cit", settings.vl_steps, vl_talk, "vl", settings.vl_rate)
 
     def _train(
         self, model: CollavoForConditionalGeneration, phase: Phase, crayon: bool = True

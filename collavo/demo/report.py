@@ -69,6 +69,10 @@ def checks(results: Results, settings: Settings) -> list[Check]:
         if required is not None:
             value = round(difference(kind, first, second), 2)
             found.append(Check(name, value, required, value >= required))
+    losses = results.facts["list_loss"]
+    drop = round(min(losses["off"], losses["shuffled"]) - losses["on"], 4)
+    name = "loss of held-out crayon instructions after CPT: without or shuffled minus true crayon"
+    found.append(Check(name, drop, margins.list_loss, drop >= margins.list_loss))
     facts = (
         ("CPT moved the crayon and nothing else", "cpt_moved_only_the_crayon"),
         ("vl phase left the image adapter as it was, bit for bit", "image_adapter_identical"),
@@ -111,7 +115,8 @@ def check_lines(found: list[Check]) -> str:
     lines = []
     for check in found:
         mark = "ok    " if check.passed else "FAILED"
-        detail = f": {check.value:+.1f} (needs {check.required:+.1f})"
+        digits = 2 if "loss" in check.name else 1
+        detail = f": {check.value:+.{digits}f} (needs {check.required:+.{digits}f})"
         is_fact = check.required == 1.0
         lines.append(f"  {mark} {check.name}{'' if is_fact else detail}")
     return "\n".join(lines)
