@@ -191,7 +191,7 @@ class Experiment:
         talks = Talks(self.test, list_talk, self.seed)
         batch = PhaseCollator(self.processor)([talks[i] for i in range(len(talks))])
         self.model.train(False)
-        losses = {}
+        losses: dict[str, float] = {}
         for use in CRAYON_USES:
             generator = torch.Generator().manual_seed(self.seed)
             with torch.no_grad():
