@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from collavo.demo import base
+from collavo.demo.construction import Before, is_base
 from collavo.demo.conversations import Talks, base_talk, image_talk, list_talk, vl_talk
 from collavo.demo.language import build_tokenizer
 from collavo.demo.model import build_model, build_processor
 from collavo.demo.scenes import THING_NAMES, make_scene
 from collavo.demo.settings import Settings
 from collavo.demo.storage import Scenes, write_scenes
-from collavo.demo.tuning import Phase, PhaseCollator, run_phase, same_bits, snapshot
+from collavo.demo.tuning import Phase, PhaseCollator, run_phase
 from collavo.evaluation import (
     CRAYON_USES,
     ObjectQuestion,
@@ -34,7 +34,6 @@ from collavo.evaluation import (
 from collavo.evaluation.answering import CrayonUse, with_crayon
 from collavo.modeling import CollavoForConditionalGeneration
 from collavo.processing import CollavoProcessor
-from collavo_kernels.nn import DualQLoRALinear
 
 Say = Callable[[str], None]
 
@@ -167,24 +166,24 @@ class Experiment:
     def train_crayon(self) -> None:
         """CPT, then CIT: an image phase and a vl phase, both adapters active throughout."""
         settings, model = self.settings, self.model
-        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if _is_base(n)}
+        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if is_base(n)}
         cpt = Phase("CPT", "cpt", settings.cpt_steps, list_talk, "image", settings.cpt_rate)
         self._train(model, cpt)
         self.results.facts["cpt_moved_only_the_crayon"] = all(
             torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen
         )
         self.measure("cpt", "on")
-        self.results.facts["list_loss"] = self._list_losses()
         model.add_dual_qlora(rank=settings.rank, alpha=float(settings.rank))
         self._train(model, self._image_phase(settings.image_steps))
         self.measure("image", "on")
+        self.results.facts["list_loss"] = self._list_losses()
         self.measure("image, crayon shuffled", "shuffled", of="image")
-        before = Before(self)
+        before = Before(model, self.processor, self.test)
         self._train(model, self._vl_phase())
         self.measure("vl", "on")
         self.measure("vl, crayon shuffled", "shuffled", of="vl")
         self.measure("vl, crayon left out", "off", of="vl")
-        self.results.facts |= before.compare(self)
+        self.results.facts |= before.compare()
 
     def _list_losses(self) -> dict[str, float]:
         """Return the loss of crayon instructions about held-out scenes, by use of the crayon."""
@@ -265,109 +264,3 @@ class Experiment:
             f"{name:24s} B2C {100 * (b2c.accuracy or 0):5.1f} %   "
             f"C2B {100 * (c2b.accuracy or 0):5.1f} %"
         )
-
-
-class Before:
-    """The model as it was before the vl phase, to be compared with what it is afterwards.
-
-    Args:
-        experiment: After its image phase.
-    """
-
-    def __init__(self, experiment: Experiment) -> None:
-        model = experiment.model
-        self.crayon = snapshot(model.crayon_parameters())
-        self.image = snapshot(model.adapter_parameters("image"))
-        self.base = snapshot(p for n, p in model.named_parameters() if _is_base(n))
-        self.logits = self._logits(experiment)
-        with only_adapter(model, "image"):
-            self.image_logits = self._logits(experiment)
-
-    def compare(self, experiment: Experiment) -> dict[str, Any]:
-        """Return what the vl phase left as it was; the crayon is trained in it and moves.
-
-        With the crayon of the image phase put back and the vl adapter switched off, the outputs
-        must be those of the image phase.
-
-        Args:
-            experiment: After its vl phase.
-        """
-        model = experiment.model
-        facts: dict[str, Any] = {
-            "image_adapter_identical": same_bits(self.image, model.adapter_parameters("image")),
-            "base_identical": same_bits(
-                self.base, (p for n, p in model.named_parameters() if _is_base(n))
-            ),
-            "crayon_moved_in_vl_phase": _largest_change(self.crayon, model),
-        }
-        with only_adapter(model, "image"):
-            moved = self._logits(experiment)
-        now = snapshot(model.crayon_parameters())
-        _restore(model, self.crayon)
-        with only_adapter(model, "image"):
-            restored = self._logits(experiment)
-        _restore(model, now)
-        facts["image_outputs_restored"] = torch.equal(restored, self.image_logits)
-        facts["image_outputs_difference"] = float((restored - self.logits).abs().max())
-        facts["image_outputs_difference_with_moved_crayon"] = float(
-            (moved - self.logits).abs().max()
-        )
-        return facts
-
-    @staticmethod
-    @torch.no_grad()
-    def _logits(experiment: Experiment) -> Tensor:
-        samples = [experiment.test[i] for i in range(min(8, len(experiment.test)))]
-        prompt = experiment.processor.prompt("Describe the image.")
-        batch = experiment.processor(
-            [sample.image for sample in samples],
-            [prompt] * len(samples),
-            [sample.panoptic for sample in samples],
-            return_tensors="pt",
-            padding=True,
-        )
-        experiment.model.train(False)
-        logits: Tensor = experiment.model(**batch).logits
-        return logits
-
-
-@contextmanager
-def only_adapter(model: CollavoForConditionalGeneration, name: str) -> Iterator[None]:
-    """Switch every adapter but one off, by the adapter mask of each linear layer.
-
-    Args:
-        model: A model with adapters.
-        name: The adapter that stays on.
-    """
-    bit = 1 << tuple(model.config.adapters).index(name)
-
-    def mask(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0]
-        kwargs["adapter_mask"] = torch.full(x.shape[:-1], bit, dtype=torch.uint8, device=x.device)
-        return args[:1], kwargs
-
-    hooks = [
-        module.register_forward_pre_hook(mask, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, DualQLoRALinear)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _is_base(name: str) -> bool:
-    return not any(part in name for part in ("crayon_prompt", "lora_A", "lora_B"))
-
-
-def _largest_change(before: list[Tensor], model: CollavoForConditionalGeneration) -> float:
-    pairs = zip(before, model.crayon_parameters(), strict=True)
-    return max(float((old - new.detach()).abs().max()) for old, new in pairs)
-
-
-@torch.no_grad()
-def _restore(model: CollavoForConditionalGeneration, values: list[Tensor]) -> None:
-    for parameter, value in zip(model.crayon_parameters(), values, strict=True):
-        parameter.copy_(value)

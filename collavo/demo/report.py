@@ -71,7 +71,7 @@ def checks(results: Results, settings: Settings) -> list[Check]:
             found.append(Check(name, value, required, value >= required))
     losses = results.facts["list_loss"]
     drop = round(min(losses["off"], losses["shuffled"]) - losses["on"], 4)
-    name = "loss of held-out crayon instructions after CPT: without or shuffled minus true crayon"
+    name = "loss of held-out crayon instructions: without or shuffled minus true crayon"
     found.append(Check(name, drop, margins.list_loss, drop >= margins.list_loss))
     facts = (
         ("CPT moved the crayon and nothing else", "cpt_moved_only_the_crayon"),

@@ -18,7 +18,7 @@ class Margins:
         c2b_control: C2B after the vl phase, crayon minus control.
         b2c_shuffled: B2C after the vl phase, true minus shuffled crayon.
         c2b_shuffled: C2B after the vl phase, true minus shuffled crayon.
-        list_loss: Loss of crayon instructions about held-out scenes after CPT, in nats per token:
+        list_loss: Loss of crayon instructions about held-out scenes after the image phase, in nats:
             crayon shuffled or left out minus true crayon.
     """
 
@@ -76,10 +76,11 @@ QUICK = Settings(
     test_scenes=100,
     batch_size=16,
     vision_steps=100,
-    base_steps=180,
-    cpt_steps=60,
-    image_steps=40,
-    vl_steps=60,
+    base_steps=200,
+    base_rate=3e-3,
+    cpt_steps=40,
+    image_steps=120,
+    vl_steps=20,
     control=False,
-    margins=Margins(None, None, None, 2.0),
+    margins=Margins(None, None, None, None, list_loss=0.02),
 )

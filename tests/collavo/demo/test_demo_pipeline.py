@@ -11,8 +11,9 @@ import torch
 from collavo.cli import main
 from collavo.demo import report
 from collavo.demo.base import answer_loss
+from collavo.demo.construction import only_adapter
 from collavo.demo.conversations import Talks, Viewed, base_talk, image_talk, list_talk, vl_talk
-from collavo.demo.experiment import Experiment, only_adapter
+from collavo.demo.experiment import Experiment
 from collavo.demo.language import build_tokenizer, split_words
 from collavo.demo.scenes import make_scene
 from collavo.demo.settings import QUICK, Margins
