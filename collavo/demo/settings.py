@@ -63,8 +63,8 @@ class Settings:
     cpt_rate: float = 2e-3
     image_steps: int = 150
     image_rate: float = 2e-3
-    vl_steps: int = 130
-    vl_rate: float = 1e-3
+    vl_steps: int = 150
+    vl_rate: float = 2e-3
     rank: int = 16
     control: bool = True
     margins: Margins = field(default_factory=Margins)
