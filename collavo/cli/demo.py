@@ -75,7 +75,10 @@ def _verdict(found: list[Check], args: argparse.Namespace) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' notices out of the report."""
+    """Keep the libraries' notices and their own bars out of the report."""
+    from transformers.utils import logging as transformers_logging
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("transformers", "accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
