@@ -32,9 +32,9 @@ class DualQLoRALinear(nn.Module):
     ``y = W x + sum_i s_i B_i A_i x + table[row] + bias``, with W in NF4 (arXiv 2402.11248, section
     3.3; arXiv 2305.14314). It replaces ``nn.Linear`` and bitsandbytes' ``Linear4bit``. Every part
     of the NF4 weight is a uint8 parameter without gradient: ``.to(dtype)`` cannot change it, DDP
-    does not send it again at every forward, FSDP2 shards it. ``state_dict()`` has bitsandbytes'
-    keys for it and PEFT's names for the adapters (``lora_A.<name>.weight``,
-    ``lora_B.<name>.weight``).
+    does not send it again at every forward, FSDP2 shards it (from torch 2.12; before, it refuses
+    integer parameters). ``state_dict()`` has bitsandbytes' keys for it and PEFT's names for the
+    adapters (``lora_A.<name>.weight``, ``lora_B.<name>.weight``).
 
     Args:
         in_features: K.
