@@ -9,7 +9,7 @@ from torch import Tensor
 
 from collavo_kernels.ops.crayon_attention import registration as _registration  # noqa: F401
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
-from collavo_kernels.ops.crayon_attention.reference import add_rows, prepared
+from collavo_kernels.ops.crayon_attention.reference import checked_rows, prepared, with_rows
 from collavo_kernels.ops.crayon_attention.validation import expect_tensors, validate
 
 __all__ = ["CrayonAttentionOutput", "crayon_attention", "prepare"]
@@ -147,14 +147,15 @@ def prepare(
         crayon_q: ``[T, H, D]``, q's dtype.
         crayon_k: ``[T, G, D]``, q's dtype.
         crayon_v: ``[T, G, D]``, q's dtype.
-        row_index: ``[B, S]`` int32, -1 = not an image token; other values must be rows.
+        row_index: ``[B, S]`` int32, -1 = not an image token.
 
     Returns:
         q, k and v of the same shapes and dtypes; v itself where no ``crayon_v`` is given.
 
     Raises:
         TypeError: if an argument is no tensor or has another dtype.
-        ValueError: if a shape or device is wrong.
+        ValueError: if a shape or device is wrong; on the CPU also if a row index lies outside the
+            tables (elsewhere it counts as -1).
 
     Example:
         >>> import torch
@@ -165,7 +166,9 @@ def prepare(
         [-1.0, 1.0]
     """
     tables = (crayon_q, crayon_k, crayon_v)
-    validate(AttentionInputs(q, k, v, cos, sin, *tables, row_index, None, True, None, None))
-    query = prepared(q, crayon_q, row_index, cos, sin)
-    key = prepared(k, crayon_k, row_index, cos, sin)
-    return query, key, v if crayon_v is None else add_rows(v, crayon_v, row_index)
+    inputs = AttentionInputs(q, k, v, cos, sin, *tables, row_index, None, True, None, None)
+    validate(inputs)
+    rows = checked_rows(inputs)
+    query = prepared(q, crayon_q, rows, cos, sin)
+    key = prepared(k, crayon_k, rows, cos, sin)
+    return query, key, with_rows(v, crayon_v, rows)

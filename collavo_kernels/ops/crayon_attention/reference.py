@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from collavo_kernels._flags import KEY_RANGE_INVERTED, ROW_INDEX_OUT_OF_RANGE, error_word
+from collavo_kernels._flags import KEY_RANGE_INVERTED, error_word
+from collavo_kernels._rows import add_rows, checked_index, sum_rows
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
     BackwardInputs,
@@ -31,7 +32,7 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     ranges = checked_ranges(inputs)
     query = prepared(inputs.q, inputs.crayon_q, rows, inputs.cos, inputs.sin)
     key = prepared(inputs.k, inputs.crayon_k, rows, inputs.cos, inputs.sin)
-    value = inputs.v if inputs.crayon_v is None else add_rows(inputs.v, inputs.crayon_v, rows)
+    value = with_rows(inputs.v, inputs.crayon_v, rows)
     out, lse = _attend(query, key, value, ranges, inputs)
     owned = inputs.v.new_empty(0) if inputs.crayon_v is None else value.contiguous()
     return ForwardResult(out, key.contiguous(), owned, lse)
@@ -63,7 +64,7 @@ def backward(given: BackwardInputs) -> Gradients:
         elif rows is None:
             gradients.append(torch.zeros_like(table, memory_format=torch.contiguous_format))
         else:
-            gradients.append(sum_rows(d, rows, table))
+            gradients.append(sum_rows(d, rows, table.shape[0]).to(table.dtype))
     dq, dk, dv, dtq, dtk, dtv = gradients
     return dq, dk, dv, dtq, dtk, dtv
 
@@ -80,10 +81,19 @@ def prepared(
         cos: ``[B or 1, S, D]``.
         sin: ``[B or 1, S, D]``.
     """
-    y = _added(x, table, rows)
+    y = x.to(_compute_dtype(x))
+    if table is not None and rows is not None:
+        y = add_rows(y, table, rows)
     c, s = cos.to(y.dtype).unsqueeze(2), sin.to(y.dtype).unsqueeze(2)
     low, high = y.chunk(2, dim=-1)
     return (y * c + torch.cat((-high, low), dim=-1) * s).to(x.dtype)
+
+
+def with_rows(x: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Add each token's table row to ``[B, S, N, D]``, rounding once; x itself without a table."""
+    if table is None or rows is None:
+        return x
+    return add_rows(x.to(_compute_dtype(x)), table, rows).to(x.dtype)
 
 
 def unrotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,32 +101,6 @@ def unrotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     c, s = cos.to(y.dtype).unsqueeze(2), sin.to(y.dtype).unsqueeze(2)
     low, high = (y * s).chunk(2, dim=-1)
     return y * c + torch.cat((high, -low), dim=-1)
-
-
-def add_rows(x: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Add ``table[rows]`` to the tokens of ``[B, S, N, D]`` that have a row; keeps x's dtype."""
-    return _added(x, table, rows).to(x.dtype)
-
-
-def sum_rows(x: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-    """Sum ``[B, S, N, D]`` over the tokens of each table row, in token order.
-
-    Rows that no token uses get exact zeros, whatever the other tokens hold.
-
-    Args:
-        x: ``[B, S, N, D]``.
-        rows: ``[B, S]``, -1 = no row.
-        table: ``[T, N, D]``: gives the result's shape and dtype.
-    """
-    count = table.shape[0]
-    if table.numel() == 0 or x.numel() == 0:
-        return torch.zeros_like(table, memory_format=torch.contiguous_format)
-    ordered, order = torch.sort(rows.reshape(-1).long(), stable=True)
-    bounds = torch.arange(count + 1, device=rows.device)
-    offsets = torch.searchsorted(ordered, bounds)
-    tokens = x.reshape(-1, table[0].numel()).index_select(0, order)
-    sums = torch.segment_reduce(tokens, "sum", offsets=offsets, axis=0, unsafe=True)
-    return sums.to(table.dtype).reshape(table.shape)
 
 
 def checked_rows(inputs: AttentionInputs) -> Tensor | None:
@@ -128,22 +112,9 @@ def checked_rows(inputs: AttentionInputs) -> Tensor | None:
     """
     tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
     counts = [t.shape[0] for t in tables if t is not None]
-    rows = inputs.row_index
-    if rows is None or not counts:
+    if inputs.row_index is None or not counts:
         return None
-    if rows.numel() == 0:
-        return rows
-    bad = (rows < -1) | (rows >= counts[0])
-    if rows.device.type != "cpu":
-        error_word(rows.device).bitwise_or_(bad.any().int() * ROW_INDEX_OUT_OF_RANGE)
-        return rows.masked_fill(bad, -1)
-    if bool(bad.any()):
-        sample, token = (int(x) for x in bad.nonzero()[0])
-        raise ValueError(
-            f"row_index: expected entries from -1 to {counts[0] - 1} (the tables have "
-            f"{counts[0]} rows), got {int(rows[sample, token])} at sample {sample}, token {token}"
-        )
-    return rows
+    return checked_index(inputs.row_index, counts[0])
 
 
 def checked_ranges(inputs: AttentionInputs) -> Tensor | None:
@@ -172,14 +143,6 @@ def checked_ranges(inputs: AttentionInputs) -> Tensor | None:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _added(x: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
-    y = x.to(_compute_dtype(x))
-    if table is None or rows is None or table.shape[0] == 0:
-        return y
-    chosen = table.to(y.dtype)[rows.clamp_min(0).long()]
-    return torch.where((rows >= 0)[:, :, None, None], y + chosen, y)
 
 
 class _Block(NamedTuple):

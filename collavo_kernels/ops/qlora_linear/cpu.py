@@ -20,7 +20,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAInputs,
     active,
 )
-from collavo_kernels.ops.qlora_linear.reference import check_row_index
+from collavo_kernels.ops.qlora_linear.reference import checked_rows
 
 FEW_TOKENS = 16
 _CHUNK = 64
@@ -49,7 +49,7 @@ def declines(inputs: QLoRAInputs) -> str | None:
 
 def forward(inputs: QLoRAInputs) -> Tensor:
     """Return ``[M, N]`` in x's dtype."""
-    check_row_index(inputs)
+    checked_rows(inputs)
     k = inputs.x.shape[1]
     if inputs.x.shape[0] <= FEW_TOKENS and k % _CHUNK == 0 and inputs.block_size >= _CHUNK:
         return _forward_few(_module(), inputs)
@@ -227,6 +227,7 @@ def _grad_x(
 def _grad_row_table(module: ModuleType, inputs: QLoRAInputs, grad: Tensor) -> Tensor:
     if inputs.row_table is None or inputs.row_index is None:
         raise ValueError("row_table: a gradient was asked for, but there is none")
+    checked_rows(inputs)
     grad, index = grad.contiguous(), inputs.row_index.contiguous()
     table = grad.new_empty(inputs.row_table.shape, dtype=torch.float32)
     pointers = (grad.data_ptr(), index.data_ptr(), table.data_ptr())

@@ -31,8 +31,8 @@ class QLoRAInputs:
 
     Attributes:
         x: ``[M, K]``, any strides.
-        weight: uint8 packed NF4 codes when ``scales`` is given, else dense ``[N, K]``.
-        scales: uint8 blob of an ``NF4Weight``, or None.
+        weight: contiguous uint8 NF4 codes when ``scales`` is given, else dense ``[N, K]``.
+        scales: contiguous uint8 blob of an ``NF4Weight``, or None.
         out_features: N.
         block_size: Elements per scale.
         double_quant: Whether scales are stored in 8 bits.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
@@ -42,6 +43,7 @@ NF4_CODE = (
     1.0,
 )
 _FLOAT_BYTES = 4
+_codes: dict[torch.device, Tensor] = {}
 
 
 class ScaleParts(NamedTuple):
@@ -111,6 +113,21 @@ def block_scales(scales: Tensor, blocks: int, double_quant: bool) -> Tensor:
     return parts.nested_code[parts.absmax.int()] * outer + parts.offset
 
 
+def nf4_code(like: Tensor) -> Tensor:
+    """Return the 16 values of NF4, float32, beside a tensor.
+
+    A GPU gets them once, since sending them waits for it.
+    """
+    device = like.device
+    kept = device.type == "cuda" and not torch.compiler.is_compiling()
+    if not kept or isinstance(like, FakeTensor):
+        return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    if device not in _codes:
+        with torch.inference_mode(False):
+            _codes[device] = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    return _codes[device]
+
+
 def dequantize_rows(
     packed: Tensor,
     scales: Tensor,
@@ -132,7 +149,7 @@ def dequantize_rows(
     absmax = block_scales(scales, block_count(shape, block_size), double_quant)
     absmax = absmax[block_first:block_last]
     codes = packed.reshape(-1)[block_first * block_size // 2 : block_last * block_size // 2].int()
-    table = torch.tensor(NF4_CODE, dtype=torch.float32, device=packed.device)
+    table = nf4_code(packed)
     values = torch.stack([table[codes >> 4], table[codes & 15]], dim=-1).view(-1)
     start = first - block_first * block_size
     whole = values.numel() // block_size * block_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ _ZERO_CODE = 7
 _SMALLEST_TAIL_SCALE = 1e-38
 # The second quantisation finds codes through a table over [-1, 1] of this many entries.
 _LOOKUP_ENTRIES = 65536
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
@@ -93,8 +95,9 @@ def _nearest(scaled: Tensor) -> Tensor:
 
 
 def _quantize_scales(absmax: Tensor) -> ScaleParts:
+    # On the CPU for the same bytes from every device.
     with _one_thread():
-        offset = absmax.mean()
+        offset = absmax.cpu().mean().to(absmax.device)
     centred = absmax - offset
     missing = -centred.numel() % NESTED_BLOCK
     groups = torch.nn.functional.pad(centred, (0, missing)).view(-1, NESTED_BLOCK)
@@ -135,10 +138,12 @@ def _scale_lookup() -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # The order of a parallel sum depends on the number of threads, and bytes must not.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    # The order of a parallel sum depends on the number of threads, and bytes must not. The number
+    # is the process's: two of these at once would put back the other's 1.
+    with _ONE_AT_A_TIME:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collavo_kernels._flags import ROW_INDEX_OUT_OF_RANGE, error_word
+from collavo_kernels._rows import add_rows, checked_index, sum_rows
 from collavo_kernels.ops.qlora_linear.inputs import (
     GradientMask,
     QLoRAGradients,
@@ -33,7 +33,7 @@ _STRIP_ELEMENTS = 1 << 22
 def forward(inputs: QLoRAInputs) -> Tensor:
     """Return ``[M, N]`` in x's dtype."""
     x, n = inputs.x, inputs.out_features
-    check_row_index(inputs)
+    rows = checked_rows(inputs)
     wide = _accumulator(x.dtype)
     out = x.new_empty((x.shape[0], n), dtype=wide)
     for start, stop, dense in _weight_strips(inputs):
@@ -41,8 +41,8 @@ def forward(inputs: QLoRAInputs) -> Tensor:
     for i in range(len(inputs.a)):
         hidden = _gate(inputs, i, F.linear(x, inputs.a[i].to(x.dtype)))
         out += F.linear(hidden, inputs.b[i].to(x.dtype))
-    if inputs.row_table is not None and inputs.row_index is not None:
-        out += _one_hot(inputs, wide).t() @ inputs.row_table.to(wide)
+    if inputs.row_table is not None and rows is not None:
+        out = add_rows(out, inputs.row_table, rows)
     if inputs.bias is not None:
         out += inputs.bias
     return out.to(x.dtype)
@@ -78,21 +78,16 @@ def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGrad
     )
 
 
-def check_row_index(inputs: QLoRAInputs) -> None:
-    """Raise (CPU) or set the error flag (GPU, no synchronisation) on a row outside the table."""
+def checked_rows(inputs: QLoRAInputs) -> Tensor | None:
+    """Return the row index with no entry outside the table, or None where no table is given.
+
+    Raises:
+        ValueError: on the CPU, naming the first bad entry; elsewhere a bad entry counts as -1 and
+            is reported by ``collavo_kernels.check()``.
+    """
     if inputs.row_index is None or inputs.row_table is None:
-        return
-    rows, index = inputs.row_table.shape[0], inputs.row_index
-    bad = (index < -1) | (index >= rows)
-    if index.device.type == "cpu":
-        if bool(bad.any()):
-            where = int(bad.int().argmax())
-            raise ValueError(
-                f"row_index: expected -1 or a row in [0, {rows}), "
-                f"got {int(index[where])} at token {where}"
-            )
-        return
-    error_word(index.device).bitwise_or_(bad.any().int() * ROW_INDEX_OUT_OF_RANGE)
+        return None
+    return checked_index(inputs.row_index, inputs.row_table.shape[0])
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -126,19 +121,11 @@ def _weight_strips(inputs: QLoRAInputs) -> Iterator[tuple[int, int, Tensor]]:
         yield start, stop, dense
 
 
-def _one_hot(inputs: QLoRAInputs, dtype: torch.dtype) -> Tensor:
-    # A product with it sums in a fixed order on every device; a row out of range matches nothing.
-    if inputs.row_table is None or inputs.row_index is None:
-        raise ValueError("row_table: needed beside row_index")
-    rows = torch.arange(inputs.row_table.shape[0], device=inputs.x.device, dtype=torch.int32)
-    return (rows[:, None] == inputs.row_index[None, :]).to(dtype)  # [T, M]
-
-
 def _grad_row_table(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
-    if inputs.row_table is None:
+    rows, table = checked_rows(inputs), inputs.row_table
+    if table is None or rows is None:
         raise ValueError("row_table: a gradient was asked for, but there is none")
-    wide = _accumulator(grad.dtype)
-    return (_one_hot(inputs, wide) @ grad.to(wide)).to(inputs.row_table.dtype)
+    return sum_rows(grad.to(_accumulator(grad.dtype)), rows, table.shape[0]).to(table.dtype)
 
 
 def _grad_bias(inputs: QLoRAInputs, grad: Tensor) -> Tensor:

@@ -124,8 +124,9 @@ def _bundle(
 ) -> QLoRAInputs:
     return QLoRAInputs(
         x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
-        weight,
-        scales,
+        # Kernels read the bytes one after the other.
+        weight if scales is None else weight.contiguous(),
+        None if scales is None else scales.contiguous(),
         out_features,
         block_size,
         double_quant,

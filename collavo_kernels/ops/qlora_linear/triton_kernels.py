@@ -21,12 +21,11 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAInputs,
     active,
 )
-from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE, block_count, split_scales
+from collavo_kernels.ops.qlora_linear.nf4 import block_count, nf4_code, split_scales
 
 # Tiles of 16 or 64 tokens: with eight warps no supported Triton spills registers on any target
 # (four spill in both, and tiles of 32 with either).
 WARPS = 8
-_codes: dict[torch.device, Tensor] = {}
 
 
 @triton.jit
@@ -329,10 +328,13 @@ def _weight(inputs: QLoRAInputs) -> tuple[Tensor, ...]:
         raise RuntimeError("qlora_linear: the Triton backend has no dense weight")
     blocks = block_count(inputs.shape, inputs.block_size)
     parts = split_scales(inputs.scales, blocks, inputs.double_quant)
-    code = _codes.get(inputs.weight.device)
-    if code is None:
-        code = torch.tensor(NF4_CODE, dtype=torch.float32, device=inputs.weight.device)
-        _codes[inputs.weight.device] = code
     nested = [parts.absmax if each is None else each for each in parts[1:]]
     offset, nested_absmax, nested_code = nested
-    return inputs.weight, parts.absmax, nested_absmax, nested_code, offset, code
+    return (
+        inputs.weight,
+        parts.absmax,
+        nested_absmax,
+        nested_code,
+        offset,
+        nf4_code(inputs.weight.device),
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collavo_kernels import LoRAAdapter, qlora_linear, quantize_nf4
+from collavo_kernels import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
 from collavo_kernels.ops.qlora_linear import OPERATOR
 from collavo_kernels.testing import (
     assert_within_budget,
@@ -98,6 +98,50 @@ def test_zero_sizes(backend: str) -> None:
     none = torch.full((3,), -1, dtype=torch.int32)
     with_table = qlora_linear(tokens, weight, row_table=empty, row_index=none, backend=backend)
     assert torch.equal(with_table, qlora_linear(tokens, weight, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [5, 40], ids=["few", "many"])
+def test_what_other_rows_hold_reaches_no_token(backend: str, tokens: int) -> None:
+    # A product with a one-hot matrix would give 0 * NaN = NaN everywhere.
+    weight = quantize_nf4(torch.randn(32, 64))
+    table = torch.randn(3, 32)
+    table[1] = float("nan")
+    index = (torch.arange(tokens, dtype=torch.int32) % 3) - 1
+    x, table = torch.randn(tokens, 64), table.requires_grad_()
+    out = qlora_linear(x, weight, row_table=table, row_index=index, backend=backend)
+    assert torch.equal(out.isnan().any(1), index == 1)
+    grad = torch.ones_like(out)
+    grad[index == 1] = float("nan")
+    grad[index == -1] = float("inf")
+    (found,) = torch.autograd.grad(out, table, grad)
+    assert found[0].isfinite().all() and found[1].isnan().all()
+    assert torch.equal(found[2], torch.zeros(32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_of_any_strides(backend: str) -> None:
+    weight = quantize_nf4(torch.randn(32, 64))
+    strided = NF4Weight(
+        weight.packed.repeat(1, 2)[:, :1], weight.scales.repeat_interleave(3)[::3], (32, 64)
+    )
+    assert not strided.packed.is_contiguous() and not strided.scales.is_contiguous()
+    for tokens in (3, 40):
+        x = torch.randn(tokens, 64)
+        plain = qlora_linear(x, weight, backend=backend)
+        assert torch.equal(qlora_linear(x, strided, backend=backend), plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backward_checks_rows_itself(backend: str) -> None:
+    # It can be called without its forward, and writes where the index says.
+    weight = quantize_nf4(torch.randn(32, 64))
+    rows = torch.tensor([0, 7], dtype=torch.int32)
+    call = (torch.randn(2, 64), weight.packed, weight.scales, 32, 64, True, [], [], [], None)
+    op = torch.ops.collavo.qlora_linear_backward.default
+    with pytest.raises(ValueError, match=r"row_index: expected entries from -1 to 1 .* got 7"):
+        flags = [False, False, True, False]
+        op(torch.ones(2, 32), *call, torch.zeros(2, 32), rows, None, flags, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

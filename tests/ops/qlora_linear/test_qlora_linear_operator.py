@@ -187,7 +187,7 @@ TABLE, INDEX = torch.randn(2, 32), torch.tensor([0, 1, -1], dtype=torch.int32)
         (
             {"row_table": TABLE, "row_index": INDEX + 1},
             ValueError,
-            r"row_index: expected -1 or a row in \[0, 2\), got 2 at token 1",
+            r"row_index: expected entries from -1 to 1 \(the table has 2 rows\), got 2 at token 1",
         ),
         ({"row_table": TABLE, "row_index": INDEX - 1}, ValueError, "got -2 at token 2"),
         ({"bias": torch.ones(31)}, ValueError, r"bias: expected shape \[32\]"),
