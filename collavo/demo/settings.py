@@ -26,7 +26,7 @@ class Margins:
     c2b_control: float | None = 2.5
     b2c_shuffled: float | None = 10.0
     c2b_shuffled: float | None = 5.0
-    list_loss: float = 0.05
+    list_loss: float | None = None
 
 
 @dataclass(frozen=True)
