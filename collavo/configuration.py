@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 from huggingface_hub.dataclasses import strict
@@ -43,8 +43,9 @@ class CollavoTextConfig(LlamaConfig):
             token that can be read and never be generated.
 
     Raises:
-        ValueError: for an unknown mode or quantisation, a rank below one, a name that stands twice,
-            or an image adapter that is not among the adapters.
+        ValueError: for an unknown mode or quantisation, a rank below one, a dropout that is no
+            probability below one, a name that stands twice, or an image adapter that is not among
+            the adapters.
 
     Example:
         >>> CollavoTextConfig(hidden_size=64, num_attention_heads=4).crayon_mode
@@ -70,8 +71,8 @@ class CollavoTextConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Normalise and check what this class adds."""
-        self.adapters = tuple(self.adapters)
-        self.image_adapters = tuple(self.image_adapters)
+        self.adapters = _names(self.adapters, "adapters")
+        self.image_adapters = _names(self.image_adapters, "image_adapters")
         super().__post_init__(**kwargs)
         self._check_adapters()
 
@@ -91,9 +92,10 @@ class CollavoTextConfig(LlamaConfig):
         for name in ("crayon_rank", "quant_block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("crayon_dropout", "lora_dropout"):
+            _check_dropout(name, getattr(self, name))
         for name in self.adapters:
-            if _of(self.lora_rank, name, "lora_rank") < 1:
-                raise ValueError(f"lora_rank: expected at least 1, got {self.lora_rank}")
+            _check_rank(_of(self.lora_rank, name, "lora_rank"))
             _of(self.lora_alpha, name, "lora_alpha")
 
     def adapter_size(self, name: str) -> tuple[int, float]:
@@ -101,8 +103,27 @@ class CollavoTextConfig(LlamaConfig):
         rank = _of(self.lora_rank, name, "lora_rank")
         return int(rank), float(_of(self.lora_alpha, name, "lora_alpha"))
 
-    def add_adapters(self, names: tuple[str, ...], rank: int, alpha: float) -> None:
-        """Append adapters of one rank and alpha to those that are there."""
+    def add_adapters(self, names: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
+        """Append adapters of one rank and alpha to those that are there; all get the dropout.
+
+        Args:
+            names: Their names.
+            rank: R.
+            alpha: Their scaling is ``alpha / rank``.
+            dropout: Dropout on an adapter's input, while training.
+
+        Raises:
+            ValueError: for a name that is taken or no name, a rank below one, or a dropout that is
+                no probability below one; nothing is changed then.
+        """
+        names = _names(names, "adapters")
+        if taken := [name for name in names if name in self.adapters]:
+            raise ValueError(f"adapters: the model has adapters of the names {taken} already")
+        if len(set(names)) != len(names):
+            raise ValueError(f"adapters: expected distinct names, got {list(names)}")
+        _check_rank(rank)
+        _check_dropout("lora_dropout", dropout)
+        self.lora_dropout = dropout
         sizes = {name: self.adapter_size(name) for name in self.adapters}
         sizes |= dict.fromkeys(names, (rank, float(alpha)))
         self.adapters = tuple(sizes)
@@ -116,6 +137,26 @@ class CollavoTextConfig(LlamaConfig):
     def crayon_scaling(self) -> float:
         """The factor of the crayon branch in projection mode."""
         return 1.0 if self.crayon_alpha is None else self.crayon_alpha / self.crayon_rank
+
+
+def _names(names: Sequence[str], field: str) -> tuple[str, ...]:
+    """Return names as a tuple; one string would be taken letter by letter."""
+    if isinstance(names, str):
+        raise ValueError(f"{field}: expected a sequence of names, got the string {names!r}")
+    for name in names:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"{field}: expected names without dots, got {name!r}")
+    return tuple(names)
+
+
+def _check_rank(rank: float) -> None:
+    if rank < 1:
+        raise ValueError(f"lora_rank: expected at least 1, got {rank}")
+
+
+def _check_dropout(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected 0 to below 1, got {value}")
 
 
 def _of(value: float | Mapping[str, float], name: str, field: str) -> float:

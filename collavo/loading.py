@@ -12,12 +12,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from collavo_kernels import NF4Weight
 
 if TYPE_CHECKING:
     from collavo.modeling import CollavoForConditionalGeneration
+    from collavo.processing import CollavoProcessor
 
 _FACTS = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _FACTS)
@@ -155,6 +156,70 @@ def load_pretrained(folder: str | PathLike[str], **kwargs: Any) -> CollavoForCon
     _expect_none(folder, "tensors have another shape than the model's", mismatched)
     loaded: CollavoForConditionalGeneration = model
     return loaded
+
+
+def load_folder(
+    folder: str | PathLike[str], **kwargs: Any
+) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+    """Load a model folder with its processor, and see that the two belong together.
+
+    Args:
+        folder: A folder into which both were saved with ``save_pretrained``.
+        **kwargs: As in ``load_pretrained``.
+
+    Returns:
+        The model, in evaluation mode, and the processor.
+
+    Raises:
+        FileNotFoundError: naming the folder or file that is missing.
+        ValueError: naming what is damaged, or where processor and model disagree.
+
+    Example:
+        >>> load_folder("no-such-folder")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: no-such-folder: no such model folder
+    """
+    weight_files(folder)  # a folder that is none is said to be none, not to lack a processor
+    if not (Path(folder) / PROCESSOR_NAME).is_file():
+        raise FileNotFoundError(
+            f"{Path(folder) / PROCESSOR_NAME}: missing from the model folder; save the model's "
+            "processor there with save_pretrained"
+        )
+    model = load_pretrained(folder, **kwargs)
+    processor = _load_processor(folder)
+    _check_pair(folder, model.config, processor)
+    return model, processor
+
+
+def _load_processor(folder: str | PathLike[str]) -> CollavoProcessor:
+    from collavo.processing import CollavoProcessor
+
+    try:
+        loaded: CollavoProcessor = CollavoProcessor.from_pretrained(folder)
+    except (ValueError, OSError, TypeError) as error:
+        # transformers' message is a page.
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: its processor cannot be read ({reason})") from error
+    return loaded
+
+
+def _check_pair(folder: str | PathLike[str], config: Any, processor: CollavoProcessor) -> None:
+    """Raise if the processor would make inputs that are not this model's."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    expected: dict[str, tuple[object, object]] = {
+        "grid": (processor.grid, (side, side)),
+        "image_token_id": (processor.image_token_id, config.image_token_id),
+    }
+    if config.crayon_mode != "none":
+        expected["num_classes"] = (processor.num_classes, config.num_crayon_classes)
+        expected["max_number"] = (processor.max_number, config.max_crayon_number)
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise ValueError(
+                f"{folder}: its processor has {name} {found} and its model {wanted}; save the "
+                "processor that the model was trained with"
+            )
 
 
 def _expect_none(folder: str | PathLike[str], what: str, names: Iterable[str]) -> None:

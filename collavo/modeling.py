@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -163,7 +164,7 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
 
     def add_dual_qlora(
         self,
-        adapters: tuple[str, ...] = ("image", "vl"),
+        adapters: Sequence[str] = ("image", "vl"),
         *,
         rank: int = 64,
         alpha: float = 64.0,
@@ -191,15 +192,13 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
             The model itself.
 
         Raises:
-            ValueError: if an adapter of one of the names exists.
+            ValueError: if an adapter of one of the names exists, or a setting is no possible one;
+                the model is then as it was.
 
         Source: arXiv 2402.11248, section 4 (NF4, double quantisation, R = alpha = 64).
         """
         config = self.config.text_config
-        if taken := [name for name in adapters if name in config.adapters]:
-            raise ValueError(f"adapters: the model has adapters of the names {taken} already")
-        config.add_adapters(tuple(adapters), rank, alpha)
-        config.lora_dropout = dropout
+        config.add_adapters(adapters, rank, alpha, dropout)
         self.model.crayon_adapters = tuple(config.adapters)
         if quantize and config.quantize is None:
             config.quantize, config.double_quant = "nf4", double_quant

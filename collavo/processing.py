@@ -26,6 +26,7 @@ from collavo.processing_inputs import (
     batch_crayon,
     crop_map,
     flatten_images,
+    images_per_prompt,
     make_image_processor,
     visible_region,
 )
@@ -102,7 +103,8 @@ class CollavoProcessor(ProcessorMixin):
         """Make a batch of prompts.
 
         Args:
-            images: RGB images or their paths, in the order of the placeholders in ``text``.
+            images: RGB images or their paths, in the order of the placeholders in ``text``; flat,
+                or one list per prompt.
             text: Prompts with one ``<image>`` per image. ``<objects>`` is where the object text
                 of an image goes; without that marker it follows the image's placeholder.
             panoptic: One map, or None, per image. An image without a map has one unknown segment.
@@ -216,7 +218,7 @@ class CollavoProcessor(ProcessorMixin):
     ) -> BatchFeature:
         pictures = [_open(image) for image in flatten_images(images)]
         maps = self._maps(panoptic, len(pictures))
-        counts = self._count_images(samples, len(pictures))
+        counts = self._count_images(samples, len(pictures), images_per_prompt(images))
         wanted = self._object_switch(object_text, len(samples))
         crayon = self._look_up(pictures, maps) if pictures else None
         expanded, first = [], 0
@@ -255,7 +257,9 @@ class CollavoProcessor(ProcessorMixin):
             )
         return maps
 
-    def _count_images(self, samples: Sequence[Sequence[Piece]], images: int) -> list[int]:
+    def _count_images(
+        self, samples: Sequence[Sequence[Piece]], images: int, nested: list[int] | None
+    ) -> list[int]:
         for number, pieces in enumerate(samples):
             if any(piece.is_answer and self.image_token in piece.text for piece in pieces):
                 raise ValueError(f"conversations[{number}]: an answer has {self.image_token!r}")
@@ -264,6 +268,11 @@ class CollavoProcessor(ProcessorMixin):
             raise ValueError(
                 f"text: expected one {self.image_token!r} for each of {images} images, "
                 f"got {sum(counts)} ({counts} per prompt)"
+            )
+        if nested is not None and nested != counts:
+            raise ValueError(
+                f"text: expected as many {self.image_token!r} per prompt as the lists in images "
+                f"have images, {nested}, got {counts}"
             )
         return counts
 

@@ -140,6 +140,19 @@ def flatten_images(images: ImageInput | Sequence[Any] | None) -> Iterator[ImageI
         )
 
 
+def images_per_prompt(images: ImageInput | Sequence[Any] | None) -> list[int] | None:
+    """Return how many images each prompt has, where there is one list per prompt, else None.
+
+    Args:
+        images: As ``flatten_images`` takes them.
+    """
+    if not isinstance(images, list | tuple) or not images:
+        return None
+    if not all(isinstance(one, list | tuple) for one in images):
+        return None
+    return [len(list(flatten_images(one))) for one in images]
+
+
 def batch_crayon(crayon: CrayonMap, counts: Sequence[int]) -> dict[str, Tensor]:
     """Turn the rows of a batch of images into the model's padded, batch-first inputs.
 

@@ -1,6 +1,7 @@
 """The ``collavo`` command: one file per subcommand, loaded only when it is asked for.
 
-A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status).
+A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status), and
+``parents()`` if it takes the options of other parsers too.
 What a user did wrong (``ValueError``, a missing file) is printed as one line; anything else keeps
 its traceback.
 """
@@ -12,6 +13,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "demo": "train and measure a tiny CoLLaVO on drawn scenes, in minutes on a CPU",
@@ -30,9 +32,12 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="collavo", description=__doc__.splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, summary in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=summary, description=summary)
+        module: Any = None
         if name == command:
             module = importlib.import_module(f"collavo.cli.{_MODULES.get(name, name)}")
+        parents = module.parents() if hasattr(module, "parents") else ()
+        sub = subparsers.add_parser(name, help=summary, description=summary, parents=parents)
+        if module is not None:
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from collavo.panoptic.coco import find_panoptic_map, read_image
+from collavo.panoptic.coco import check_same_size, find_panoptic_map, read_image
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -66,8 +66,9 @@ class _Chat:
         # Files are read before the model: a wrong path shows at once.
         self.image = None if args.image is None else read_image(args.image)
         self.panoptic = None
-        if args.panoptic is not None:
+        if self.image is not None and args.panoptic is not None:
             self.panoptic = find_panoptic_map(args.panoptic, args.annotations)
+            check_same_size(self.panoptic, args.panoptic, self.image, args.image)
         self.options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
         self.object_text = args.object_text
         self.model, self.processor = _load(args.model, args.dtype, args.device)
@@ -101,15 +102,9 @@ def _load(folder: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
     """Load the model, every tensor of it, and its processor."""
     import torch
 
-    from collavo.loading import load_pretrained
-    from collavo.processing import CollavoProcessor
+    from collavo.loading import load_folder
 
-    model: Any = load_pretrained(folder, dtype=dtype)
-    if not (folder / "processor_config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder / 'processor_config.json'}: missing from the model folder; save the model's "
-            "processor there with save_pretrained"
-        )
-    processor = CollavoProcessor.from_pretrained(folder)
+    model, processor = load_folder(folder, dtype=dtype)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(place), processor
+    moved: Any = model
+    return moved.to(place), processor

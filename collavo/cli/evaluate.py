@@ -97,13 +97,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(folder: str, device: str) -> tuple[Any, Any]:
-    from collavo.modeling import CollavoForConditionalGeneration
-    from collavo.processing import CollavoProcessor
+    from collavo.loading import load_folder
 
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--model: there is no folder {folder}")
-    model = CollavoForConditionalGeneration.from_pretrained(folder)
-    return model.to(device).eval(), CollavoProcessor.from_pretrained(folder)
+    model, processor = load_folder(folder)
+    moved: Any = model
+    return moved.to(device), processor
 
 
 def _write(

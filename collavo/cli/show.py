@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from collavo.panoptic import detections_from_map, format_objects
-from collavo.panoptic.coco import find_panoptic_map, read_image
+from collavo.panoptic.coco import check_same_size, find_panoptic_map, read_image
 from collavo.panoptic.drawing import draw_scene
 
 
@@ -36,11 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-number: expected at least 0, got {args.max_number}")
     image = read_image(args.image)
     panoptic = find_panoptic_map(args.panoptic, args.annotations)
-    if panoptic.size != (image.height, image.width):
-        raise ValueError(
-            f"{args.panoptic}: the map is {panoptic.size[1]}x{panoptic.size[0]}, "
-            f"its image {args.image} is {image.width}x{image.height}"
-        )
+    check_same_size(panoptic, args.panoptic, image, args.image)
     output = args.output or Path(f"{args.image.stem}-crayon.png")
     picture = draw_scene(
         image,

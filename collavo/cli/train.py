@@ -16,10 +16,11 @@ from transformers import HfArgumentParser
 from collavo.panoptic.coco import CocoPanopticDataset
 from collavo.panoptic.maps import PanopticMap
 from collavo.train.arguments import CollavoTrainingArguments
+from collavo.train.schedule import STEP_KINDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``collavo train``, transformers' training arguments among them."""
+    """Add the arguments of ``collavo train`` that are not transformers'."""
     parser.usage = (
         "collavo train --model DIR --stage {cpt,cit} --coco-images DIR --panoptic DIR "
         "--annotations JSON [--vl-data JSON ...] [option of transformers.TrainingArguments ...]"
@@ -42,25 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in --output_dir"
     )
-    options = HfArgumentParser(cast(Any, CollavoTrainingArguments), add_help=False)
-    parser._add_container_actions(options)
+
+
+def parents() -> list[argparse.ArgumentParser]:
+    """Return the parser of transformers' training arguments, whose options are this command's."""
+    return [HfArgumentParser(cast(Any, CollavoTrainingArguments), add_help=False)]
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, with transformers' progress bars, and save the model in ``--output_dir``."""
-    from collavo.loading import load_pretrained
-    from collavo.processing import CollavoProcessor
+    from collavo.loading import load_folder
     from collavo.train.collator import CrayonCollator
     from collavo.train.trainer import CollavoTrainer
 
     training = training_arguments(args)
     samples = coco_samples(args)
-    image_data, vl_data = datasets(args, training, samples)
-    model = load_pretrained(args.model)
-    processor = CollavoProcessor.from_pretrained(args.model)
-    if training.stage == "cit" and not model.config.adapters:
+    model, processor = load_folder(args.model)
+    image_data, vl_data = datasets(args, training, samples, processor.max_number)
+    missing = [name for name in STEP_KINDS if name not in model.config.adapters]
+    if training.stage == "cit" and missing:
         model.add_dual_qlora(
-            rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize
+            missing, rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize
         )
     trainer = CollavoTrainer(
         model,
@@ -110,6 +113,7 @@ def datasets(
     args: argparse.Namespace,
     training: CollavoTrainingArguments,
     samples: CocoPanopticDataset | None,
+    max_number: int,
 ) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
     """Build the two data sets; an image of the VL data has the map that COCO has for its name.
 
@@ -130,7 +134,9 @@ def datasets(
         )
     image_data = None
     if samples is not None:
-        image_data = CrayonInstructionDataset(samples, seed=training.stream_seed)
+        image_data = CrayonInstructionDataset(
+            samples, seed=training.stream_seed, max_number=max_number
+        )
     if training.stage == "cpt" or not args.vl_data:
         return image_data, None
 

@@ -151,8 +151,8 @@ def apply_to_llava(
         crayon_mode=crayon_mode,
         crayon_rank=crayon_rank,
         crayon_alpha=crayon_scaling * crayon_rank,
-        adapters=tuple(adapters),
-        image_adapters=tuple(image_adapters),
+        adapters=cast(Any, adapters),
+        image_adapters=cast(Any, image_adapters),
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -179,8 +179,8 @@ def apply_to_llava(
         handle._attach(
             inner,
             crayon_prompt=prompt,
-            crayon_adapters=tuple(adapters),
-            crayon_image_adapters=tuple(image_adapters),
+            crayon_adapters=text.adapters,
+            crayon_image_adapters=text.image_adapters,
         )
         handle._reclass(inner, CrayonModelMixin)
         handle._reclass(model, CrayonGenerationMixin)

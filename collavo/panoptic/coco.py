@@ -22,6 +22,13 @@ from collavo.panoptic.maps import (
 )
 
 _T = TypeVar("_T")
+_UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +176,7 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         path = self.images / record.image
         image = read_image(path)
         panoptic = self.panoptic_map(index)
-        if panoptic.size != (image.height, image.width):
-            raise ValueError(
-                f"{self.panoptic / record.png}: the map is {panoptic.size[1]}x{panoptic.size[0]}, "
-                f"its image {path} is {image.width}x{image.height}"
-            )
+        check_same_size(panoptic, self.panoptic / record.png, image, path)
         return PanopticSample(image, panoptic, record.image_id, path)
 
     def panoptic_map(self, index: int) -> PanopticMap:
@@ -228,8 +231,29 @@ def read_image(path: PathLike) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path}: the image is unreadable or truncated ({error})") from error
+
+
+def check_same_size(
+    panoptic: PanopticMap, png: PathLike, image: Image.Image, path: PathLike
+) -> None:
+    """Raise unless a map has as many pixels as its image.
+
+    Args:
+        panoptic: The map.
+        png: Its file.
+        image: The image.
+        path: Its file.
+
+    Raises:
+        ValueError: naming both files, if the sizes differ.
+    """
+    if panoptic.size != (image.height, image.width):
+        raise ValueError(
+            f"{png}: the map is {panoptic.size[1]}x{panoptic.size[0]}, "
+            f"its image {path} is {image.width}x{image.height}"
+        )
 
 
 def find_panoptic_map(png: PathLike, annotations: PathLike) -> PanopticMap:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_panoptic_png(path: PathLike) -> Tensor:
         with Image.open(path) as picture:
             picture.load()
             channels = np.asarray(picture.convert("RGB")).astype(np.int32)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged ({error})") from error
     red, green, blue = channels[..., 0], channels[..., 1], channels[..., 2]
     return torch.from_numpy(red | green << 8 | blue << 16)
@@ -185,7 +186,7 @@ class PanopticMap:
             TypeError: if the map is not of an integer type.
             ValueError: as the class itself, and if an id does not fit into int32.
         """
-        raw = torch.as_tensor(segmentation)
+        raw = _tensor(segmentation)
         if raw.is_floating_point() or raw.is_complex() or raw.dtype == torch.bool:
             raise TypeError(f"segmentation: expected an integer map, got {raw.dtype}")
         if raw.dtype == torch.int64 and raw.numel() and int(raw.max()) >= 2**31:
@@ -288,8 +289,14 @@ class PanopticMap:
         ids = [_entry(info, "id", where, i) for i, info in infos]
         labels = [_entry(info, "label_id", where, i) for i, info in infos]
         # The map comes as float where nothing at all was found.
-        segmentation = torch.as_tensor(result["segmentation"]).to(torch.int32)
+        segmentation = _tensor(result["segmentation"]).to(torch.int32)
         return cls.from_segments(segmentation, ids, labels)
+
+
+def _tensor(values: Any) -> Tensor:
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()  # Pillow's arrays are so, and torch would warn
+    return torch.as_tensor(values)
 
 
 def category_table(categories: Sequence[Mapping[str, Any]] | None) -> Mapping[int, int]:
@@ -348,6 +355,7 @@ def parse_segments(
 
 def _entry(info: object, key: str, where: str, position: int) -> int:
     value = info.get(key) if isinstance(info, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int):
+    # Segmenters count with NumPy, whose integers are no ``int``.
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{where}[{position}]: expected an integer {key!r}, got {value!r}")
-    return value
+    return int(value)

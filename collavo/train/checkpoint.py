@@ -89,6 +89,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     Otherwise the half-written files are removed and ``folder`` stays as it was.
     """
+    folder = folder.resolve()  # "." has no name and no neighbour
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

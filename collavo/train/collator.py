@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from collavo.processing import CollavoProcessor
+from collavo.processing import IGNORE_INDEX, CollavoProcessor
 from collavo.train.dataset import check_record, record_images
 
 
@@ -21,8 +21,8 @@ class CrayonCollator:
             ``{% generation %}`` block around what the assistant says.
         object_text: Whether prompts name their objects, for records that do not say; None takes
             the processor's setting.
-        max_length: Longest sequence in tokens; longer ones are cut. A cut through an image is an
-            error.
+        max_length: Longest sequence in tokens; longer ones are cut. A cut through an image, or one
+            that leaves nothing of an answer, is an error.
         pad_to_multiple_of: Pad lengths to a multiple of this.
 
     Example:
@@ -55,7 +55,8 @@ class CrayonCollator:
             ``crayon_number`` int32 ``[B, R]``; records without one have index -1 and class -1.
 
         Raises:
-            ValueError: naming the record, if one is malformed or an image would be cut.
+            ValueError: naming the record, if one is malformed, or an image or a whole answer would
+                be cut.
         """
         if not records:
             raise ValueError("records: expected at least one, got none")
@@ -77,7 +78,18 @@ class CrayonCollator:
             object_text=[bool(record.get("object_text", default)) for record in checked],
             **options,
         )
+        _check_answers(batch["labels"], self.max_length)
         return dict(batch)
+
+
+def _check_answers(labels: Tensor, max_length: int | None) -> None:
+    # A batch without any label has a loss of 0 / 0, which would spoil every weight.
+    empty = (labels == IGNORE_INDEX).all(1)
+    if bool(empty.any()):
+        raise ValueError(
+            f"records[{int(empty.nonzero()[0])}]: nothing of its answer is left within max_length="
+            f"{max_length}; allow longer sequences"
+        )
 
 
 def _with_images(conversation: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -244,6 +244,7 @@ def check_record(record: object, where: str) -> Record:
                 f"{where}: conversation[{position}]: expected 'role' (system, user or assistant) "
                 f"and 'content', got {turn!r}"
             )
+        _check_content(turn["content"], f"{where}: conversation[{position}]")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise ValueError(f"{where}: expected an assistant's turn in 'conversation', got none")
     try:
@@ -251,6 +252,19 @@ def check_record(record: object, where: str) -> Record:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return dict(record)
+
+
+def _check_content(content: object, where: str) -> None:
+    if isinstance(content, str):
+        return
+    parts: Sequence[Any] = content if isinstance(content, Sequence) else [content]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+            raise ValueError(
+                f"{where}: expected 'content' as a string, or a list of {{'type': 'image'}} and "
+                f"{{'type': 'text', 'text': ...}}, got {part!r}"
+            )
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -273,4 +287,11 @@ def _from_llava(record: object, where: str) -> Record:
                 f"got {turn!r}"
             )
         conversation.append({"role": role, "content": value.replace("<image>", "").strip()})
-    return {"image": record.get("image"), "conversation": conversation}
+    image = record.get("image")
+    placeholders = sum(turn["value"].count("<image>") for turn in turns)
+    if placeholders > len(_as_list(image)):
+        raise ValueError(
+            f"{where}: expected {placeholders} images in 'image', one for each <image>, "
+            f"got {image!r}"
+        )
+    return {"image": image, "conversation": conversation}

@@ -1,9 +1,30 @@
-"""The whole state of a sharded model, in the names and bytes that ``save_pretrained`` writes."""
+"""FSDP2: what it can shard, and a sharded model's whole state as ``save_pretrained`` writes it."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+SHARDS_BYTES = "2.13"
+"""The oldest torch that is known to shard parameters of uint8, which 4-bit weights are."""
+
+
+def replicated_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that this version of torch cannot shard: bytes, before 2.13.
+
+    Give them to ``fully_shard(..., ignored_params=...)``: every process then holds all of them.
+
+    Args:
+        model: A module that is to be sharded.
+
+    Example:
+        >>> replicated_parameters(nn.Linear(2, 1))
+        set()
+    """
+    if torch.__version__ >= SHARDS_BYTES:  # compared as versions, not as strings
+        return set()
+    return {p for p in model.parameters() if not (p.is_floating_point() or p.is_complex())}
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from collavo.train import checkpoint
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.sampler import StepSampler, join
 from collavo.train.schedule import StepKind, StepSchedule
-from collavo.train.sharding import full_state_dict
+from collavo.train.sharding import SHARDS_BYTES, full_state_dict, replicated_parameters
 from collavo.train.stages import drop_idle_gradients, prepare_stage
 
 
@@ -80,6 +80,11 @@ class CollavoTrainer(Trainer):
             return
         if not self.accelerator.is_fsdp2:
             raise ValueError("fsdp_config: expected fsdp_version 2; version 1 cannot shard bytes")
+        if replicated_parameters(cast(nn.Module, self.model)):
+            raise ValueError(
+                f"fsdp: 4-bit weights are sharded from torch {SHARDS_BYTES} on, and this is "
+                f"{torch.__version__}; train with DDP, or keep the weights dense"
+            )
         if self.args.save_strategy != "no" and not self.args.save_only_model:
             raise ValueError(
                 "save_only_model: expected True with FSDP, whose checkpoints hold the model alone; "

@@ -213,6 +213,24 @@ def test_truncation_keeps_images_or_says_so(tiny_processor):
         CrayonCollator(processor, max_length=20)([record(image=image)])
 
 
+def test_an_answer_that_is_cut_away_is_named(tiny_processor):
+    """A batch without a label has a loss of 0 / 0, and one such step spoils every weight."""
+    processor = tiny_processor()
+    whole = CrayonCollator(processor)([record()])
+    start = int((whole["labels"] != -100).int().argmax())
+    with pytest.raises(ValueError, match=r"records\[0\]: nothing of its answer is left within"):
+        CrayonCollator(processor, max_length=start)([record()])
+
+
+def test_llava_json_that_lacks_its_image_is_named(tmp_path):
+    """Without it the question about a picture would be learned blind."""
+    turns = [{"from": "human", "value": "<image>\nWhat"}, {"from": "gpt", "value": "a horse"}]
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"conversations": turns}]))
+    with pytest.raises(ValueError, match=r"chat\.json: \[0\]: expected 1 images in 'image'"):
+        ConversationDataset.from_llava_json(path)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -226,6 +244,14 @@ def test_truncation_keeps_images_or_says_so(tiny_processor):
         (
             {"conversation": TURNS, "panoptic": PanopticMap.empty(2, 2)},
             "expected 0 maps for 'image'",
+        ),
+        (
+            {"conversation": [{"role": "user", "content": [{"type": "text"}]}, *TURNS[1:]]},
+            r"conversation\[0\]: expected 'content' as a string, or a list",
+        ),
+        (
+            {"conversation": [{"role": "user", "content": None}, *TURNS[1:]]},
+            r"conversation\[0\]: expected 'content'",
         ),
     ],
 )

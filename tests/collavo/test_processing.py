@@ -213,3 +213,14 @@ def test_tokenizer_without_the_image_token(tiny_tokenizer):
         CollavoProcessor(make_image_processor(16), tokenizer, image_token="<picture>")
     with pytest.raises(ValueError, match="grid: expected a positive height and width"):
         CollavoProcessor(make_image_processor(16), tokenizer, grid=(0, 4))
+
+
+def test_images_in_one_list_per_prompt(tiny_processor):
+    """Two lists of one image are not one list of two: a placeholder too many is a mistake."""
+    processor = tiny_processor()
+    both, none = "<image> <image> What", "What"
+    flat = processor(text=[both, none], images=[picture(), picture()], padding=True)
+    nested = processor(text=[both, none], images=[[picture(), picture()], []], padding=True)
+    assert flat["crayon_index"] == nested["crayon_index"]
+    with pytest.raises(ValueError, match=r"have images, \[1, 1\], got \[2, 0\]"):
+        processor(text=[both, none], images=[[picture()], [picture()]], padding=True)

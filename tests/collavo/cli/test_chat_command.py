@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,8 +126,51 @@ def test_a_folder_that_is_not_whole_is_named(
             (tmp_path / file.name).write_bytes(file.read_bytes())
     assert main(words) == 2
     assert "processor_config.json: missing" in capsys.readouterr().err
+    shutil.copy(model_folder / "processor_config.json", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.language_model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     assert main(words) == 2
     assert "tensors are missing: model.language_model.norm.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("grid", [5, 5], "its processor has grid (5, 5) and its model (4, 4)"),
+        ("max_number", 50, "its processor has max_number 50 and its model 20"),
+        ("num_classes", 2, "its processor has num_classes 2 and its model 133"),
+    ],
+)
+def test_a_processor_of_another_model_is_named(
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    field: str,
+    value: object,
+    message: str,
+) -> None:
+    """On a GPU a class or number without a row would be a device-side failure, far from here."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert main(["chat", "--model", str(folder), "--question", "x"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_its_tokenizer_is_one_line(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    assert main(["chat", "--model", str(folder), "--question", "x"]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo")]
+    assert len(error) == 1 and f"{folder}: its processor cannot be read" in error[0]
+
+
+def test_a_map_of_another_image_is_named(
+    model_folder: Path, coco_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(model_folder, coco_folder, "--question", "x")
+    assert main([*given, "--image", str(coco_folder / "images" / "002.png")]) == 2
+    assert "001.png: the map is 16x12, its image" in capsys.readouterr().err

@@ -199,6 +199,9 @@ def test_configuration_round_trip_and_errors(tmp_path: Path) -> None:
     for wrong, message in (
         ({"adapters": ("a", "a")}, "adapters: expected distinct"),
         ({"adapters": ("a",), "lora_rank": 0}, "lora_rank: expected at least 1"),
+        ({"adapters": "image"}, "adapters: expected a sequence of names, got the string"),
+        ({"adapters": ("a.b",)}, "adapters: expected names without dots"),
+        ({"lora_dropout": 1.5}, "lora_dropout: expected 0 to below 1"),
         ({"image_adapters": ("a",)}, "image_adapters"),
         ({"adapters": ("a",), "lora_rank": {"b": 2}}, "lora_rank: expected an entry"),
         ({"text": {"model_type": "gpt2"}}, "text_config: expected a decoder of type"),
@@ -207,6 +210,26 @@ def test_configuration_round_trip_and_errors(tmp_path: Path) -> None:
             make_config(**wrong)
     with pytest.raises(ValueError, match="crayon_mode"):
         make_config(crayon_mode="both")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "lora_rank: expected at least 1, got 0"),
+        ({"dropout": 1.0}, "lora_dropout: expected 0 to below 1"),
+        ({"adapters": "image"}, "adapters: expected a sequence of names"),
+        ({"adapters": ("vl", "vl")}, "adapters: expected distinct names"),
+        ({"adapters": ("image", "old")}, r"adapters of the names \['old'\] already"),
+    ],
+)
+def test_refused_adapters_leave_the_model_as_it_was(options: Any, message: str) -> None:
+    """A configuration that is ahead of the weights could be saved and never loaded again."""
+    model = make_model(adapters=("old",))
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=message):
+        model.add_dual_qlora(**options)
+    assert model.config.to_dict() == before
+    assert model.model.crayon_adapters == ("old",)
 
 
 def test_resizing_is_refused_where_no_size_describes_both() -> None:

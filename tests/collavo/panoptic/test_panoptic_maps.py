@@ -168,6 +168,17 @@ def test_from_segments_takes_any_integer_map():
         PanopticMap.from_segments(torch.tensor([[2**40]]), [], [])
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_numpy_and_pillow_give_is_taken():
+    """A segmenter's ids come from ``np.unique``, its map from a picture that cannot be written."""
+    ids = np.asarray(Image.fromarray(np.array([[0, 3], [3, 3]], dtype=np.uint8)))
+    infos = [{"id": one, "label_id": np.int64(17)} for one in np.unique(ids)[1:]]
+    result = {"segmentation": ids, "segments_info": infos}
+    panoptic = PanopticMap.from_segmenter(lambda _: result, Image.new("RGB", (2, 2)))
+    assert panoptic.segment_ids.tolist() == [3] and panoptic.segment_classes.tolist() == [17]
+    assert PanopticMap.from_segments(ids, [3], [17]).size == (2, 2)
+
+
 def test_from_coco(tmp_path):
     write_panoptic_png(tmp_path / "a.png", IDS)
     infos = [{"id": 7, "category_id": 187}, {"id": 9, "category_id": 1}]

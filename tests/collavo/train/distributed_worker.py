@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.sampler import StepSampler, join
 from collavo.train.schedule import StepSchedule
-from collavo.train.sharding import full_state_dict
+from collavo.train.sharding import full_state_dict, replicated_parameters
 from collavo.train.stages import drop_idle_gradients, prepare_stage
 from collavo.train.trainer import CollavoTrainer
 
@@ -101,9 +101,10 @@ def train_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
     model: Any = make_collavo()
     prepare_stage(model, "cit")
     mesh = init_device_mesh("cpu", (world,))
+    whole = replicated_parameters(model)
     for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     trained = [p for p in model.parameters() if p.requires_grad]
     # Trainer decays matrices alone.
     groups = [

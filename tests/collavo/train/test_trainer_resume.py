@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from collavo.train import checkpoint
+from collavo.train.sharding import replicated_parameters
 from collavo.train.trainer import CollavoTrainer
 
 WEIGHTS = SAFE_WEIGHTS_NAME
@@ -180,3 +181,24 @@ def test_tied_tensors_need_to_be_stored_once(tmp_path: Path) -> None:
     tensors = {k: v.clone() for k, v in model.state_dict().items() if k != "head.weight"}
     save_file(tensors, tmp_path / WEIGHTS)
     checkpoint.check_weights(tmp_path, model)
+
+
+def test_the_present_folder_can_be_the_output_folder(
+    toy_trainer: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "." has no name to make a neighbour's from; it must not come out after hours of training."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    toy_trainer().save_model(".")
+    assert (folder / WEIGHTS).is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_old_versions_of_torch_keep_bytes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.13 ``fully_shard`` fails on a parameter of bytes."""
+    model = make_toy()
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.12.1+cpu"))
+    assert [p is model.codes for p in replicated_parameters(model)] == [True]
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.13.0+cpu"))
+    assert replicated_parameters(model) == set()
