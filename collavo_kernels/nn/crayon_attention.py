@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from collavo_kernels.nn.crayon_branch import CrayonBranch
 from collavo_kernels.nn.dual_qlora_linear import DualQLoRALinear
-from collavo_kernels.ops.crayon_attention import crayon_attention
+from collavo_kernels.ops.crayon_attention import crayon_attention, prepare
 from collavo_kernels.ops.qlora_linear import qlora_linear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -254,6 +254,12 @@ class CrayonAttention(nn.Module):
         mask = None
         if crayon.adapter_mask is not None and crayon.row_mask is not None:
             mask = torch.cat([crayon.adapter_mask.flatten(), crayon.row_mask])
+        elif crayon.adapter_mask is not None or crayon.row_mask is not None:
+            missing = "row_mask" if crayon.row_mask is None else "adapter_mask"
+            raise ValueError(
+                f"crayon.{missing}: expected a mask beside the other one, got None; "
+                "a row takes the adapters of its tokens"
+            )
         states, tables = [], []
         for layer in layers:
             y = self._heads(_linear_without_row_bias(layer, x, mask, tokens))
@@ -303,13 +309,20 @@ class CrayonAttention(nn.Module):
         crayon: CrayonInputs,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        states = [
-            _add_rows(x, table, crayon.row_index)
-            for x, table in zip(projected.states, projected.tables, strict=True)
-        ]
+        cos, sin = position_embeddings
+        # Under autocast a branch's table can be wider than the projections.
+        dtype = projected.states[0].dtype
+        tq, tk, tv = (None if t is None else t.to(dtype) for t in projected.tables)
+        states = prepare(
+            *projected.states,
+            cos=cos,
+            sin=sin,
+            crayon_q=tq,
+            crayon_k=tk,
+            crayon_v=tv,
+            row_index=None if tq is None else crayon.row_index,
+        )
         q, k, v = (x.transpose(1, 2) for x in states)
-        cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         past_length = 0
         if past_key_values is not None:
             if attention_mask is None:
@@ -405,15 +418,3 @@ def _linear_without_row_bias(
     index = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
     index[:tokens] = -1
     return _linear(layer, x, adapter_mask, -bias[None], index)
-
-
-def _add_rows(x: Tensor, table: Tensor | None, row_index: Tensor | None) -> Tensor:
-    if table is None or row_index is None:
-        return x
-    chosen = table[row_index.clamp_min(0).long()]
-    return torch.where((row_index >= 0)[..., None, None], x + chosen, x)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin

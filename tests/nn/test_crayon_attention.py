@@ -168,6 +168,50 @@ def test_rows_carry_the_adapters_of_their_tokens() -> None:
     torch.testing.assert_close(found, layers["o_proj"](out, mask), atol=1e-10, rtol=1e-10)
 
 
+def test_one_mask_without_the_other_is_refused() -> None:
+    """Adapters that act on a token and not on its row would give another crayon."""
+    ours, _, config = pair("llama")
+    mask, row_mask = torch.ones(B, S, dtype=torch.uint8), torch.ones(T, dtype=torch.uint8)
+    x, cos_sin = torch.randn(B, S, 32), angles(config)
+    with pytest.raises(ValueError, match=r"crayon\.row_mask: expected"):
+        ours(x, cos_sin, crayon=crayon(adapter_mask=mask))
+    with pytest.raises(ValueError, match=r"crayon\.adapter_mask: expected"):
+        ours(x, cos_sin, crayon=crayon(row_mask=row_mask))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_out_of_range_are_named_on_both_paths(fused: bool) -> None:
+    ours, _, config = pair("llama")
+    given = crayon(fused=fused)
+    given.row_index[1, 2] = T
+    with pytest.raises(ValueError, match=rf"row_index: .* got {T} at sample 1, token 2"):
+        ours(torch.randn(B, S, 32), angles(config), crayon=given)
+
+
+@pytest.mark.parametrize("mode", ["attention", "projection"])
+def test_both_paths_round_alike_in_16_bits(mode: Any) -> None:
+    """What a cache gets does not depend on the path: float32 inside, rounded once."""
+    ours, _, config = pair("llama", crayon_mode=mode, crayon_rank=4)
+    ours = ours.bfloat16()
+    x, cos_sin = torch.randn(B, S, 32).bfloat16(), angles(config)
+    caches: list[Any] = []
+    for fused in (True, False):
+        caches.append(DynamicCache())
+        given = crayon(fused=fused, table=torch.ones(T, 32).bfloat16())
+        ours(x, cos_sin, past_key_values=caches[-1], crayon=given)
+    for name in ("keys", "values"):
+        one, other = (getattr(cache.layers[0], name) for cache in caches)
+        assert torch.equal(one, other)
+
+
+def test_autocast_on_both_paths() -> None:
+    ours, _, config = pair("llama", crayon_mode="projection", crayon_rank=4)
+    x, cos_sin = torch.randn(B, S, 32), angles(config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, plain = (ours(x, cos_sin, crayon=crayon(fused=f))[0] for f in (True, False))
+    assert fused.dtype == plain.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

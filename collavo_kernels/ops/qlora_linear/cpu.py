@@ -182,12 +182,15 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _epilogue(module: ModuleType, inputs: QLoRAInputs, out: Tensor) -> Tensor:
+    if inputs.row_table is None or inputs.row_index is None:
+        return out if inputs.bias is None else out.add_(inputs.bias)
+    table, index = inputs.row_table.float().contiguous(), inputs.row_index.contiguous()
     if inputs.bias is not None:
-        out += inputs.bias
-    if inputs.row_table is not None and inputs.row_index is not None:
-        table, index = inputs.row_table.float().contiguous(), inputs.row_index.contiguous()
-        pointers = (out.data_ptr(), table.data_ptr(), index.data_ptr())
-        module.qlora_linear_add_rows(_BEST, DTYPE_CODES[out.dtype], *pointers, *out.shape)
+        # Their sum is made in float32 and added once: large values in them may cancel.
+        bias = inputs.bias.float()[None]
+        table, index = torch.cat([bias, table + bias]), index + 1
+    pointers = (out.data_ptr(), table.data_ptr(), index.data_ptr())
+    module.qlora_linear_add_rows(_BEST, DTYPE_CODES[out.dtype], *pointers, *out.shape)
     return out
 
 

@@ -75,7 +75,7 @@ def test_gradcheck(case: AttentionCase) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["plain", "no_tables", "padding_window"])
+@pytest.mark.parametrize("name", ["plain", "no_tables", "padding_window", "no_rows"])
 def test_opcheck(name: str, backend: str) -> None:
     inputs = named(name).make(torch.float32, gradients=True)
     torch.library.opcheck(torch.ops.collavo.crayon_attention.default, (*inputs, backend))

@@ -120,6 +120,18 @@ def test_what_other_rows_hold_reaches_no_token(backend: str, tokens: int) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [5, 40], ids=["few", "many"])
+def test_a_bias_that_a_row_takes_back_leaves_nothing(backend: str, tokens: int) -> None:
+    # Crayon rows ride behind the tokens and must get no bias, which some models have large.
+    weight = quantize_nf4(torch.randn(32, 64) / 8)
+    x, bias = torch.randn(tokens, 64).bfloat16(), torch.full((32,), 300.0, dtype=torch.bfloat16)
+    index = torch.zeros(tokens, dtype=torch.int32)
+    options = {"row_table": -bias[None], "row_index": index, "bias": bias, "backend": backend}
+    plain = qlora_linear(x, weight, backend=backend)
+    torch.testing.assert_close(qlora_linear(x, weight, **options), plain, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bytes_of_any_strides(backend: str) -> None:
     weight = quantize_nf4(torch.randn(32, 64))
     strided = NF4Weight(
