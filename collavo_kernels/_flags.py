@@ -26,7 +26,9 @@ def error_word(device: torch.device) -> Tensor:
         device = torch.device("cuda", torch.cuda.current_device())
     word = _words.get(device)
     if word is None:
-        word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        # One of two threads that come first together has its word kept, and both set bits in it.
+        with torch.inference_mode(False):
+            word = _words.setdefault(device, torch.zeros(1, dtype=torch.int32, device=device))
     return word
 
 
@@ -34,8 +36,7 @@ def check(device: torch.device | str | None = None) -> None:
     """Raise if a kernel met bad values since the last check, and clear the record.
 
     CPU backends raise at once and never need this. On a GPU it waits for the device, so call it
-    where a wait does not
-    matter: at the end of a step, or when results look wrong.
+    where a wait does not matter: at the end of a step, or when results look wrong.
 
     Args:
         device: The device to look at; None looks at every device that an operator of this package

@@ -18,12 +18,12 @@ def checked_index(index: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: on the CPU, naming the first bad entry; elsewhere, where raising would wait for
             the device, a bad entry becomes -1 and ``collavo_kernels.check()`` reports it.
-            Compiled code turns it into -1, too.
+            Compiled code and tensors without values make it -1 in silence.
     """
     if index.numel() == 0:
         return index
     bad = (index < -1) | (index >= count)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or index.is_meta or type(index) is not Tensor:
         return index.masked_fill(bad, -1)
     if index.device.type != "cpu":
         error_word(index.device).bitwise_or_(bad.any().int() * ROW_INDEX_OUT_OF_RANGE)

@@ -26,12 +26,12 @@ def cell_centers(length: int, cells: int) -> Tensor:
 def forward(inputs: LookupInputs) -> LookupResult:
     """Look up every pixel's row, then reduce to cells and to rows."""
     device = inputs.device
-    columns = inputs.columns.to(device)
+    columns = _send(inputs.columns, device)
     first = first_rows(inputs.counts)
     row_index, box, area = [], [], []
     image = 0
     for maps in inputs.maps:
-        rows = _pixel_rows(maps, columns, first[image : image + len(maps)].to(device), image)
+        rows = _pixel_rows(maps, columns, _send(first[image : image + len(maps)], device), image)
         choose = _majority if inputs.reduce == "majority" else _nearest
         row_index.append(choose(rows, inputs).to(torch.int32))
         box.append(_boxes(rows, inputs.num_rows))
@@ -43,11 +43,16 @@ def forward(inputs: LookupInputs) -> LookupResult:
         row_box += each
     for counted in area:
         row_area += counted
-    row_box[columns[3] == 0] = 0
+    row_box.masked_fill_((columns[3] == 0)[:, None], 0)
     cells = inputs.grid_h * inputs.grid_w
     index = torch.cat(row_index) if row_index else columns.new_zeros(0, cells)
     row_class, number, row_image, segment = (column.clone() for column in columns)
     return LookupResult(index, row_class, number, row_image, segment, row_box, row_area)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the maps' device without waiting for it."""
+    return tensor.to(device, non_blocking=True)
 
 
 def _pixel_rows(maps: Tensor, columns: Tensor, first: Tensor, image: int) -> Tensor:
@@ -84,15 +89,15 @@ def _cell_pixels(rows: Tensor, inputs: LookupInputs) -> tuple[Tensor, Tensor]:
     inside = (y < bottom[:, None])[:, None, :, None] & (x < right[:, None])[None, :, None, :]
     y, x = y.clamp_max(height - 1)[:, None, :, None], x.clamp_max(width - 1)[None, :, None, :]
     cells = inputs.grid_h * inputs.grid_w
-    pixels = rows[:, y.to(rows.device), x.to(rows.device)]
+    pixels = rows[:, _send(y, rows.device), _send(x, rows.device)]
     k = y.numel() // inputs.grid_h * (x.numel() // inputs.grid_w)
-    return pixels.reshape(len(rows), cells, k), inside.reshape(cells, k).to(rows.device)
+    return pixels.reshape(len(rows), cells, k), _send(inside.reshape(cells, k), rows.device)
 
 
 def _nearest(rows: Tensor, inputs: LookupInputs) -> Tensor:
     """Return the row of the pixel in the middle of each cell, int64 ``[n, P]``."""
-    y = cell_centers(rows.shape[1], inputs.grid_h).to(rows.device)
-    x = cell_centers(rows.shape[2], inputs.grid_w).to(rows.device)
+    y = _send(cell_centers(rows.shape[1], inputs.grid_h), rows.device)
+    x = _send(cell_centers(rows.shape[2], inputs.grid_w), rows.device)
     return rows[:, y[:, None], x].flatten(1)
 
 
@@ -116,5 +121,5 @@ def _boxes(rows: Tensor, num_rows: int) -> Tensor:
     box = torch.stack(
         [extreme(x, "amin"), extreme(y, "amin"), extreme(x + 1, "amax"), extreme(y + 1, "amax")], 1
     )
-    size = torch.tensor([width, height, width, height], dtype=torch.float32, device=rows.device)
-    return box / size
+    size = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return box / _send(size, rows.device)
