@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
-from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS, LoRAAdapter
+from collavo_kernels._validation import describe, expect_tensor
+from collavo_kernels.ops.qlora_linear.inputs import LoRAAdapter
 from collavo_kernels.ops.qlora_linear.nf4 import NF4Weight
 from collavo_kernels.ops.qlora_linear.nf4_quantize import quantize_nf4
 from collavo_kernels.ops.qlora_linear.registration import OPERATOR
 
 __all__ = ["OPERATOR", "LoRAAdapter", "NF4Weight", "qlora_linear", "quantize_nf4"]
+
+_OPTIONAL = ("adapter_mask", "row_table", "row_index", "bias")
 
 
 def qlora_linear(
@@ -67,99 +69,44 @@ def qlora_linear(
         >>> y.shape, torch.allclose(y, x @ weight.dequantize().T, atol=1e-4)
         (torch.Size([2, 5, 32]), True)
     """
-    _check_x(x)
+    optional = (adapter_mask, row_table, row_index, bias)
+    _expect_tensors(x, adapters, optional)
     tensor, facts = _flatten_weight(x, weight)
-    a, b, scaling = _flatten_adapters(x, facts[1], adapters)
-    _check_tokens(x, adapter_mask, row_table, row_index, len(a), facts[1])
-    if bias is not None:
-        _check_side("bias", bias, x, (facts[1],))
     out: Tensor = torch.ops.collavo.qlora_linear.default(
         x,
         tensor,
         *facts,
-        a,
-        b,
-        scaling,
-        adapter_mask,
-        row_table,
-        row_index,
-        bias,
+        [each[0] for each in adapters],
+        [each[1] for each in adapters],
+        [float(each[2]) for each in adapters],
+        *optional,
         backend=backend,
     )
     return out
 
 
-def _check_x(x: Tensor) -> None:
-    expect_tensor("x", x, dtypes=REFERENCE_DTYPES)
-    if x.dim() == 0:
-        raise ValueError(f"x: expected shape [..., K], got {describe(x)}")
+def _expect_tensors(
+    x: Tensor, adapters: Sequence[LoRAAdapter], optional: tuple[Tensor | None, ...]
+) -> None:
+    """Name what is no tensor; the operator itself checks shapes, dtypes and devices."""
+    expect_tensor("x", x)
+    for i, (a, b, _) in enumerate(adapters):
+        expect_tensor(f"adapters[{i}].a", a)
+        expect_tensor(f"adapters[{i}].b", b)
+    for name, value in zip(_OPTIONAL, optional, strict=True):
+        if value is not None:
+            expect_tensor(name, value)
 
 
 def _flatten_weight(x: Tensor, weight: NF4Weight | Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    k = x.shape[-1]
     if isinstance(weight, NF4Weight):
         n, columns = weight.shape
-        if columns != k:
+        if x.dim() and columns != x.shape[-1]:
             raise ValueError(
                 f"x: expected [..., {columns}] for the weight {[n, columns]}, got {describe(x)}"
-            )
-        if weight.packed.device != x.device or weight.scales.device != x.device:
-            raise ValueError(
-                f"weight: expected it on {x.device} like x, got {weight.packed.device}"
             )
         if weight.packed.requires_grad or weight.scales.requires_grad:
             raise ValueError("weight: a 4-bit weight cannot get a gradient; train the adapters")
         return weight.packed, (weight.scales, n, weight.block_size, weight.double_quant)
-    expect_tensor("weight", weight, shape=("N", k), dtypes=_weight_dtypes(x), device=x.device)
+    expect_tensor("weight", weight, shape=("N", "K"))
     return weight, (None, weight.shape[0], 64, False)
-
-
-def _weight_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    if torch.is_autocast_enabled(x.device.type):
-        return REFERENCE_DTYPES
-    return (x.dtype,)
-
-
-def _flatten_adapters(
-    x: Tensor, n: int, adapters: Sequence[LoRAAdapter]
-) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    for i, (a, b, _) in enumerate(adapters):
-        name = f"adapters[{i}]"
-        _check_side(f"{name}.a", a, x, ("R", x.shape[-1]))
-        _check_side(f"{name}.b", b, x, (n, a.shape[0]))
-    return (
-        [each[0] for each in adapters],
-        [each[1] for each in adapters],
-        [float(each[2]) for each in adapters],
-    )
-
-
-def _check_side(argument: str, value: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    dtypes = (*_weight_dtypes(x), torch.float32)
-    expect_tensor(argument, value, shape=shape, dtypes=dtypes, device=x.device)
-
-
-def _check_tokens(
-    x: Tensor,
-    adapter_mask: Tensor | None,
-    row_table: Tensor | None,
-    row_index: Tensor | None,
-    adapters: int,
-    n: int,
-) -> None:
-    leading = x.shape[:-1]
-    if adapter_mask is not None:
-        expect_tensor(
-            "adapter_mask", adapter_mask, shape=leading, dtypes=(torch.uint8,), device=x.device
-        )
-        if adapters > MAX_MASKED_ADAPTERS:
-            raise ValueError(
-                f"adapters: expected at most {MAX_MASKED_ADAPTERS} beside adapter_mask "
-                f"(a bit each), got {adapters}"
-            )
-    if (row_table is None) != (row_index is None):
-        missing = "row_index" if row_index is None else "row_table"
-        raise ValueError(f"{missing}: row_table and row_index go together, got only one of them")
-    if row_table is not None:
-        _check_side("row_table", row_table, x, ("T", n))
-        expect_tensor("row_index", row_index, shape=leading, dtypes=(torch.int32,), device=x.device)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from collavo_kernels._backends import Backend, Operator
 from collavo_kernels.ops.qlora_linear import cpu, cuda, reference
 from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
+from collavo_kernels.ops.qlora_linear.validation import validate, validate_backward
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? scales, SymInt out_features, int block_size, "
@@ -83,6 +84,7 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
 
 
 def _forward(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
+    validate(x, *rest)
     inputs = _bundle(x, *rest)
     chosen = OPERATOR.select(inputs, x.device.type, backend)
     out: Tensor = chosen.forward(inputs)
@@ -96,7 +98,9 @@ def _forward(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
 
 def _backward(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Tensor]:
     *call, flags = rest
+    validate(x, *call)
     inputs = _bundle(x, *call)
+    validate_backward(grad, x, inputs.out_features, len(flags), len(inputs.a))
     mask = GradientMask.from_flags(flags, len(inputs.a))
     chosen = OPERATOR.select_backward(inputs, x.device.type, backend)
     if chosen.backward is None:
@@ -141,6 +145,7 @@ def _bundle(
 
 
 def _forward_fake(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
+    validate(x, *rest)
     return x.new_empty((*x.shape[:-1], rest[2]))
 
 
@@ -234,7 +239,8 @@ def _autocast(device_type: str) -> Any:
         scales, out_features, block_size, double_quant, a, b, scaling, mask, table, index, bias = (
             rest
         )
-        # Adapters keep their dtype: the operator takes float32 ones beside a 16-bit x.
+        # The operator takes float32 adapters beside a 16-bit x.
+        a, b = ([t if t.dtype == torch.float32 else cast(t) for t in each] for each in (a, b))
         with torch._C._ExcludeDispatchKeyGuard(keys):
             out: Tensor = torch.ops.collavo.qlora_linear.default(
                 cast(x),

@@ -330,11 +330,5 @@ def _weight(inputs: QLoRAInputs) -> tuple[Tensor, ...]:
     parts = split_scales(inputs.scales, blocks, inputs.double_quant)
     nested = [parts.absmax if each is None else each for each in parts[1:]]
     offset, nested_absmax, nested_code = nested
-    return (
-        inputs.weight,
-        parts.absmax,
-        nested_absmax,
-        nested_code,
-        offset,
-        nf4_code(inputs.weight.device),
-    )
+    code = nf4_code(inputs.weight)
+    return inputs.weight, parts.absmax, nested_absmax, nested_code, offset, code

@@ -151,7 +151,10 @@ TABLE, INDEX = torch.randn(2, 32), torch.tensor([0, 1, -1], dtype=torch.int32)
         ({"x": X.int()}, TypeError, "x: expected dtype float32 or"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x: expected shape \[\.\.\., K\]"),
         ({"x": X[:, :60]}, ValueError, r"x: expected \[\.\.\., 64\] for the weight"),
-        ({"weight": torch.randn(32, 60)}, ValueError, r"weight: expected shape \[N, 64\]"),
+        ({"weight": torch.randn(32, 60)}, ValueError, r"weight: expected shape \[32, 64\]"),
+        ({"weight": torch.randn(64)}, ValueError, r"weight: expected shape \[N, K\]"),
+        ({"bias": [1.0]}, TypeError, "bias: expected a tensor, got list"),
+        ({"adapters": [LoRAAdapter(A, None)]}, TypeError, r"adapters\[0\]\.b: expected a tensor"),
         ({"weight": torch.randn(32, 64).half()}, TypeError, "weight: expected dtype float32"),
         ({"adapters": [LoRAAdapter(A[:, 1:], B)]}, ValueError, r"adapters\[0\]\.a: expected shape"),
         ({"adapters": [LoRAAdapter(A, B[:, 1:])]}, ValueError, r"adapters\[0\]\.b: expected shape"),
@@ -199,6 +202,37 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type, message: str
     call = {"x": X, "weight": W} | arguments
     with pytest.raises(error, match=message):
         qlora_linear(call.pop("x"), call.pop("weight"), call.pop("adapters", ()), **call)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (1, W.packed[:-1], "weight: expected 1024 bytes"),
+        (2, W.scales[1:], "scales: expected"),
+        (3, 40, "weight: expected 1280 bytes"),
+        (4, 48, "block_size: expected one of"),
+        (7, [], "adapters: expected as many a as b"),
+        (9, torch.ones(2, dtype=torch.uint8), "adapter_mask: expected shape"),
+        (11, INDEX[:1], "row_index: expected shape"),
+        (12, torch.ones(31), "bias: expected shape"),
+    ],
+)
+def test_the_operators_check_what_reaches_native_code(place: int, value: Any, message: str) -> None:
+    """Called without the public function, forward and backward: nothing is read out of bounds."""
+    mask = torch.ones(3, dtype=torch.uint8)
+    call = [X, W.packed, W.scales, 32, 64, True, [A], [B], [1.0], mask, TABLE, INDEX, None]
+    flags = [True, False, True, False, True, True]
+    grad, ops = torch.randn(3, 32), torch.ops.collavo
+    ops.qlora_linear_backward(grad, *call, flags)
+    with pytest.raises(ValueError, match="grad: expected shape"):
+        ops.qlora_linear_backward(grad[:, 1:], *call, flags)
+    with pytest.raises(ValueError, match="output_mask: expected 6 entries"):
+        ops.qlora_linear_backward(grad, *call, flags[1:])
+    call[place] = value
+    with pytest.raises(ValueError, match=message):
+        ops.qlora_linear(*call)
+    with pytest.raises(ValueError, match=message):
+        ops.qlora_linear_backward(grad, *call, flags)
 
 
 def test_weights_that_cannot_be() -> None:
