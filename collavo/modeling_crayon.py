@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from collavo.modeling_inputs import flatten_rows, interval_range, is_packed
+from collavo.modeling_inputs import flatten_rows, interval_range, is_packed, repeat_images
 from collavo.modeling_layer import BRANCHES
 from collavo_kernels.nn import CrayonPrompt
 from collavo_kernels.nn.crayon_attention import CrayonInputs
@@ -230,6 +230,29 @@ class CrayonGenerationMixin:
         if cache is None or tokens is None or int(cache.get_seq_length()) == 0:
             return False
         return not bool((tokens == self.config.image_token_id).any())
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat every input for the beams, the images of a sample together.
+
+        transformers repeats image by image: where a sample has several, beams would mix them up.
+        """
+        pixels = model_kwargs.get("pixel_values")
+        expanded, inputs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        if expand_size > 1 and pixels is not None and input_ids is not None:
+            tokens = (input_ids == self.config.image_token_id).sum(1)
+            inputs["pixel_values"] = repeat_images(pixels, tokens, expand_size)
+        return expanded, inputs
 
     def crayon_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what CPT trains: queries, crayon MLP and, in projection mode, every A and B."""

@@ -150,3 +150,25 @@ def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> boo
     if position_ids is None or attention_mask is not None or position_ids.shape[-1] < 2:
         return False
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def repeat_images(pixel_values: Tensor, image_tokens: Tensor, times: int) -> Tensor:
+    """Repeat the images of every sample as a whole: a, b becomes a, b, a, b, not a, a, b, b.
+
+    Args:
+        pixel_values: ``[images, ...]``, in the order of the samples.
+        image_tokens: int ``[B]``: how many image tokens each sample has, the same for each image.
+        times: How often.
+
+    Example:
+        >>> import torch
+        >>> images = torch.tensor([[1], [2], [3]])
+        >>> repeat_images(images, torch.tensor([8, 4]), 2).flatten().tolist()
+        [1, 2, 1, 2, 3, 3]
+    """
+    images, counts = pixel_values.shape[0], image_tokens.tolist()
+    own = [count * images // max(sum(counts), 1) for count in counts]
+    if sum(own) != images:  # not the images of these tokens; the model says so itself
+        return pixel_values.repeat_interleave(times, dim=0)
+    parts = torch.split(pixel_values, own)
+    return torch.cat([part for part in parts for _ in range(times)])

@@ -29,7 +29,7 @@ class CollavoTrainingArguments(TrainingArguments):
     Raises:
         ValueError: for an unknown stage, a probability outside 0 to 1, or options under which the
             streams of the two data sets could not be kept apart (``ignore_data_skip``,
-            ``split_batches``).
+            ``auto_find_batch_size``, ``split_batches``).
 
     Example:
         >>> args = CollavoTrainingArguments(output_dir="out", stage="cit", use_cpu=True)
@@ -73,6 +73,11 @@ class CollavoTrainingArguments(TrainingArguments):
         if self.ignore_data_skip:
             raise ValueError(
                 "ignore_data_skip: expected False; a resumed run continues its streams of samples"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: expected False; a step's samples are counted out for one "
+                "batch size"
             )
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]

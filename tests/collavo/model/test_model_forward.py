@@ -10,6 +10,8 @@ from tiny_crayon_model import IMAGE, PAD, make_batch, make_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from collavo.modeling_layer import CollavoLinear
+
 MODES = ("attention", "projection")
 
 
@@ -291,3 +293,32 @@ def _fail(module: nn.Module, args: Any) -> None:
 def test_bad_crayon_inputs_are_named(change: dict[str, Tensor | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model()(**{**make_batch(), **change})
+
+
+def test_a_failed_forward_leaves_nothing_behind() -> None:
+    """Mask and rows of a batch stand in the linear layers while a layer runs, and not longer."""
+    options: dict[str, Any] = {"adapters": ("image",), "image_adapters": ("image",)}
+    model, batch = make_model(crayon_mode="projection", **options), make_batch()
+    expected = model(**batch).logits
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = model.model.language_model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**batch)
+    hook.remove()
+    layers = [module for module in model.modules() if isinstance(module, CollavoLinear)]
+    assert layers and all(layer.call == (None, None, None) for layer in layers)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_right_padding_equals_left_padding(mode: str) -> None:
+    model, left = make_model(crayon_mode=mode), make_batch()
+    right = {name: value.clone() for name, value in left.items()}
+    for name in ("input_ids", "attention_mask"):
+        right[name][1] = right[name][1].roll(-1)
+    found, expected = model(**right).logits, model(**left).logits
+    torch.testing.assert_close(found[1, :-1], expected[1, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)

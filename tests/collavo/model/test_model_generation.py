@@ -75,6 +75,27 @@ def test_beams_equal_single_rows_and_uncached(mode: str) -> None:
         assert torch.equal(single[0], together[index])
 
 
+def test_beams_of_a_sample_with_several_images() -> None:
+    """transformers repeats pixel values image by image: beams would get two times the same one."""
+    model = make_model()
+    tokens = torch.tensor(
+        [[1, *[IMAGE] * 4, 5, *[IMAGE] * 4, 6], [0, 0, 0, 0, 1, *[IMAGE] * 4, 6, 7]]
+    )
+    generator = torch.Generator().manual_seed(2)
+    batch = {
+        "input_ids": tokens,
+        "attention_mask": (tokens != 0).long(),
+        "pixel_values": 3 * torch.randn(3, 3, 8, 8, generator=generator),
+        "crayon_index": torch.tensor([[0, 1, 1, 0, 2, 3, 3, 2], [0, 1, 1, 0, *[-1] * 4]]).int(),
+        "crayon_class": torch.tensor([[0, 18, 0, 5], [0, 7, -1, -1]]).int(),
+        "crayon_number": torch.tensor([[0, 1, 0, 1], [0, 1, 0, 0]]).int(),
+    }
+    expected = model(**batch).logits[:, -1].repeat_interleave(3, dim=0)
+    options = {"num_beams": 3, "return_dict_in_generate": True, "output_logits": True}
+    output: Any = model.generate(**batch, **{**GREEDY, **options})
+    torch.testing.assert_close(output.logits[0], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_static_cache_equals_dynamic(mode: str) -> None:
     model, batch = make_model(crayon_mode=mode), make_batch()
