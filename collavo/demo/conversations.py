@@ -117,7 +117,7 @@ def image_talk(view: Viewed, rng: random.Random) -> list[Turn]:
 
 def vl_talk(view: Viewed, rng: random.Random) -> list[Turn]:
     """VL-CIT: C2B, counts, captions and, as LLaVA's instruction data has them, regions."""
-    turns = presence_turns(view, rng, 6) + count_turns(view, rng, 2) + region_turns(view, rng, 3)
+    turns = presence_turns(view, rng, 6) + count_turns(view, rng, 1) + region_turns(view, rng, 2)
     if rng.random() < 0.3:
         turns.append(caption_turn(view))
     return rng.sample(turns, len(turns))

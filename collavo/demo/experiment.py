@@ -253,7 +253,7 @@ class Experiment:
                 self.questions,
                 crayon=crayon,
                 batch_size=256,
-                max_new_tokens=3,
+                max_new_tokens=2,
                 seed=self.seed,
                 progress=f"questions: {name}" if self.progress else None,
             )

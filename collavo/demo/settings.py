@@ -57,13 +57,13 @@ class Settings:
     style: SceneStyle = field(default_factory=SceneStyle)
     batch_size: int = 32
     vision_steps: int = 250
-    base_steps: int = 500
+    base_steps: int = 420
     base_rate: float = 2e-3
     cpt_steps: int = 120
     cpt_rate: float = 2e-3
     image_steps: int = 150
     image_rate: float = 2e-3
-    vl_steps: int = 150
+    vl_steps: int = 120
     vl_rate: float = 2e-3
     rank: int = 16
     control: bool = True
