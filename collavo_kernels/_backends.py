@@ -9,10 +9,14 @@ serve is an error, never a silent fallback.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "COLLAVO_BACKEND"
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
@@ -23,6 +27,11 @@ Reason = str | None
 
 def _never(*_: Any) -> Reason:
     return None
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make x's GPU the current one, which Triton launches on; nothing for other devices."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

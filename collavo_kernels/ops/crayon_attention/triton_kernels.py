@@ -7,7 +7,6 @@ the sum of two products. Head dims are padded to powers of two in registers, nev
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -15,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from collavo_kernels._backends import device_of
 from collavo_kernels._flags import KEY_RANGE_INVERTED, ROW_INDEX_OUT_OF_RANGE, error_word
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs, ForwardResult
 
 _BAD_ROW = tl.constexpr(ROW_INDEX_OUT_OF_RANGE)
 _BAD_RANGE = tl.constexpr(KEY_RANGE_INVERTED)
 _LARGEST_HEAD_DIM = 256
+_LARGEST_GRID = 65535  # a launch's second dimension
 
 
 @triton.jit
@@ -253,6 +254,8 @@ def declines(inputs: AttentionInputs) -> str | None:
         return "takes float32, bfloat16 and float16; float64 is the reference's"
     if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
         return f"takes head dims up to {_LARGEST_HEAD_DIM}"
+    if inputs.q.shape[0] * inputs.q.shape[2] > _LARGEST_GRID:
+        return f"takes up to {_LARGEST_GRID} heads of all samples together"
     return None
 
 
@@ -267,7 +270,7 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     value = v.new_empty(0) if inputs.crayon_v is None else _like(v)
     lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     if q.numel():
-        with _device(q):
+        with device_of(q):
             _launch_prepare(inputs, key, value)
             used = v if inputs.crayon_v is None else value
             _launch_attend(inputs, key, used, out, lse)
@@ -387,7 +390,9 @@ def _or(x: Tensor | None, instead: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return x as the kernels read it: its last dimension dense, a head's offset within int32."""
+    fits = x.stride(-1) == 1 and x.shape[2] * abs(x.stride(2)) < 2**31
+    return x if fits else x.contiguous()
 
 
 def _like(x: Tensor) -> Tensor:
@@ -396,8 +401,3 @@ def _like(x: Tensor) -> Tensor:
 
 def _angle_stride(cos: Tensor) -> int:
     return 0 if cos.shape[0] == 1 else cos.stride(0)
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make x's GPU current for a launch; the interpreter runs on CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

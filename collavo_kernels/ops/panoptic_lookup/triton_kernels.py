@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from collavo_kernels._backends import device_of
 from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, image_table
 
 BLOCK = 256  # pixels a program looks at together; a cell of 640x480 on a 35x35 grid has 280
@@ -193,18 +194,19 @@ def forward(inputs: LookupInputs) -> LookupResult:
     facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
     # The rows of one image are searched: enough halvings for the image with most rows.
     steps = max(inputs.counts).bit_length()
-    lookup_cells[(images * cells,)](
-        table,
-        columns[3],
-        result.row_index,
-        facts,
-        inputs.grid_h,
-        inputs.grid_w,
-        STEPS=steps,
-        MAJORITY=inputs.reduce == "majority",
-        BLOCK=BLOCK,
-    )
-    finish_rows[(triton.cdiv(rows, ROWS),)](table, columns, facts, *result[1:], rows, ROWS=ROWS)
+    with device_of(facts):
+        lookup_cells[(images * cells,)](
+            table,
+            columns[3],
+            result.row_index,
+            facts,
+            inputs.grid_h,
+            inputs.grid_w,
+            STEPS=steps,
+            MAJORITY=inputs.reduce == "majority",
+            BLOCK=BLOCK,
+        )
+        finish_rows[(triton.cdiv(rows, ROWS),)](table, columns, facts, *result[1:], rows, ROWS=ROWS)
     return result
 
 

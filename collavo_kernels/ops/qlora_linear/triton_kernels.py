@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from collavo_kernels._backends import device_of
 from collavo_kernels._flags import error_word
 from collavo_kernels.ops.qlora_linear import reference
 from collavo_kernels.ops.qlora_linear.inputs import (
@@ -250,27 +251,28 @@ def forward(inputs: QLoRAInputs) -> Tensor:
     joined_b = torch.cat([b.to(x.dtype) for b in inputs.b], dim=1) if branches else x
     table, index, bias = inputs.row_table, inputs.row_index, inputs.bias
     block_m = _token_block(m)
-    _forward_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, 64))](
-        x,
-        *_weight(inputs),
-        hidden,
-        joined_b,
-        x if table is None else table.contiguous(),
-        x if index is None else index.contiguous(),
-        x if bias is None else bias.contiguous(),
-        error_word(x.device),
-        out,
-        m,
-        n,
-        k,
-        hidden.shape[1] if branches else 0,
-        0 if table is None else table.shape[0],
-        **_options(inputs),
-        HAS_TABLE=table is not None,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=block_m,
-        num_warps=WARPS,
-    )
+    with device_of(out):
+        _forward_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, 64))](
+            x,
+            *_weight(inputs),
+            hidden,
+            joined_b,
+            x if table is None else table.contiguous(),
+            x if index is None else index.contiguous(),
+            x if bias is None else bias.contiguous(),
+            error_word(x.device),
+            out,
+            m,
+            n,
+            k,
+            hidden.shape[1] if branches else 0,
+            0 if table is None else table.shape[0],
+            **_options(inputs),
+            HAS_TABLE=table is not None,
+            HAS_BIAS=bias is not None,
+            BLOCK_M=block_m,
+            num_warps=WARPS,
+        )
     return out
 
 
@@ -290,20 +292,21 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
     joined_a = torch.cat([a.to(dtype) for a in inputs.a]) if branches else grad
     out = grad.new_empty((m, k))
     block_m = _token_block(m)
-    _grad_x_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, 64))](
-        grad,
-        *_weight(inputs),
-        upstream,
-        joined_a,
-        out,
-        m,
-        n,
-        k,
-        upstream.shape[1] if branches else 0,
-        **_options(inputs),
-        BLOCK_M=block_m,
-        num_warps=WARPS,
-    )
+    with device_of(out):
+        _grad_x_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, 64))](
+            grad,
+            *_weight(inputs),
+            upstream,
+            joined_a,
+            out,
+            m,
+            n,
+            k,
+            upstream.shape[1] if branches else 0,
+            **_options(inputs),
+            BLOCK_M=block_m,
+            num_warps=WARPS,
+        )
     return out
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from collavo_kernels.ops.crayon_attention import triton_kernels
 from collavo_kernels.testing.aot import TARGETS, compile_ahead
+from collavo_kernels.testing.crayon_attention_cases import AttentionCase
 
 POINTERS = ("q", "k", "v", "table_q", "table_k", "table_v", "key", "value", "out")
 INTEGERS = ("row_index", "key_range", "flags")
@@ -49,3 +51,14 @@ def test_prepare_fits(target: str) -> None:
     built = compile_ahead(triton_kernels.prepare_kernel, signature("bf16"), constants, target)
     assert built.shared_bytes <= built.shared_limit
     assert built.spill_bytes == 0, built
+
+
+def test_what_a_launch_cannot_hold_is_declined_or_copied() -> None:
+    """Heads of all samples are a launch's second dimension; a head's offset is an int32."""
+    inputs = AttentionCase("big", "", length=1, size=2, heads=32, groups=32).make(torch.float32)
+    many = inputs.q.to("meta").expand(2, 1, 32, 2).repeat(1024, 1, 1, 1)
+    assert triton_kernels.declines(inputs) is None
+    assert "65535" in (triton_kernels.declines(inputs._replace(q=many)) or "")
+    far = torch.empty_strided((1, 2, 4, 8), (2**33, 8, 2**30, 1), device="meta")
+    assert triton_kernels._dense(far).is_contiguous()
+    assert triton_kernels._dense(many) is many
