@@ -55,7 +55,9 @@ def test_prepare_fits(target: str) -> None:
 
 def test_what_a_launch_cannot_hold_is_declined_or_copied() -> None:
     """Heads of all samples are a launch's second dimension; a head's offset is an int32."""
-    inputs = AttentionCase("big", "", length=1, size=2, heads=32, groups=32).make(torch.float32)
+    inputs = AttentionCase("big", "", 2, 1, heads=32, groups=32, size=2, images=()).make(
+        torch.float32
+    )
     many = inputs.q.to("meta").expand(2, 1, 32, 2).repeat(1024, 1, 1, 1)
     assert triton_kernels.declines(inputs) is None
     assert "65535" in (triton_kernels.declines(inputs._replace(q=many)) or "")
