@@ -254,6 +254,20 @@ class CrayonGenerationMixin:
             inputs["pixel_values"] = repeat_images(pixels, tokens, expand_size)
         return expanded, inputs
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, under the names that the model has.
+
+        transformers writes a LLaVA model under its old names; a checkpoint of those could not be
+        resumed, since loading a state dict does not translate.
+
+        Args:
+            save_directory: The folder.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def crayon_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what CPT trains: queries, crayon MLP and, in projection mode, every A and B."""
         for name, parameter in cast(nn.Module, self).named_parameters():

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_vision
 from torch.utils.data import DataLoader
-from transformers import CLIPVisionConfig
 
 from collavo.chat_templates import CHAT_TEMPLATES
 from collavo.configuration import CollavoConfig
@@ -274,10 +274,7 @@ def test_template_without_generation_block(tiny_processor):
 def test_the_model_takes_what_the_collator_and_the_processor_make(coco_dataset, tiny_processor):
     """Mixed batch, text-only batch and a prompt for generate(), end to end."""
     processor = tiny_processor()
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        image_size=16, patch_size=4,
-    )  # fmt: skip
+    vision = tiny_vision(16)
     text = {
         "vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,

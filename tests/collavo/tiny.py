@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from collavo.chat_templates import SYSTEM
 from collavo.panoptic import DISPLAY_NAMES, TEMPLATES
@@ -64,4 +64,16 @@ def tiny_processor(
         tiny_tokenizer(texts, padding_side),
         grid=grid,
         **kwargs,
+    )
+
+
+def tiny_vision(image_size: int = 8) -> CLIPVisionConfig:
+    """Configure a vision tower of one small layer, with a grid cell for every 4 pixels."""
+    return CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=4,
     )

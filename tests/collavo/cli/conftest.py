@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig
+from tiny import tiny_vision
 
 from collavo.configuration import CollavoConfig
 from collavo.modeling import CollavoForConditionalGeneration
@@ -21,14 +21,7 @@ def model_folder(
     """A model with random weights that always says something, and its processor."""
     processor = tiny_processor(texts=["How many horses are there ?"])
     tokenizer = processor.tokenizer
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-    )
+    vision = tiny_vision(16)
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

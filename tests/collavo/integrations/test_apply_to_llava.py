@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_vision
 from torch import nn
 from transformers import (
-    CLIPVisionConfig,
     GPT2Config,
     LlamaConfig,
     LlavaConfig,
@@ -43,14 +43,7 @@ DECODERS = {
 
 
 def make_llava(kind: str) -> Any:
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
+    vision = tiny_vision()
     config = LlavaConfig(
         vision_config=vision,
         text_config=DECODERS[kind](),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tiny import tiny_vision
 from torch import Tensor
-from transformers import CLIPVisionConfig
 
 from collavo.configuration import CollavoConfig
 from collavo.modeling import CollavoForConditionalGeneration
@@ -25,14 +25,7 @@ def make_config(**options: Any) -> CollavoConfig:
         "pad_token_id": PAD,
         **options.pop("text", {}),
     }
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
+    vision = tiny_vision()
     return CollavoConfig(
         vision_config=vision,
         text_config=text,

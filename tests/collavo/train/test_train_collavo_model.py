@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_collavo import CollavoRecords, make_collavo
+from tiny import tiny_vision
+from tiny_collavo import IMAGE_TOKEN, VOCABULARY, CollavoRecords, make_collavo
 from torch import Tensor
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from collavo import apply_to_llava
 from collavo.modeling import CollavoForConditionalGeneration
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.trainer import CollavoTrainer
@@ -162,3 +165,35 @@ def test_a_bfloat16_model_trains_its_own_parts_in_float32(
     loaded = CollavoForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict()
     for name, value in model.state_dict().items():
         assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value)
+
+
+def test_a_patched_llava_is_trained_and_resumed(build: Callable[..., CollavoTrainer]) -> None:
+    """transformers saves a LLaVA model under old names, which Trainer's resume would not find."""
+
+    def patched() -> Any:
+        torch.manual_seed(6)
+        text = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=4, pad_token_id=0,
+        )  # fmt: skip
+        config = LlavaConfig(
+            vision_config=tiny_vision(),
+            text_config=text,
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=-1,
+        )
+        model: Any = LlavaForConditionalGeneration(config)
+        apply_to_llava(model, adapters=("image", "vl"), lora_rank=4, quantize="nf4")
+        return model
+
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    straight = patched()
+    trainer = build(straight, **options)
+    before = state(straight)
+    trainer.train()
+    assert parts_changed(before, state(straight)) == {"crayon", "image", "vl"}
+    resumed = patched()
+    folder = Path(str(trainer.args.output_dir)) / "checkpoint-3"
+    build(resumed, "again", **options).train(resume_from_checkpoint=str(folder))
+    expected = state(straight)
+    assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())

@@ -36,7 +36,9 @@ def launch(kind: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     command = [sys.executable, str(HERE / "distributed_worker.py"), kind, str(folder)]
     processes = []

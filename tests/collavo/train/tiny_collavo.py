@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from tiny import tiny_vision
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import CLIPVisionConfig
 
 from collavo.configuration import CollavoConfig
 from collavo.modeling import CollavoForConditionalGeneration
@@ -24,14 +24,7 @@ def make_collavo(
 ) -> CollavoForConditionalGeneration:
     """Build a model with random weights; its adapters' B and its crayon begin away from zero."""
     torch.manual_seed(5)
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
+    vision = tiny_vision()
     text = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
