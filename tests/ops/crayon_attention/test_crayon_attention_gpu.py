@@ -1,0 +1,105 @@
+"""crayon_attention on an NVIDIA GPU: every backend there, without waiting for it, as a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from collavo_kernels import check, crayon_attention
+from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
+from collavo_kernels.ops.crayon_attention.registration import OPERATOR
+from collavo_kernels.testing import assert_within_budget
+from collavo_kernels.testing.crayon_attention_cases import CASES, AttentionCase, eager
+from collavo_kernels.testing.gpu import no_synchronisation, replayed
+
+pytestmark = pytest.mark.gpu
+BACKENDS = [
+    b.name
+    for b in OPERATOR.backends
+    if (not b.devices or "cuda" in b.devices) and b.name != "cuda"  # has no kernel
+]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
+
+
+def moved(inputs: AttentionInputs, to: Any) -> AttentionInputs:
+    """The same values elsewhere; a dtype is for floating tensors only."""
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor) or (isinstance(to, torch.dtype) and not x.is_floating_point()):
+            return x
+        return x.detach().to(to).requires_grad_(x.requires_grad)
+
+    return AttentionInputs(*map(move, inputs))
+
+
+def weights_of(case: AttentionCase, dtype: torch.dtype) -> list[Tensor]:
+    """The gradients of out, key and value in a linear loss."""
+    generator = torch.Generator().manual_seed(1)
+    heads = (case.heads, case.groups, case.groups)
+    shapes = [(case.batch, case.length, n, case.size) for n in heads]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def everything(inputs: AttentionInputs, results: Any, weights: list[Tensor]) -> list[Tensor]:
+    """Results and the gradients of every leaf."""
+    leaves = [x for name in LEAVES if (x := getattr(inputs, name)) is not None]
+    loss = sum((x * w).sum() for x, w in zip(results, weights, strict=True))
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [
+        torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)
+    ]
+    return [*results, *gradients]
+
+
+def call(inputs: AttentionInputs, backend: str) -> Any:
+    options = dict(zip(inputs._fields[3:], inputs[3:], strict=True))
+    return crayon_attention(inputs.q, inputs.k, inputs.v, **options, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", [c for c in CASES if c.length and c.batch], ids=lambda c: c.name)
+def test_within_budget(case: AttentionCase, dtype: torch.dtype, backend: str) -> None:
+    inputs, weights = case.make(dtype, gradients=True), weights_of(case, dtype)
+    wide = moved(inputs, torch.float64)
+    exact = everything(wide, call(wide, "reference"), [w.double() for w in weights])
+    honest = everything(inputs, eager(inputs), weights)
+    there, sent = moved(inputs, "cuda"), [w.to("cuda") for w in weights]
+    everything(there, call(there, backend), sent)
+    with no_synchronisation():
+        found = everything(there, call(there, backend), sent)
+    again = everything(there, call(there, backend), sent)
+    for i, (one, other) in enumerate(zip(found, again, strict=True)):
+        assert torch.equal(one, other), i
+    for i, values in enumerate(zip(found, honest, exact, strict=True)):
+        # Where the exact value is a sum that cancels there is nothing to compare with.
+        if values[2].numel() and float(values[2].detach().abs().max()) > 1e-9:
+            assert_within_budget(values[0].cpu(), *values[1:], name=f"result {i}")
+    check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_values_are_clipped_and_reported(backend: str) -> None:
+    case = next(c for c in CASES if c.name == "left_padding")
+    good, bad = (moved(case.make(torch.bfloat16), "cuda") for _ in range(2))
+    good.row_index[1, 5] = -1
+    bad.row_index[1, 5] = 4
+    bad.key_range[1, 1] = case.length + 3  # clipped to the end, which is the good one's
+    for found, expected in zip(call(bad, backend), call(good, backend), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"row_index: .*; key_range: "):
+        check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replays_as_a_graph(backend: str) -> None:
+    case = next(c for c in CASES if c.name == "padding_window")
+    inputs = moved(case.make(torch.bfloat16), "cuda")
+    with torch.no_grad():
+        found = replayed(lambda: call(inputs, backend))
+        for one, other in zip(found, call(inputs, backend), strict=True):
+            assert torch.equal(one, other)
