@@ -241,3 +241,16 @@ def test_resizing_is_refused_where_no_size_describes_both() -> None:
     plain = make_model()
     plain.resize_token_embeddings(40)
     assert plain.lm_head.out_features == 40
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_head_that_is_the_embedding_is_not_missing(tmp_path: Path, quantize: str | None) -> None:
+    model = make_model(text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    model.tie_weights()
+    if quantize:
+        model.add_dual_qlora(rank=4)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert_same_state(loaded, model)
