@@ -63,7 +63,9 @@ def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
 def test_plots_are_drawn_from_the_files_and_are_the_same_each_time(tmp_path: Path) -> None:
     """Committed pictures should change only when the numbers do."""
     pytest.importorskip("matplotlib")
-    rows = [measurement(), measurement(provider="bitsandbytes", p50_ms=2.5, p80_ms=3.0)]
+    rows = [measurement(), measurement(provider="peft", p50_ms=2.5, p80_ms=3.0)]
+    # The base without adapters is drawn, and no speed is claimed over it.
+    rows.append(measurement(provider="bitsandbytes", p50_ms=1.5, p80_ms=3.0))
     report.save(rows, tmp_path / "results")
     drawn = [plots.draw_all(tmp_path / "results", tmp_path / name) for name in ("a", "b")]
     assert [path.name for path in drawn[0]] == ["qlora_linear.svg", "overview.svg"]
