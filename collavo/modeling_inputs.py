@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from collavo_kernels._rows import checked_index
+
 
 class CrayonRows(NamedTuple):
     """The crayon inputs of a batch with its rows laid end to end.
@@ -53,6 +55,8 @@ def flatten_rows(
     places = crayon_index.shape[1]
     if image_tokens.device.type == "cpu":
         _check_values(image_tokens, crayon_index, crayon_class)
+    else:  # no waiting for the device: collavo_kernels.check() reports what was out of range
+        crayon_index = checked_index(crayon_index, rows)
     offset = torch.arange(batch, device=crayon_index.device)[:, None] * rows
     valid = (crayon_index >= 0) & (crayon_index < rows)
     shifted = torch.where(valid, crayon_index + offset, -1).to(torch.int32)
