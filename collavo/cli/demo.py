@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     settings = QUICK if args.quick else FULL
     args.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    experiment = Experiment(
-        settings, args.seed, args.output, tqdm.write, progress=not args.no_progress
-    )
+    # In a log file a progress bar is thousands of lines.
+    progress = sys.stderr.isatty() and not args.no_progress
+    experiment = Experiment(settings, args.seed, args.output, tqdm.write, progress=progress)
     results = experiment.run()
     found = report.checks(results, settings)
     answered = report.ask_about_scene(experiment, 0)

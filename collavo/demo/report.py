@@ -216,13 +216,19 @@ def draw_answers(scenes: Scenes, image: int, answered: list[Answered], path: Pat
     for row in answered:
         draw.text((columns[0], y), row.question.text, fill=(30, 30, 30), font=font)
         for x, answer in zip(columns[1:], (row.crayon, row.without), strict=True):
-            draw.text((x, y), _short(answer), fill=_colour(row.question, answer), font=font)
+            text = _short(answer) + _verdict(row.question, answer)
+            draw.text((x, y), text, fill=_colour(row.question, answer), font=font)
         y += line
     sheet.save(path)
 
 
 def _short(answer: str) -> str:
     return answer if len(answer) <= 32 else answer[:30] + " ..."
+
+
+def _verdict(question: ObjectQuestion, answer: str) -> str:
+    """Say in words what the colour says."""
+    return " (wrong)" if question.answer and not is_right(question, answer) else ""
 
 
 def _colour(question: ObjectQuestion, answer: str) -> tuple[int, int, int]:
@@ -240,5 +246,8 @@ def scene_lines(answered: list[Answered]) -> str:
     lines = []
     for row in answered:
         lines.append(f"  {row.question.text}")
-        lines.append(f"      with crayon: {row.crayon:24s} left out: {row.without}")
+        crayon, without = (
+            answer + _verdict(row.question, answer) for answer in (row.crayon, row.without)
+        )
+        lines.append(f"      with crayon: {crayon:24s} left out: {without}")
     return "\n".join(lines)
