@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +280,7 @@ def _shard(rank: int, port: int) -> None:
     DistributedDataParallel(copy.deepcopy(plain))(torch.randn(8, 64)).sum().backward()
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 12):
         # Its fully_shard makes every parameter require a gradient for a moment; bytes cannot.
-        dist.destroy_process_group()
-        return
+        _leave()
     fully_shard(sharded[0])
     fully_shard(sharded)
     x = torch.randn(8, 64)
@@ -294,7 +294,14 @@ def _shard(rank: int, port: int) -> None:
         sharded[0].weight_scales.to_local().zero_()
     sharded.load_state_dict(state)
     assert torch.equal(sharded(x), plain(x))
-    dist.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    """End a worker: gloo's threads can outlive the group, and a plain exit may then abort."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
 
 
 def test_two_processes_shard_and_replicate() -> None:

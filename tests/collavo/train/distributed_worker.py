@@ -149,7 +149,11 @@ def main() -> None:
     }
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    # Threads of gloo can outlive the group, and the interpreter's end then sometimes aborts.
+    os._exit(0)
 
 
 if __name__ == "__main__":
