@@ -29,7 +29,8 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     # gcc 12 warns of its own undefined-value idiom inside its AVX-512 header.
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512cd -mavx512bw -mavx512dq -mavx512vl "
-    "-mavx512vbmi -mavx512bf16 -Wno-maybe-uninitialized",
+    "-mavx512vbmi -mavx512vnni -mavx512bf16 -Wno-maybe-uninitialized "
+    "-Wno-uninitialized",
 }
 CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC --expt-relaxed-constexpr"
 GENCODE = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"

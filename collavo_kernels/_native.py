@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import importlib.machinery
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -73,6 +74,12 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled module was not built; {_REBUILD}"
     except Exception as error:
         return None, f"the compiled module does not load ({error!r}); {_REBUILD}"
+    wanted = os.environ.get("COLLAVO_ISA", "best")
+    if wanted != "best":
+        if wanted not in module.isas():
+            usable = ", ".join(module.isas())
+            return None, f"COLLAVO_ISA: expected one of {usable} on this machine, got {wanted!r}"
+        module.use_isa(ISA_CODES[wanted])
     module.attach_thread_pool()
     return module, None
 

@@ -49,28 +49,34 @@ def expect_tensor(
         TypeError: if it is no tensor or has another dtype.
         ValueError: if its shape or device is another.
     """
-    suffix = f"; {hint}" if hint else ""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{argument}: expected a tensor, got {describe(value)}{suffix}")
+        raise TypeError(f"{argument}: expected a tensor, got {describe(value)}{_suffix(hint)}")
     if dtypes is not None and value.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{argument}: expected dtype {names}, got {describe(value)}{suffix}")
+        raise TypeError(f"{argument}: expected dtype {names}, got {describe(value)}{_suffix(hint)}")
     if shape is not None and not _shape_matches(value, shape):
         wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{argument}: expected shape [{wanted}], got {describe(value)}{suffix}")
+        raise ValueError(f"{argument}: expected shape [{wanted}], got {describe(value)}{_suffix(hint)}")
     if device is not None and value.device != device:
         raise ValueError(
-            f"{argument}: expected a tensor on {device}, got {describe(value)}{suffix}"
+            f"{argument}: expected a tensor on {device}, got {describe(value)}{_suffix(hint)}"
         )
     return value
 
 
 def _shape_matches(value: Tensor, shape: Sequence[int | str | torch.SymInt]) -> bool:
-    if value.dim() != len(shape):
+    # A plain loop: this runs several times in every call of an operator.
+    found = value.shape
+    if len(found) != len(shape):
         return False
-    return all(
-        isinstance(want, str) or size == want for size, want in zip(value.shape, shape, strict=True)
-    )
+    for size, want in zip(found, shape):  # noqa: B905
+        if size != want and not isinstance(want, str):
+            return False
+    return True
+
+
+def _suffix(hint: str) -> str:
+    return f"; {hint}" if hint else ""
 
 
 def expect_choice(argument: str, value: str, choices: Sequence[str]) -> str:

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/cpu_features.h"
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "crayon_attention/crayon_attention.h"
 #include "panoptic_lookup/panoptic_lookup.h"
@@ -50,6 +51,7 @@ py::dict features() {
   result["avx2"] = cpu.avx2;
   result["avx512"] = cpu.avx512;
   result["avx512_vbmi"] = cpu.avx512_vbmi;
+  result["avx512_vnni"] = cpu.avx512_vnni;
   result["avx512_bf16"] = cpu.avx512_bf16;
   return result;
 }
@@ -66,11 +68,15 @@ void bind_common(py::module_& module) {
   module.def("cpu_features", &features, "What this processor has, by name.");
   module.def("isas", &usable_isas, "Instruction sets compiled in that this processor runs.");
   module.def("best_isa", [] { return isa_name(best_isa()); }, "The one that code -1 chooses.");
+  module.def("use_isa", [](int isa) { use_isa(static_cast<Isa>(isa)); },
+             "Make another instruction set the one that code -1 chooses.");
   module.def("build_info", &build_info, "Version, compiler and compiled instruction sets.");
   module.def("attach_thread_pool", &attach_thread_pool,
              "Find torch's OpenMP runtime; False if there is none.");
   module.def("thread_pool_path", &thread_pool_path, "The runtime in use, or '' (serial).");
   module.def("num_threads", &num_threads, "Threads a loop would use now.");
+  module.def("advise_huge_pages", &advise_huge_pages,
+             "Ask for huge pages under a large buffer; a hint.");
 }
 
 // [address, batch stride, token stride, head stride]; address 0 for an absent tensor.
@@ -163,14 +169,15 @@ void bind_panoptic_lookup(py::module_& module) {
       "The row of every grid cell, and the box and area of every row.");
 }
 
-// [packed, scales, rows, columns, block size, double quant]
-qlora_linear::NF4 nf4_of(const std::array<int64_t, 6>& x) {
+// [packed, scales, rows, columns, block size, double quant, panels]
+qlora_linear::NF4 nf4_of(const std::array<int64_t, 7>& x) {
   return {pointer_of<const uint8_t>(x[0]),
           pointer_of<const uint8_t>(x[1]),
           x[2],
           x[3],
           x[4],
-          x[5] != 0};
+          x[5] != 0,
+          x[6] != 0};
 }
 
 // (a, b, rank, scaling, dtype) of every adapter.
@@ -191,7 +198,7 @@ void bind_qlora_linear(py::module_& module) {
              "float32 values that qlora_linear_forward needs as scratch.");
   module.def(
       "qlora_linear_dequantize",
-      [](int isa, const std::array<int64_t, 6>& weight, const std::array<int64_t, 4>& panel,
+      [](int isa, const std::array<int64_t, 7>& weight, const std::array<int64_t, 4>& panel,
          int dtype, int64_t out, int64_t stride) {
         const op::DequantizeArgs args{nf4_of(weight),
                                       panel[0],
@@ -207,7 +214,7 @@ void bind_qlora_linear(py::module_& module) {
       "A panel of an NF4 matrix (rows from, to, columns from, to) as dense values.");
   module.def(
       "qlora_linear_forward",
-      [](int isa, const std::array<int64_t, 6>& weight, int dtype, int64_t x, int64_t tokens,
+      [](int isa, const std::array<int64_t, 7>& weight, int dtype, int64_t x, int64_t tokens,
          const std::vector<AdapterTuple>& adapters, const std::array<int64_t, 4>& epilogue,
          int64_t scratch, int64_t out) {
         const std::vector<op::Adapter> branches = adapters_of(adapters);

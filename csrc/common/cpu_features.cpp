@@ -1,5 +1,6 @@
 #include "cpu_features.h"
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -35,6 +36,7 @@ CpuFeatures detect() {
   found.avx512 = zmm && found.avx2 && bit(leaf7_b, 16) && bit(leaf7_b, 28) && bit(leaf7_b, 30) &&
                  bit(leaf7_b, 17) && bit(leaf7_b, 31);
   found.avx512_vbmi = found.avx512 && bit(leaf7_c, 1);
+  found.avx512_vnni = found.avx512 && bit(leaf7_c, 11);
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     found.avx512_bf16 = found.avx512 && bit(a, 5);
   }
@@ -72,19 +74,35 @@ bool isa_usable(Isa isa) {
     case Isa::avx2:
       return cpu.avx2;
     case Isa::avx512:
-      return cpu.avx512 && cpu.avx512_vbmi && cpu.avx512_bf16;
+      return cpu.avx512 && cpu.avx512_vbmi && cpu.avx512_vnni && cpu.avx512_bf16;
   }
   return false;
 }
 
-Isa best_isa() {
+namespace {
+
+Isa fastest() {
   if (isa_usable(Isa::avx512)) return Isa::avx512;
   return isa_usable(Isa::avx2) ? Isa::avx2 : Isa::baseline;
 }
 
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{fastest()};
+  return isa;
+}
+
+}  // namespace
+
+Isa best_isa() {
+  return chosen();
+}
+
+void use_isa(Isa isa) {
+  chosen() = resolve_isa(static_cast<int>(isa));
+}
+
 Isa resolve_isa(int requested) {
-  static const Isa best = best_isa();
-  if (requested == -1) return best;
+  if (requested == -1) return best_isa();
   if (requested < 0 || requested > 2 || !isa_usable(static_cast<Isa>(requested))) {
     throw std::invalid_argument(
         "isa: expected -1 (the best) or the code of an instruction set that was compiled and that "

@@ -8,10 +8,11 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2, FMA and F16C, with the operating system saving ymm
   bool avx512 = false;       // AVX-512 F, CD, BW, DQ and VL, with the operating system saving zmm
   bool avx512_vbmi = false;  // byte permutes
+  bool avx512_vnni = false;  // dot products of bytes
   bool avx512_bf16 = false;  // bfloat16 dot products and conversions
 };
 
-// The codes Python passes; a higher one includes the lower ones. avx512 needs all four fields
+// The codes Python passes; a higher one includes the lower ones. avx512 needs all five fields
 // above.
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 
@@ -20,7 +21,11 @@ const CpuFeatures& cpu_features();
 // True if the instruction set was compiled in and this processor runs it.
 bool isa_usable(Isa isa);
 
+// The fastest of them, or what use_isa() chose.
 Isa best_isa();
+
+// Makes a slower one the best (for tests and measurements). Throws as resolve_isa() does.
+void use_isa(Isa isa);
 
 // The instruction set for a request from Python: -1 is the best one. Throws std::invalid_argument
 // for a code that is unknown, was not compiled, or that this processor cannot run.

@@ -22,11 +22,11 @@ void product(int isa, const ProductArgs& args) {
   COLLAVO_RETURN_PER_ISA(isa, product(args));
 }
 
-int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t total_rank) {
-  // x as float32, x in the order of the decoded weight (padded to 128), and the adapters' hidden
-  // values.
-  const int64_t padded = (columns + 127) / 128 * 128;
-  return tokens * (columns + padded + total_rank);
+int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters,
+                        int64_t total_rank) {
+  // x as float32 in the order of the products, and the hidden values, an even number per adapter,
+  // as float32 and as bfloat16.
+  return tokens * (columns + 2 * (total_rank + num_adapters));
 }
 
 }  // namespace collavo::qlora_linear

@@ -1,8 +1,8 @@
 // Linear layer over an NF4 weight with LoRA adapters and a table of row vectors.
 //
-// The mathematics is in collavo_kernels/ops/qlora_linear/README.md. The weight is read in
-// bitsandbytes' own byte order; nothing here makes it dense beyond a panel that the caller asks
-// for. Threads own rows of the weight, and sums run in an order that does not depend on them.
+// The mathematics is in collavo_kernels/ops/qlora_linear/README.md. The weight lies in rows, as
+// bitsandbytes stores it, or in panels; nothing here makes it dense beyond a strip. Threads own
+// rows of the weight, and sums run in an order that does not depend on them.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,19 @@ namespace collavo::qlora_linear {
 // Codes two a byte, the first of two neighbours in the high half, in blocks over the flattened
 // matrix. Scales: float32 per block, or with double_quant one blob of
 //   offset float32 | outer float32 [ceil(blocks / 256)] | code float32 [256] | uint8 [blocks].
+// In panels (panels.h) the codes lie beside float32 scales; the blob is not read then.
 struct NF4 {
   const uint8_t* packed;
   const uint8_t* scales;
   int64_t rows, columns;
   int64_t block_size;  // a power of two
   bool double_quant;
+  bool panels;
 };
 
 // Writes weight[row_begin:row_end, column_begin:column_end] densely: code * scale in float32,
-// rounded once. `stride` is in elements.
+// rounded once. `stride` is in elements. Of a weight in panels the columns begin and end with
+// tiles.
 struct DequantizeArgs {
   NF4 weight;
   int64_t row_begin, row_end, column_begin, column_end;
@@ -42,7 +45,7 @@ struct Adapter {
   DType dtype;
 };
 
-// The whole operator for a few tokens: the weight is streamed once for every four of them.
+// The whole operator for a few tokens: the weight is streamed once for every 16 of them.
 // Needs columns % 64 == 0 and block_size >= 64.
 struct ForwardArgs {
   NF4 weight;
@@ -101,6 +104,6 @@ void sum_rows(int isa, const SumRowsArgs& args);
 void product(int isa, const ProductArgs& args);
 
 // float32 values that forward() needs as scratch.
-int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t total_rank);
+int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters, int64_t total_rank);
 
 }  // namespace collavo::qlora_linear

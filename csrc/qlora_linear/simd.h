@@ -56,6 +56,33 @@ inline float sum(Vec a) {
   }
   return lanes[0];
 }
+
+// Rows to columns: lane j of vector i becomes lane i of vector j.
+inline void transpose(Vec (&v)[kLanes]) {
+  Vec pairs[kLanes], fours[kLanes];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + 2 + j]);
+      fours[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      fours[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  // Quarters of four rows each: a 4 x 4 transposition of quarters, in two steps.
+  for (int j = 0; j < 4; ++j) {
+    const Vec a = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x88);
+    const Vec b = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xdd);
+    const Vec c = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x88);
+    const Vec d = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xdd);
+    v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[8 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
 template <typename T>
 inline Vec load(const T* from) {
   return load16(from);
@@ -107,6 +134,23 @@ inline float sum(Vec a) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+// Rows to columns: lane j of vector i becomes lane i of vector j.
+inline void transpose(Vec (&v)[kLanes]) {
+  Vec fours[kLanes];
+  for (int i = 0; i < 8; i += 4) {
+    const Vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    const Vec c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+    fours[i] = _mm256_shuffle_ps(a, c, 0x44);
+    fours[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    fours[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    fours[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int j = 0; j < 4; ++j) {
+    v[j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x20);
+    v[4 + j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x31);
+  }
 }
 template <typename T>
 inline Vec load(const T* from) {
@@ -164,6 +208,7 @@ inline Vec add(Vec a, Vec b) {
 inline float sum(Vec a) {
   return a;
 }
+inline void transpose(Vec (&)[kLanes]) {}
 template <typename T>
 inline Vec load(const T* from) {
   return to_float(*from);
@@ -181,45 +226,6 @@ struct Decoder {
 };
 
 #endif
-
-// Scales by block, with the second quantisation undone as torch computes it: a product and a sum,
-// each rounded.
-class Scales {
- public:
-  explicit Scales(const NF4& weight) : raw_(weight.scales), nested_(weight.double_quant) {
-    while ((int64_t{1} << shift_) < weight.block_size) ++shift_;
-    const int64_t elements = weight.rows * weight.columns;
-    const int64_t blocks = (elements + weight.block_size - 1) >> shift_;
-    outer_ = raw_ + sizeof(float);
-    code_ = outer_ + (blocks + 255) / 256 * sizeof(float);
-    codes_ = code_ + 256 * sizeof(float);
-    if (nested_) offset_ = read(raw_, 0);
-  }
-
-  // The scale of the block that holds a flat element.
-  float at(int64_t element) const {
-    const int64_t block = element >> shift_;
-    if (!nested_) return read(raw_, block);
-    return read(code_, codes_[block]) * read(outer_, block >> 8) + offset_;
-  }
-
-  int64_t block_end(int64_t element) const { return ((element >> shift_) + 1) << shift_; }
-
- private:
-  static float read(const uint8_t* bytes, int64_t index) {
-    float value;  // bytes of any alignment
-    std::memcpy(&value, bytes + index * sizeof(float), sizeof(float));
-    return value;
-  }
-
-  const uint8_t* raw_;
-  const uint8_t* outer_ = nullptr;
-  const uint8_t* code_ = nullptr;
-  const uint8_t* codes_ = nullptr;
-  float offset_ = 0.0f;
-  int shift_ = 0;
-  bool nested_;
-};
 
 // Calls function(pointer of the dtype's type).
 template <typename Function>

@@ -97,13 +97,13 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def _weight(inputs: QLoRAInputs) -> tuple[int, int, int, int, int, int]:
+def _weight(inputs: QLoRAInputs) -> tuple[int, ...]:
     scales = inputs.scales
     if scales is None:
         raise RuntimeError("qlora_linear: the CPU backend has no dense weight")
     n, k = inputs.shape
-    nested = int(inputs.double_quant)
-    return inputs.weight.data_ptr(), scales.data_ptr(), n, k, inputs.block_size, nested
+    flags = int(inputs.double_quant), int(inputs.in_panels)
+    return inputs.weight.data_ptr(), scales.data_ptr(), n, k, inputs.block_size, *flags
 
 
 def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _forward_few(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
     bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     epilogue = [0 if each is None else each.data_ptr() for each in (mask, table, index, bias)]
     ranks = sum(a.shape[0] for a in inputs.a)
-    scratch = x.new_empty(module.qlora_linear_scratch(m, k, ranks), dtype=torch.float32)
+    scratch = x.new_empty(module.qlora_linear_scratch(m, k, len(adapters), ranks), dtype=torch.float32)
     arguments = (_weight(inputs), DTYPE_CODES[x.dtype], x.data_ptr(), m, adapters, epilogue)
     module.qlora_linear_forward(_BEST, *arguments, scratch.data_ptr(), out.data_ptr())
     return out

@@ -31,7 +31,8 @@ class QLoRAInputs:
 
     Attributes:
         x: ``[M, K]``, any strides.
-        weight: contiguous uint8 NF4 codes when ``scales`` is given, else dense ``[N, K]``.
+        weight: contiguous uint8 NF4 codes when ``scales`` is given, in bitsandbytes' order or in
+            panels (three dimensions); else dense ``[N, K]``.
         scales: contiguous uint8 blob of an ``NF4Weight``, or None.
         out_features: N.
         block_size: Elements per scale.
@@ -63,6 +64,11 @@ class QLoRAInputs:
     def shape(self) -> tuple[int, int]:
         """The weight's ``(N, K)``."""
         return self.out_features, self.x.shape[1]
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether the codes lie in panels, the order that CPU kernels stream."""
+        return self.scales is not None and self.weight.dim() == 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ that moves or casts a module can touch bytes, and FSDP shards them like any para
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
+from collavo_kernels.ops.qlora_linear import nf4_panels
 
 if TYPE_CHECKING:
     import bitsandbytes
@@ -166,7 +167,7 @@ class NF4Weight:
 
     Attributes:
         packed: uint8 ``[ceil(N * K / 2), 1]``; of two neighbours in the flattened matrix the first
-            is the high half.
+            is the high half. Or in panels, ``[ceil(N / 16), K / 64, 576]``: :meth:`to_panels`.
         scales: uint8, the bytes of all scales (:func:`join_scales` has the layout).
         shape: ``(N, K)``.
         block_size: Elements that share a scale, one of 32 .. 4096.
@@ -198,7 +199,13 @@ class NF4Weight:
                 f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, "
                 f"got {self.block_size}"
             )
-        _expect_bytes("packed", self.packed, packed_bytes(self.shape), self.shape)
+        if not self.in_panels:
+            _expect_bytes("packed", self.packed, packed_bytes(self.shape), self.shape)
+        elif tuple(self.packed.shape) != nf4_panels.panels_shape(self.shape):
+            raise ValueError(
+                f"packed: expected {list(nf4_panels.panels_shape(self.shape))} for an NF4 matrix "
+                f"{list(self.shape)} in panels, got {describe(self.packed)}"
+            )
         size = scale_bytes(self.shape, self.block_size, self.double_quant)
         _expect_bytes("scales", self.scales, size, self.shape)
 
@@ -214,16 +221,51 @@ class NF4Weight:
             self.scales, block_count(self.shape, self.block_size), self.double_quant
         )
 
+    @property
+    def in_panels(self) -> bool:
+        """Whether the codes lie in panels, the order that CPU kernels stream."""
+        return self.packed.dim() == 3
+
     def to(self, device: torch.device | str) -> NF4Weight:
-        """Return the weight on another device, the same bytes."""
-        return NF4Weight(
-            self.packed.to(device),
-            self.scales.to(device),
-            self.shape,
-            self.block_size,
-            self.double_quant,
-            self.dtype,
-        )
+        """Return the weight on another device, in bitsandbytes' order; the same bytes."""
+        rows = self.to_rows() if torch.device(device) != self.device else self
+        return replace(rows, packed=rows.packed.to(device), scales=rows.scales.to(device))
+
+    def to_panels(self) -> NF4Weight:
+        """Return the weight in the order that CPU kernels stream (see ``nf4_panels``).
+
+        Codes lie beside their float32 scales, so it takes 0.5625 bytes per weight. Nothing is
+        lost: :meth:`to_rows` gives the bytes back, and state dicts have them.
+
+        Raises:
+            ValueError: if the weight is not on the CPU, K is no multiple of 64, or a block has
+                fewer than 64 elements.
+
+        Example:
+            >>> import torch
+            >>> from collavo_kernels import quantize_nf4
+            >>> weight = quantize_nf4(torch.randn(32, 128))
+            >>> panels = weight.to_panels()
+            >>> panels.packed.shape, torch.equal(panels.to_rows().packed, weight.packed)
+            (torch.Size([2, 2, 576]), True)
+        """
+        if self.in_panels:
+            return self
+        reason = nf4_panels.cannot_pack(self.shape, self.block_size)
+        if reason is None and self.device.type != "cpu":
+            reason = f"it is on {self.device}, and panels are for CPU kernels"
+        if reason is not None:
+            raise ValueError(f"weight: cannot lie in panels: {reason}")
+        blocks = block_count(self.shape, self.block_size)
+        scales = block_scales(self.scales, blocks, self.double_quant)
+        packed = nf4_panels.to_panels(self.packed, scales, self.shape, self.block_size)
+        return replace(self, packed=packed)
+
+    def to_rows(self) -> NF4Weight:
+        """Return the weight in bitsandbytes' order; the inverse of :meth:`to_panels`."""
+        if not self.in_panels:
+            return self
+        return replace(self, packed=nf4_panels.to_rows(self.packed, self.shape[0]))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense matrix.
@@ -242,7 +284,7 @@ class NF4Weight:
             names = ", ".join(str(d).removeprefix("torch.") for d in REFERENCE_DTYPES)
             raise TypeError(f"dtype: expected one of {names}, got {dtype}")
         return dequantize_rows(
-            self.packed,
+            self.to_rows().packed,
             self.scales,
             self.shape,
             self.block_size,

@@ -28,6 +28,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def to_state_dict(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
     """Return bitsandbytes' entries: codes at ``prefix``, the rest at ``prefix.<key>``."""
+    weight = weight.to_rows()
     parts = weight.parts
     entries = {"absmax": parts.absmax.clone(), "quant_map": _code(weight.device)}
     facts: dict[str, Any] = {
@@ -101,6 +102,7 @@ def to_bitsandbytes(weight: NF4Weight) -> Any:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
 
+    weight = weight.to_rows()
     parts = weight.parts
     nested = None
     if parts.nested_absmax is not None and parts.nested_code is not None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collavo_kernels._rows import add_rows, checked_index, sum_rows
+from collavo_kernels.ops.qlora_linear import nf4_panels
 from collavo_kernels.ops.qlora_linear.inputs import (
     GradientMask,
     QLoRAGradients,
@@ -106,11 +107,12 @@ def _weight_strips(inputs: QLoRAInputs) -> Iterator[tuple[int, int, Tensor]]:
     if inputs.scales is None:
         yield 0, n, inputs.weight.to(inputs.x.dtype)
         return
+    packed = nf4_panels.to_rows(inputs.weight, n) if inputs.in_panels else inputs.weight
     step = max(1, _STRIP_ELEMENTS // max(k, 1))
     for start in range(0, n, step):
         stop = min(n, start + step)
         dense = dequantize_rows(
-            inputs.weight,
+            packed,
             inputs.scales,
             (n, k),
             inputs.block_size,

@@ -32,8 +32,16 @@ def _triton_unavailable() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def _panels_decline(inputs: QLoRAInputs) -> str | None:
+    return "the weight lies in panels, for CPU kernels: to_rows()" if inputs.in_panels else None
+
+
+def _cuda_declines(inputs: QLoRAInputs) -> str | None:
+    return _panels_decline(inputs) or cuda.declines(inputs)
+
+
 def _triton_declines(inputs: QLoRAInputs) -> str | None:
-    reason = cpu.declines(inputs)
+    reason = cpu.declines(inputs) or _panels_decline(inputs)
     if reason is None and inputs.x.shape[1] % 2:
         return f"K = {inputs.x.shape[1]} is odd: rows start in the middle of a byte"
     return reason
@@ -67,7 +75,7 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
             forward=cuda.forward,
             devices=("cuda",),
             unavailable=cuda.unavailable,
-            declines=cuda.declines,
+            declines=_cuda_declines,
             opt_in=True,
         ),
         Backend(
@@ -219,9 +227,17 @@ def _autograd(
     *,
     backend: str = "",
 ) -> Tensor:
-    facts = (out_features, block_size, double_quant, list(scaling), backend)
     tensors = (x, weight, scales, adapter_mask, row_table, row_index, bias, *a, *b)
-    out: Tensor = cast(Any, _QLoRALinear).apply(facts, *tensors)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        # A Function costs as much as the rest of a small call.
+        op = torch.ops.collavo.qlora_linear.default
+        facts = (out_features, block_size, double_quant, a, b, scaling)
+        epilogue = (adapter_mask, row_table, row_index, bias)
+        with torch._C._AutoDispatchBelowAutograd():
+            plain: Tensor = op(x, weight, scales, *facts, *epilogue, backend=backend)
+        return plain
+    kept = (out_features, block_size, double_quant, list(scaling), backend)
+    out: Tensor = cast(Any, _QLoRALinear).apply(kept, *tensors)
     return out
 
 

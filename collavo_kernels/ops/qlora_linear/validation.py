@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
+from collavo_kernels.ops.qlora_linear import nf4_panels
 from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
 from collavo_kernels.ops.qlora_linear.nf4 import BLOCK_SIZES, packed_bytes, scale_bytes
 
@@ -85,7 +86,13 @@ def _validate_bytes(
     if block_size not in BLOCK_SIZES:
         choices = ", ".join(map(str, BLOCK_SIZES))
         raise ValueError(f"block_size: expected one of {choices}, got {block_size}")
-    sizes = (packed_bytes(shape), scale_bytes(shape, block_size, double_quant))
+    if packed.dim() == 3:
+        reason = nf4_panels.cannot_pack(shape, block_size)
+        if reason is not None:
+            raise ValueError(f"weight: cannot lie in panels: {reason}")
+        expect_tensor("weight", packed, shape=nf4_panels.panels_shape(shape))
+    codes = packed.numel() if packed.dim() == 3 else packed_bytes(shape)
+    sizes = (codes, scale_bytes(shape, block_size, double_quant))
     for name, value, size in zip(("weight", "scales"), (packed, scales), sizes, strict=True):
         expect_tensor(name, value, dtypes=(torch.uint8,), device=x.device)
         if value.numel() != size:

@@ -202,16 +202,16 @@ def test_table_form_equals_dense_form() -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="the compiled module is not there")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_instruction_set(isa: str, request: pytest.FixtureRequest) -> None:
     from collavo_kernels import _native
-    from collavo_kernels.ops.qlora_linear import cpu
 
     module = _native.native()
     assert module is not None
     if isa not in module.isas():
         pytest.skip(f"this processor or build has no {isa}")
-    monkeypatch.setattr(cpu, "_BEST", _native.ISA_CODES[isa])
-    monkeypatch.setattr(cpu, "best_isa", lambda: isa)
+    best = _native.ISA_CODES[module.best_isa()]
+    request.addfinalizer(lambda: module.use_isa(best))
+    module.use_isa(_native.ISA_CODES[isa])
     for case, dtype in itertools.product(CASES, DTYPES):
         if case.dense:
             continue
@@ -235,12 +235,13 @@ def test_native_dequantisation_is_bit_equal() -> None:
         [(33, 192), (46, 100), (7, 5)], (32, 64, 128), (False, True)
     ):
         weight = quantize_nf4(torch.randn(n, k), block, nested)
-        pointers = (weight.packed.data_ptr(), weight.scales.data_ptr())
-        facts = (*pointers, n, k, block, int(nested))
-        for dtype, (isa, code) in itertools.product(DTYPES, _native.ISA_CODES.items()):
-            if isa != "best" and isa not in module.isas():
-                continue
+        in_panels = k % 64 == 0 and block >= 64
+        orders = [weight, weight.to_panels()] if in_panels else [weight]
+        codes = [code for isa, code in _native.ISA_CODES.items() if isa in ("best", *module.isas())]
+        for order, dtype, code in itertools.product(orders, DTYPES, codes):
+            pointers = (order.packed.data_ptr(), order.scales.data_ptr())
+            facts = (*pointers, n, k, block, int(nested), int(order.in_panels))
             out = torch.full((n, k), float("nan"), dtype=dtype)
             panel, kind = (0, n, 0, k), _native.DTYPE_CODES[dtype]
             module.qlora_linear_dequantize(code, facts, panel, kind, out.data_ptr(), k)
-            assert torch.equal(out, weight.dequantize(dtype)), (n, k, block, nested, isa)
+            assert torch.equal(out, weight.dequantize(dtype)), (n, k, block, nested, code)

@@ -1,0 +1,125 @@
+// A few tokens: the weight is decoded in registers, once for up to 16 tokens, with adapters, table
+// and bias in the same pass.
+#include <algorithm>
+#include <array>
+#include <type_traits>
+#include <utility>
+
+#include "common/parallel.h"
+#include "qlora_linear/adapters.h"
+#include "qlora_linear/panel_product.h"
+#include "qlora_linear/panels.h"
+#include "qlora_linear/simd.h"
+
+namespace collavo::qlora_linear {
+
+namespace {
+
+constexpr int64_t kGathered = 8;  // tiles that are gathered at once from a weight in rows
+
+// Tokens in groups of almost equal size, none above 16.
+struct Groups {
+  int64_t tokens, count;
+
+  explicit Groups(int64_t all)
+      : tokens(all), count((all + kMostTokens - 1) / kMostTokens) {}
+  int64_t begin(int64_t group) const { return tokens * group / count; }
+};
+
+// x in the order of the product: by group, chunk of 64 columns and token.
+template <typename Product, typename T>
+void arrange(const T* x, const Groups& groups, int64_t columns, typename Product::X* to) {
+  for (int64_t g = 0; g < groups.count; ++g) {
+    for (int64_t k = 0; k < columns; k += kChunk) {
+      for (int64_t m = groups.begin(g); m < groups.begin(g + 1); ++m, to += kChunk) {
+        Product::arrange(x + m * columns + k, to);
+      }
+    }
+  }
+}
+
+template <typename Product, int kTokens>
+void run_panel(const Tiles& tiles, int64_t panel, const typename Product::X* x, float* sums) {
+  alignas(64) uint8_t room[kGathered * kTile];
+  const int64_t step = tiles.run(kGathered);
+  for (int64_t first = 0; first < tiles.chunks(); first += step) {
+    const int64_t count = std::min(step, tiles.chunks() - first);
+    Product::template run<kTokens>(tiles.get(panel, first, count, room), count,
+                                   x + first * kTokens * kChunk, sums);
+  }
+}
+
+template <typename Product>
+using PanelRunner = void (*)(const Tiles&, int64_t, const typename Product::X*, float*);
+
+template <typename Product, size_t... kIndex>
+constexpr std::array<PanelRunner<Product>, sizeof...(kIndex)> runners(
+    std::index_sequence<kIndex...>) {
+  return {run_panel<Product, kIndex + 1>...};
+}
+
+template <typename T>
+void finish(const ForwardArgs& args, int64_t row, int64_t token, float* sums, T* out) {
+  const int64_t rows = args.weight.rows, some = std::min(kPanel, rows - row);
+  if (args.row_table && args.row_index[token] >= 0) {
+    const float* table = args.row_table + args.row_index[token] * rows + row;
+    for (int64_t r = 0; r < some; ++r) sums[r] += table[r];
+  }
+  if (args.bias) {
+    for (int64_t r = 0; r < some; ++r) sums[r] += args.bias[row + r];
+  }
+  T* to = out + token * rows + row;
+  if (some < kPanel) {
+    for (int64_t r = 0; r < some; ++r) from_float(sums[r], to + r);
+    return;
+  }
+  for (int64_t r = 0; r < kPanel; r += kLanes) store(to + r, load(sums + r));
+}
+
+template <typename T>
+void forward_typed(const ForwardArgs& args, const T* x, T* out) {
+  using Product = ProductOf<T>;
+  using X = typename Product::X;
+  static constexpr auto kRunners = runners<Product>(std::make_index_sequence<kMostTokens>());
+  const int64_t columns = args.weight.columns;
+  int64_t slots = 0;
+  for (int64_t i = 0; i < args.num_adapters; ++i) slots += slots_of(args.adapters[i].rank);
+  X* arranged = reinterpret_cast<X*>(args.scratch);
+  float* wide = args.scratch + args.tokens * columns;
+  const Hidden hidden{wide, reinterpret_cast<BFloat16*>(wide + args.tokens * slots), slots};
+  const Groups groups(args.tokens);
+  arrange<Product>(x, groups, columns, arranged);
+  shrink(args, x, hidden);
+  const Tiles tiles(args.weight);
+  const int64_t grain = std::max<int64_t>(1, 65536 / (kPanel * columns));
+  parallel_for(panels_of(args.weight.rows), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t g = 0; g < groups.count; ++g) {
+        const int64_t first = groups.begin(g), count = groups.begin(g + 1) - first;
+        // Only what is used is cleared: more stores between two panels slow the stream of codes.
+        alignas(64) float sums[kMostTokens * kPanel];
+        std::fill(sums, sums + count * kPanel, 0.0f);
+        kRunners[count - 1](tiles, panel, arranged + first * columns, sums);
+        expand(args, panel * kPanel, first, count, hidden, sums);
+        for (int64_t m = 0; m < count; ++m) {
+          finish(args, panel * kPanel, first + m, sums + m * kPanel, out);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+namespace COLLAVO_ISA {
+
+void forward(const ForwardArgs& args) {
+  with_type(args.dtype, args.x, [&](const auto* x) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    forward_typed(args, x, static_cast<T*>(args.out));
+  });
+}
+
+}  // namespace COLLAVO_ISA
+
+}  // namespace collavo::qlora_linear

@@ -1,0 +1,338 @@
+// Products of one panel of the weight with a few tokens, for each instruction set:
+//
+//   sums[m][r] += sum over the tiles of code * scale * x[m]      16 rows r, kTokens tokens m
+//
+// A product has its own type for x (X) and its own order of the eight values that meet a line
+// (kOrder), so that a decoded vector and its values meet without a shuffle. Codes are looked up in
+// registers; scales are float32 and are applied to the float32 sums of a tile.
+#pragma once
+
+#include "qlora_linear/panels.h"
+#include "qlora_linear/simd.h"
+
+namespace collavo::qlora_linear {
+
+namespace {
+
+constexpr int kMostTokens = 16;
+
+// Sixty-four values in a product's order: eight to eight.
+template <typename T>
+inline void arrange_floats(const int (&order)[8], const T* from, float* to) {
+  for (int64_t i = 0; i < kChunk; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) to[i + j] = to_float(from[i + order[j]]);
+  }
+}
+
+// Sums that run side by side, so that one need not wait for another: `ready` products a cycle of
+// latency `ready` are in flight.
+constexpr int chains(int tokens) {
+  return tokens <= 2 ? 4 : tokens <= 5 ? 2 : 1;
+}
+
+#if defined(__AVX512F__)
+
+// Twelve tiles are as far ahead as memory is away. Into the second level: the first one holds x.
+inline void fetch_ahead(const uint8_t* line) {
+  _mm_prefetch(reinterpret_cast<const char*>(line + 12 * kTile), _MM_HINT_T1);
+}
+
+template <int kTokens, int kChains>
+inline void add_scaled(__m512 (&parts)[kTokens][kChains], const uint8_t* tile,
+                       __m512 (&totals)[kTokens]) {
+  const __m512 scale = _mm512_loadu_ps(reinterpret_cast<const float*>(tile));
+  for (int m = 0; m < kTokens; ++m) {
+    __m512 sum = parts[m][0];
+    for (int c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, parts[m][c]);
+    totals[m] = _mm512_fmadd_ps(sum, scale, totals[m]);
+  }
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
+
+// Pairs of bfloat16: exact products, float32 sums. Codes are rounded to bfloat16, as a dense
+// weight would be.
+struct PairProduct {
+  using X = BFloat16;
+  // A 16-bit lane holds elements 1, 0, 3, 2 of its row's line in the low half of the dword, from
+  // the low bits up, and 5, 4, 7, 6 in the high half.
+  static constexpr int kOrder[8] = {1, 5, 0, 4, 3, 7, 2, 6};
+
+  static void arrange(const X* from, X* to) {
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 8 * 8 + kOrder[i % 8]);
+    const __m512i index = _mm512_load_si512(order);
+    for (int64_t i = 0; i < kChunk; i += 32) {
+      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(index, _mm512_loadu_si512(from + i)));
+    }
+  }
+
+  template <int kTokens>
+  static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
+    constexpr int kChains = chains(kTokens);
+    const __m512i table = code_table();
+    __m512 totals[kTokens];
+    for (int m = 0; m < kTokens; ++m) totals[m] = _mm512_loadu_ps(sums + m * kPanel);
+    for (int64_t t = 0; t < count; ++t, tiles += kTile, x += kTokens * kChunk) {
+      __m512 parts[kTokens][kChains];
+      for (auto& of_token : parts) {
+        for (__m512& part : of_token) part = _mm512_setzero_ps();
+      }
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kLines; ++line) {
+        const uint8_t* codes = tiles + kScaleBytes + line * kLine;
+        fetch_ahead(codes);
+        add_line<kTokens, kChains>(_mm512_loadu_si512(codes), table, x + line * 8, parts);
+      }
+      add_scaled<kTokens, kChains>(parts, tiles, totals);
+    }
+    for (int m = 0; m < kTokens; ++m) _mm512_storeu_ps(sums + m * kPanel, totals[m]);
+  }
+
+ private:
+  // Twice the sixteen codes: a look-up reads five bits of its lane, and the fifth does not matter.
+  static __m512i code_table() {
+    alignas(64) BFloat16 codes[32];
+    for (int i = 0; i < 32; ++i) from_float(kCode[i % 16], codes + i);
+    return _mm512_load_si512(codes);
+  }
+
+  template <int kTokens, int kChains>
+  static inline void add_line(__m512i codes, __m512i table, const X* x,
+                              __m512 (&parts)[kTokens][kChains]) {
+    const __m512bh weights[4] = {look_up(codes, table), look_up(_mm512_srli_epi16(codes, 4), table),
+                                 look_up(_mm512_srli_epi16(codes, 8), table),
+                                 look_up(_mm512_srli_epi16(codes, 12), table)};
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+#pragma GCC unroll 16
+      for (int m = 0; m < kTokens; ++m) {
+        parts[m][s % kChains] = _mm512_dpbf16_ps(parts[m][s % kChains], weights[s],
+                                                 broadcast_pair(x + m * kChunk + 2 * s));
+      }
+    }
+  }
+
+  static __m512bh look_up(__m512i codes, __m512i table) {
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(codes, table));
+  }
+
+  static __m512bh broadcast_pair(const X* pair) {
+    int32_t bits;
+    std::memcpy(&bits, pair, sizeof(bits));
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
+  }
+};
+
+#endif
+
+#if defined(__AVX512F__)
+
+struct FloatProduct {
+  using X = float;
+  static constexpr int kOrder[8] = {1, 0, 3, 2, 5, 4, 7, 6};
+
+  template <typename T>
+  static void arrange(const T* from, X* to) {
+    arrange_floats(kOrder, from, to);
+  }
+
+
+  template <int kTokens>
+  static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
+    constexpr int kChains = chains(kTokens);
+    const __m512 table = _mm512_load_ps(kCode);
+    __m512 totals[kTokens];
+    for (int m = 0; m < kTokens; ++m) totals[m] = _mm512_loadu_ps(sums + m * kPanel);
+    for (int64_t t = 0; t < count; ++t, tiles += kTile, x += kTokens * kChunk) {
+      __m512 parts[kTokens][kChains];
+      for (auto& of_token : parts) {
+        for (__m512& part : of_token) part = _mm512_setzero_ps();
+      }
+      for (int64_t line = 0; line < kLines; ++line) {
+        const uint8_t* codes = tiles + kScaleBytes + line * kLine;
+        fetch_ahead(codes);
+        __m512i index = _mm512_loadu_si512(codes);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i, index = _mm512_srli_epi32(index, 4)) {
+          // The permutation reads the low four bits of an index.
+          const __m512 weight = _mm512_permutexvar_ps(index, table);
+#pragma GCC unroll 16
+          for (int m = 0; m < kTokens; ++m) {
+            const __m512 value = _mm512_set1_ps(x[m * kChunk + line * 8 + i]);
+            parts[m][i % kChains] = _mm512_fmadd_ps(weight, value, parts[m][i % kChains]);
+          }
+        }
+      }
+      add_scaled<kTokens, kChains>(parts, tiles, totals);
+    }
+    for (int m = 0; m < kTokens; ++m) _mm512_storeu_ps(sums + m * kPanel, totals[m]);
+  }
+};
+
+#elif defined(__AVX2__)
+
+// A vector holds four columns of two rows, since that is what byte look-ups and two rounds of
+// unpacking give; a few tiles of half a panel are decoded into a buffer, and tokens run over it.
+struct FloatProduct {
+  using X = float;
+  static constexpr int kOrder[8] = {1, 3, 5, 7, 0, 2, 4, 6};
+
+  template <typename T>
+  static void arrange(const T* from, X* to) {
+    arrange_floats(kOrder, from, to);
+  }
+
+  static constexpr int kTiles = 4;              // that the buffer holds
+  static constexpr int kQuads = 2 * kLines;     // groups of four columns in a tile
+  static constexpr int kHalf = kPanel / 2;      // rows
+  static constexpr int kTile4 = 4 * kQuads;     // vectors of half a tile
+
+  template <int kTokens>
+  static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
+    const Planes planes;
+    alignas(32) float buffer[kTiles * kTile4 * 8];
+    for (int64_t first = 0; first < count; first += kTiles) {
+      const int64_t some = count - first < kTiles ? count - first : kTiles;
+      const X* values = x + first * kTokens * kChunk;
+      for (int half = 0; half < 2; ++half) {
+        for (int64_t t = 0; t < some; ++t) {
+          planes.decode(tiles + (first + t) * kTile, half, buffer + t * kTile4 * 8);
+        }
+        int m = 0;
+        for (; m + 3 <= kTokens; m += 3) add<kTokens, 3>(buffer, some, values, m, half, sums);
+        if (kTokens % 3 == 2) add<kTokens, 2>(buffer, some, values, m, half, sums);
+        if (kTokens % 3 == 1) add<kTokens, 1>(buffer, some, values, m, half, sums);
+      }
+    }
+  }
+
+ private:
+  // The codes as float32, cut into four tables of bytes.
+  struct Planes {
+    __m256i byte[4];
+
+    Planes() {
+      for (int b = 0; b < 4; ++b) {
+        alignas(16) uint8_t bytes[16];
+        for (int i = 0; i < 16; ++i) {
+          bytes[i] = static_cast<uint8_t>(bits_of(kCode[i]) >> (8 * b));
+        }
+        byte[b] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<__m128i*>(bytes)));
+      }
+    }
+
+    void decode(const uint8_t* tile, int half, float* to) const {
+      const __m256i low = _mm256_set1_epi8(15);
+      const __m256 all = _mm256_loadu_ps(reinterpret_cast<const float*>(tile) + half * kHalf);
+      const __m256 scale[4] = {_mm256_shuffle_ps(all, all, 0x00), _mm256_shuffle_ps(all, all, 0x55),
+                               _mm256_shuffle_ps(all, all, 0xaa),
+                               _mm256_shuffle_ps(all, all, 0xff)};
+      const uint8_t* codes = tile + kScaleBytes + half * kLine / 2;
+      for (int64_t line = 0; line < kLines; ++line, to += 64) {
+        const __m256i both =
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + line * kLine));
+        look_up(_mm256_and_si256(both, low), scale, to);
+        look_up(_mm256_and_si256(_mm256_srli_epi16(both, 4), low), scale, to + 32);
+      }
+    }
+
+    void look_up(__m256i index, const __m256 (&scale)[4], float* to) const {
+      const __m256i b0 = _mm256_shuffle_epi8(byte[0], index);
+      const __m256i b1 = _mm256_shuffle_epi8(byte[1], index);
+      const __m256i b2 = _mm256_shuffle_epi8(byte[2], index);
+      const __m256i b3 = _mm256_shuffle_epi8(byte[3], index);
+      const __m256i low_first = _mm256_unpacklo_epi8(b0, b1);
+      const __m256i low_last = _mm256_unpackhi_epi8(b0, b1);
+      const __m256i high_first = _mm256_unpacklo_epi8(b2, b3);
+      const __m256i high_last = _mm256_unpackhi_epi8(b2, b3);
+      put(_mm256_unpacklo_epi16(low_first, high_first), scale[0], to);
+      put(_mm256_unpackhi_epi16(low_first, high_first), scale[1], to + 8);
+      put(_mm256_unpacklo_epi16(low_last, high_last), scale[2], to + 16);
+      put(_mm256_unpackhi_epi16(low_last, high_last), scale[3], to + 24);
+    }
+
+    static void put(__m256i bits, __m256 scale, float* to) {
+      _mm256_store_ps(to, _mm256_mul_ps(_mm256_castsi256_ps(bits), scale));
+    }
+  };
+
+  // sums of tokens m to m + kSome - 1 and of half a panel.
+  template <int kTokens, int kSome>
+  static void add(const float* buffer, int64_t tiles, const X* x, int m, int half, float* sums) {
+    __m256 parts[kSome][4];
+    for (auto& of_token : parts) {
+      for (__m256& part : of_token) part = _mm256_setzero_ps();
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const X* values = x + (t * kTokens + m) * kChunk;
+      for (int q = 0; q < kQuads; ++q, buffer += 32) {
+        __m256 four[kSome];
+        for (int i = 0; i < kSome; ++i) {
+          const float* from = values + i * kChunk + 4 * q;
+          four[i] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
+        }
+        for (int r = 0; r < 4; ++r) {
+          const __m256 weight = _mm256_load_ps(buffer + 8 * r);
+          for (int i = 0; i < kSome; ++i) {
+            parts[i][r] = _mm256_fmadd_ps(weight, four[i], parts[i][r]);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < kSome; ++i) {
+      const __m256 first = _mm256_hadd_ps(parts[i][0], parts[i][1]);
+      const __m256 last = _mm256_hadd_ps(parts[i][2], parts[i][3]);
+      float* to = sums + (m + i) * kPanel + half * kHalf;
+      _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_hadd_ps(first, last)));
+    }
+  }
+};
+
+#else
+
+struct FloatProduct {
+  using X = float;
+  static constexpr int kOrder[8] = {1, 0, 3, 2, 5, 4, 7, 6};
+
+  template <typename T>
+  static void arrange(const T* from, X* to) {
+    arrange_floats(kOrder, from, to);
+  }
+
+
+  template <int kTokens>
+  static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
+    for (int64_t t = 0; t < count; ++t, tiles += kTile, x += kTokens * kChunk) {
+      for (int64_t r = 0; r < kPanel; ++r) {
+        float scale, weights[kChunk];
+        std::memcpy(&scale, tiles + r * sizeof(float), sizeof(scale));
+        for (int64_t i = 0; i < kChunk; ++i) {
+          const uint8_t pair = tiles[kScaleBytes + i / 8 * kLine + 4 * r + i % 8 / 2];
+          weights[i] = kCode[i % 2 ? pair >> 4 : pair & 15] * scale;
+        }
+        for (int64_t m = 0; m < kTokens; ++m) {
+          float sum = 0.0f;
+          for (int64_t i = 0; i < kChunk; ++i) sum += weights[i] * x[m * kChunk + i];
+          sums[m * kPanel + r] += sum;
+        }
+      }
+    }
+  }
+};
+
+#endif
+
+#if defined(__AVX512BF16__)
+template <typename T>
+using ProductOf = std::conditional_t<std::is_same_v<T, BFloat16>, PairProduct, FloatProduct>;
+#else
+template <typename T>
+using ProductOf = FloatProduct;
+#endif
+
+}  // namespace
+
+}  // namespace collavo::qlora_linear

@@ -1,0 +1,77 @@
+// The order in which kernels for a few tokens read an NF4 weight: panels of 16 rows.
+//
+//   panel  rows 16 p to 16 p + 15, tiles in the order of the columns
+//   tile   64 columns: 16 float32 scales, one per row, then 8 lines of codes, 576 bytes in all
+//   line   8 columns: of every row the 4 bytes that bitsandbytes stores for them
+//
+// So a tile is its rows' bytes transposed four at a time, and a 64-byte vector holds one dword for
+// each of 16 rows: sums need no reduction across lanes, and the scales of a tile come with its
+// codes in one stream. Rows behind the matrix have scale 0. A weight that lies in rows is brought
+// into this order a few tiles at a time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "qlora_linear/qlora_linear.h"
+#include "qlora_linear/scales.h"
+
+namespace collavo::qlora_linear {
+
+namespace {
+
+constexpr int64_t kPanel = 16;
+constexpr int64_t kChunk = 64;
+constexpr int64_t kLine = 64;
+constexpr int64_t kLines = 8;
+constexpr int64_t kScaleBytes = kPanel * sizeof(float);
+constexpr int64_t kTile = kScaleBytes + kLines * kLine;
+
+inline int64_t panels_of(int64_t rows) {
+  return (rows + kPanel - 1) / kPanel;
+}
+
+// Tiles of a weight in either order. Needs columns % 64 == 0 and block_size >= 64.
+class Tiles {
+ public:
+  explicit Tiles(const NF4& weight)
+      : weight_(weight), scales_(weight), chunks_(weight.columns / kChunk) {}
+
+  // `count` tiles of a panel from tile `first` on; `room` has space for them.
+  const uint8_t* get(int64_t panel, int64_t first, int64_t count, uint8_t* room) const {
+    if (weight_.panels) return weight_.packed + (panel * chunks_ + first) * kTile;
+    for (int64_t t = 0; t < count; ++t) gather(panel, first + t, room + t * kTile);
+    return room;
+  }
+
+  // How many tiles are worth asking for at once.
+  int64_t run(int64_t most) const { return weight_.panels ? chunks_ : most; }
+
+  int64_t chunks() const { return chunks_; }
+
+ private:
+  void gather(int64_t panel, int64_t chunk, uint8_t* tile) const {
+    for (int64_t r = 0; r < kPanel; ++r) {
+      const int64_t row = panel * kPanel + r;
+      const bool real = row < weight_.rows;
+      const int64_t element = row * weight_.columns + chunk * kChunk;
+      const float scale = real ? scales_.at(element) : 0.0f;
+      std::memcpy(tile + r * sizeof(float), &scale, sizeof(float));
+      uint8_t* to = tile + kScaleBytes + 4 * r;
+      const uint8_t* from = weight_.packed + element / 2;
+      for (int64_t line = 0; line < kLines; ++line) {
+        uint32_t codes = 0x77777777u;
+        if (real) std::memcpy(&codes, from + 4 * line, sizeof(codes));
+        std::memcpy(to + line * kLine, &codes, sizeof(codes));
+      }
+    }
+  }
+
+  const NF4& weight_;
+  Scales scales_;
+  int64_t chunks_;
+};
+
+}  // namespace
+
+}  // namespace collavo::qlora_linear
