@@ -1,337 +1,261 @@
-"""The Triton backend: NF4 tiles are decoded in registers, adapters and epilogue share the sum.
+"""The Triton backend for NVIDIA and AMD.
 
-``forward`` has one kernel: a tile of the output runs over K with decoded weight tiles, then over
-the joined ranks of all adapters, then adds table and bias. ``backward`` has one for dx, of the same
-form with the weight's columns; the small gradients are PyTorch products.
+A forward is two launches: hidden values and x's two halves, then the product with decoded weights,
+adapters and epilogue. Where output tiles are fewer than the GPU has room for, as when decoding, the
+columns are shared out between programs, and a third launch adds their sums in fixed order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from collavo_kernels._backends import device_of
 from collavo_kernels._flags import error_word
-from collavo_kernels.ops.qlora_linear import reference
-from collavo_kernels.ops.qlora_linear.inputs import (
-    GradientMask,
-    QLoRAGradients,
-    QLoRAInputs,
-    active,
+from collavo_kernels.ops.qlora_linear import triton_launch as launch
+from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
+from collavo_kernels.ops.qlora_linear.triton_backward import (
+    factor_kernel,
+    grad_x_kernel,
+    table_kernel,
 )
-from collavo_kernels.ops.qlora_linear.nf4 import block_count, nf4_code, split_scales
+from collavo_kernels.ops.qlora_linear.triton_forward import linear_kernel, sum_kernel
+from collavo_kernels.ops.qlora_linear.triton_hidden import prepare_kernel
 
-# Tiles of 16 or 64 tokens: with eight warps no supported Triton spills registers on any target
-# (four spill in both, and tiles of 32 with either).
-WARPS = 8
-
-
-@triton.jit
-def _scale(absmax, nested_absmax, nested_code, offset, block, live, NESTED: tl.constexpr):
-    if NESTED:
-        code = tl.load(absmax + block, mask=live, other=0).to(tl.int32)
-        inner = tl.load(nested_code + code)
-        outer = tl.load(nested_absmax + block // 256, mask=live, other=0.0)
-        scale = inner * outer + tl.load(offset)
-    else:
-        scale = tl.load(absmax + block, mask=live, other=0.0)
-    return scale
+_STEP = 2 * launch.CHUNK  # bytes of a weight row that one turn of the loop takes
+_MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
+# Constants and options of kernels whose tiles do not depend on the call.
+SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
+PREPARE = {"BLOCK_P": 128, "num_warps": 4, "num_stages": 3}
+FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
+TABLE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 64, "num_warps": 8, "num_stages": 3}
+LINEAR = {"BLOCK_R": 16, "GROUP": 8}
 
 
-@triton.jit
-def _decode(
-    packed,
-    absmax,
-    nested_absmax,
-    nested_code,
-    offset,
-    code,
-    rows,  # [BLOCK_N] int64
-    start,
-    n,
-    k,
-    BLOCK_SIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Return a float32 tile of the weight, [BLOCK_N, BLOCK_K]; outside the matrix it is 0."""
-    pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
-    live = (rows < n)[:, None] & (pairs < k // 2)[None, :]
-    # 0x77 is a pair of zeros.
-    bytes_ = tl.load(packed + rows[:, None] * (k // 2) + pairs[None, :], mask=live, other=0x77)
-    index = bytes_.to(tl.int32)
-    values = tl.interleave(tl.load(code + (index >> 4)), tl.load(code + (index & 15)))
-    if ALIGNED:
-        # A tile's row lies in one block.
-        block = (rows * k + start) // BLOCK_SIZE
-        scale = _scale(absmax, nested_absmax, nested_code, offset, block, rows < n, NESTED)
-        weight = values * scale[:, None]
-    else:
-        columns = start + tl.arange(0, BLOCK_K)
-        inside = (rows < n)[:, None] & (columns < k)[None, :]
-        blocks = (rows[:, None] * k + columns[None, :]) // BLOCK_SIZE
-        scales = _scale(absmax, nested_absmax, nested_code, offset, blocks, inside, NESTED)
-        weight = values * scales
-    return weight
+class Hidden(NamedTuple):
+    """``m s A x`` of all adapters side by side.
+
+    Attributes:
+        values: ``[splits, M, R]``: x's dtype, or float32 where there is more than one split.
+        splits: Shares of the sum, which readers add in order.
+    """
+
+    values: Tensor
+    splits: int
 
 
-@triton.jit
-def _forward_kernel(
-    x,  # [M, K]
-    packed,
-    absmax,
-    nested_absmax,
-    nested_code,
-    offset,
-    code,
-    hidden,  # [M, R]: gated and scaled A x of all adapters side by side
-    joined_b,  # [N, R]
-    table,  # [T, N]
-    row_index,  # [M]
-    bias,  # [N]
-    errors,  # [1] int32
-    out,  # [M, N]
-    m,
-    n,
-    k,
-    ranks,
-    table_rows,
-    BLOCK_SIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Compute one tile of the output."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_tokens = (token < m)[:, None]
-    live_rows = (row < n)[None, :]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, k, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        inside = live_tokens & (column < k)[None, :]
-        tile = tl.load(x + token[:, None] * k + column[None, :], mask=inside, other=0.0)
-        weight = _decode(
-            packed,
-            absmax,
-            nested_absmax,
-            nested_code,
-            offset,
-            code,
-            row,
-            start,
-            n,
-            k,
-            BLOCK_SIZE,
-            NESTED,
-            ALIGNED,
-            BLOCK_K,
-        )
-        sums = tl.dot(tile, tl.trans(weight.to(tile.dtype)), sums, input_precision="ieee")
-    for start in range(0, ranks, BLOCK_R):
-        rank = start + tl.arange(0, BLOCK_R)
-        known = (rank < ranks)[None, :]
-        left = tl.load(
-            hidden + token[:, None] * ranks + rank[None, :], mask=live_tokens & known, other=0.0
-        )
-        right = tl.load(
-            joined_b + row[:, None] * ranks + rank[None, :],
-            mask=(row < n)[:, None] & known,
-            other=0.0,
-        )
-        sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
-    if HAS_TABLE:
-        index = tl.load(row_index + token, mask=token < m, other=-1)
-        good = (index >= 0) & (index < table_rows)
-        bad = (index < -1) | (index >= table_rows)
-        tl.atomic_or(errors + tl.zeros_like(index), bad.to(tl.int32), mask=bad)
-        where = tl.where(good, index, 0).to(tl.int64)
-        mask = good[:, None] & live_rows
-        sums += tl.load(table + where[:, None] * n + row[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-    if HAS_BIAS:
-        sums += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + token[:, None] * n + row[None, :],
-        sums.to(out.dtype.element_ty),
-        mask=live_tokens & live_rows,
-    )
+class _Epilogue(NamedTuple):
+    """What the kernels that store the output take beside the sum, in their parameters' order."""
 
-
-@triton.jit
-def _grad_x_kernel(
-    grad,  # [M, N]
-    packed,
-    absmax,
-    nested_absmax,
-    nested_code,
-    offset,
-    code,
-    upstream,  # [M, R]: gated and scaled g B of all adapters side by side
-    joined_a,  # [R, K]
-    out,  # [M, K]
-    m,
-    n,
-    k,
-    ranks,
-    BLOCK_SIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Compute one tile of the gradient of x."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * BLOCK_K
-    column = first + tl.arange(0, BLOCK_K)
-    live_tokens = (token < m)[:, None]
-    live_columns = (column < k)[None, :]
-    sums = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for start in range(0, n, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        inside = live_tokens & (row < n)[None, :]
-        tile = tl.load(grad + token[:, None] * n + row[None, :], mask=inside, other=0.0)
-        weight = _decode(
-            packed,
-            absmax,
-            nested_absmax,
-            nested_code,
-            offset,
-            code,
-            row,
-            first,
-            n,
-            k,
-            BLOCK_SIZE,
-            NESTED,
-            ALIGNED,
-            BLOCK_K,
-        )
-        sums = tl.dot(tile, weight.to(tile.dtype), sums, input_precision="ieee")
-    for start in range(0, ranks, BLOCK_R):
-        rank = start + tl.arange(0, BLOCK_R)
-        known = rank < ranks
-        left = tl.load(
-            upstream + token[:, None] * ranks + rank[None, :],
-            mask=live_tokens & known[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            joined_a + rank[:, None].to(tl.int64) * k + column[None, :],
-            mask=known[:, None] & live_columns,
-            other=0.0,
-        )
-        sums = tl.dot(left, right, sums, input_precision="ieee")
-    tl.store(
-        out + token[:, None] * k + column[None, :],
-        sums.to(out.dtype.element_ty),
-        mask=live_tokens & live_columns,
-    )
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    flags: dict[str, int | bool]
 
 
 def forward(inputs: QLoRAInputs) -> Tensor:
     """Return ``[M, N]`` in x's dtype; nothing waits for the device."""
     x, n = inputs.x.contiguous(), inputs.out_features
-    m, k = x.shape
+    m, half = x.shape[0], x.shape[1] // 2
     out = x.new_empty((m, n))
-    branches = [_gate(inputs, i, F.linear(x, a.to(x.dtype))) for i, a in enumerate(inputs.a)]
-    hidden = torch.cat(branches, dim=1) if branches else x
-    joined_b = torch.cat([b.to(x.dtype) for b in inputs.b], dim=1) if branches else x
-    table, index, bias = inputs.row_table, inputs.row_index, inputs.bias
-    block_m = _token_block(m)
+    halves = x.new_empty((2, m, half))
+    tiles = launch.tiles_for(inputs)
+    grid = launch.grid_of(tiles, m, n)
+    wanted = launch.processors(x.device) * tiles.resident // grid
+    most = _MOST_SHARES if launch.may_split(tiles) else 1
+    shares, steps = launch.shares_of(triton.cdiv(half, _STEP), min(most, wanted))
+    split = shares > 1 or launch.must_split(tiles)
+    target = x.new_empty((shares, m, n), dtype=torch.float32) if split else out
     with device_of(out):
-        _forward_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, 64))](
-            x,
-            *_weight(inputs),
-            hidden,
-            joined_b,
-            x if table is None else table.contiguous(),
-            x if index is None else index.contiguous(),
-            x if bias is None else bias.contiguous(),
-            error_word(x.device),
-            out,
+        epilogue = _epilogue(inputs, x, _hidden(inputs, x, inputs.a, halves))
+        linear_kernel[(grid, shares)](
+            halves,
+            *launch.weight_of(inputs),
+            *epilogue.tensors,
+            target,
             m,
             n,
-            k,
-            hidden.shape[1] if branches else 0,
-            0 if table is None else table.shape[0],
-            **_options(inputs),
-            HAS_TABLE=table is not None,
-            HAS_BIAS=bias is not None,
-            BLOCK_M=block_m,
-            num_warps=WARPS,
+            launch.units_of(inputs),
+            *epilogue.sizes,
+            steps,
+            **launch.facts_of(inputs),
+            **epilogue.flags,
+            **LINEAR,
+            SPLIT=split,
+            BLOCK_M=tiles.tokens,
+            BLOCK_N=tiles.rows,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
         )
+        if split:
+            sum_kernel[(triton.cdiv(m, SUM["BLOCK_M"]), triton.cdiv(n, SUM["BLOCK_N"]))](
+                target,
+                *epilogue.tensors,
+                out,
+                m,
+                n,
+                *epilogue.sizes,
+                **epilogue.flags,
+                **SUM,
+                SPLITS=shares,
+            )
     return out
 
 
 def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
     """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
-    rest = GradientMask(False, False, mask.row_table, mask.bias, mask.a, mask.b)
-    found = reference.backward(inputs, grad, rest)
-    grad_x = _grad_x(inputs, grad.contiguous()) if mask.x else None
-    return QLoRAGradients(grad_x, None, found.row_table, found.bias, found.a, found.b)
+    grad, x = grad.contiguous(), inputs.x.contiguous()
+    grad_x, grad_table, grad_bias = None, None, None
+    grads_a: list[Tensor | None] = [None] * len(inputs.a)
+    grads_b: list[Tensor | None] = [None] * len(inputs.b)
+    with device_of(grad):
+        if mask.x or any(mask.a):
+            upstream = _hidden(inputs, grad, [b.t() for b in inputs.b])
+            if mask.x:
+                grad_x = _grad_x(inputs, grad, upstream)
+            for i in (i for i, wanted in enumerate(mask.a) if wanted):
+                out = torch.empty_like(inputs.a[i], memory_format=torch.contiguous_format)
+                grads_a[i] = out
+                _grad_factor(inputs, upstream, x, i, out)
+        if any(mask.b):
+            hidden = _hidden(inputs, x, inputs.a)
+            for i in (i for i, wanted in enumerate(mask.b) if wanted):
+                out = torch.empty_like(inputs.b[i], memory_format=torch.contiguous_format)
+                grads_b[i] = out
+                _grad_factor(inputs, hidden, grad, i, out.t())
+        if mask.row_table:
+            grad_table = _grad_row_table(inputs, grad)
+        if mask.bias and inputs.bias is not None:
+            grad_bias = torch.sum(grad, 0, dtype=torch.float32).to(inputs.bias.dtype)
+    return QLoRAGradients(grad_x, None, grad_table, grad_bias, grads_a, grads_b)
 
 
-def _grad_x(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
-    n, k = inputs.shape
-    m, dtype = grad.shape[0], grad.dtype
-    branches = [_gate(inputs, i, grad @ b.to(dtype)) for i, b in enumerate(inputs.b)]
-    upstream = torch.cat(branches, dim=1) if branches else grad
-    joined_a = torch.cat([a.to(dtype) for a in inputs.a]) if branches else grad
-    out = grad.new_empty((m, k))
-    block_m = _token_block(m)
-    with device_of(out):
-        _grad_x_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, 64))](
-            grad,
-            *_weight(inputs),
-            upstream,
-            joined_a,
-            out,
+def _hidden(
+    inputs: QLoRAInputs, x: Tensor, factors: Sequence[Tensor], halves: Tensor | None = None
+) -> Hidden:
+    """Multiply x by every factor ``[R, K]`` of any strides; take x apart into ``halves``."""
+    (m, k), mask = x.shape, inputs.adapter_mask
+    joined = None
+    if len(factors) > launch.READ_IN_PLACE:
+        products = [F.linear(x, each.to(x.dtype)) for each in factors]
+        gated = [launch.gate(inputs, i, each) for i, each in enumerate(products)]
+        joined, factors = torch.cat(gated, dim=1), ()
+    tokens, ranks, columns = launch.hidden_tiles(m, x.dtype)
+    counts = [each.shape[0] for each in factors]
+    rank_tiles = sum(triton.cdiv(count, ranks) for count in counts)
+    wanted = launch.processors(x.device) // max(1, rank_tiles * triton.cdiv(m, tokens))
+    splits, steps = launch.shares_of(triton.cdiv(k, columns), min(_MOST_HIDDEN_SHARES, wanted))
+    kind = torch.float32 if splits > 1 else x.dtype
+    values = x.new_empty((splits, m, sum(counts)), dtype=kind)
+    work = rank_tiles * splits
+    work += 0 if halves is None else triton.cdiv(k // 2, PREPARE["BLOCK_P"])
+    if work:
+        first, second = launch.two(factors, x)
+        prepare_kernel[(triton.cdiv(m, tokens), work)](
+            x,
+            x if halves is None else halves,
+            first,
+            second,
+            values,
+            x if mask is None else mask.contiguous(),
             m,
-            n,
             k,
-            upstream.shape[1] if branches else 0,
-            **_options(inputs),
-            BLOCK_M=block_m,
-            num_warps=WARPS,
+            *launch.two(counts, 0),
+            first.stride(0),
+            second.stride(0),
+            first.stride(1),
+            second.stride(1),
+            *launch.two(inputs.scaling, 0.0),
+            splits,
+            steps,
+            HAS_MASK=mask is not None,
+            BLOCK_M=tokens,
+            BLOCK_R=ranks,
+            BLOCK_K=columns,
+            **PREPARE,
         )
+    return Hidden(values, splits) if joined is None else Hidden(joined, 1)
+
+
+def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> _Epilogue:
+    factors, ranks = launch.beside(inputs.b, 1, x)
+    table, index, bias = inputs.row_table, inputs.row_index, inputs.bias
+    rest = [x if each is None else each.contiguous() for each in (table, index, bias)]
+    flags = {
+        "HAS_TABLE": table is not None,
+        "HAS_BIAS": bias is not None,
+        "HIDDEN_SPLITS": hidden.splits,
+    }
+    rows = 0 if table is None else table.shape[0]
+    return _Epilogue((hidden.values, *factors, *rest, error_word(x.device)), (*ranks, rows), flags)
+
+
+def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
+    (n, k), m = inputs.shape, grad.shape[0]
+    out = grad.new_empty((m, k))
+    factors, ranks = launch.beside(inputs.a, 0, grad)
+    tiles = launch.gradient_tiles_for(inputs)
+    grid = triton.cdiv(m, tiles.tokens) * triton.cdiv(k // 2, tiles.pairs)
+    grad_x_kernel[(grid,)](
+        grad,
+        *launch.weight_of(inputs),
+        upstream.values,
+        *factors,
+        out,
+        m,
+        n,
+        launch.units_of(inputs),
+        *ranks,
+        **launch.facts_of(inputs),
+        **LINEAR,
+        HIDDEN_SPLITS=upstream.splits,
+        BLOCK_M=tiles.tokens,
+        BLOCK_N=tiles.rows,
+        BLOCK_P=tiles.pairs,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return out
 
 
-def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
-    hidden = hidden * inputs.scaling[adapter]
-    gate = active(inputs, adapter, torch.uint8)
-    return hidden if gate is None else hidden.masked_fill(gate == 0, 0.0)
+def _grad_factor(
+    inputs: QLoRAInputs, hidden: Hidden, value: Tensor, adapter: int, out: Tensor
+) -> None:
+    """Fill ``out``, ``[R, C]`` of any strides, with ``hidden^T value`` of one adapter."""
+    (m, columns), mask = value.shape, inputs.adapter_mask
+    ranks = [a.shape[0] for a in inputs.a]
+    if not ranks[adapter]:
+        return
+    grid = triton.cdiv(columns, FACTOR["BLOCK_C"]), triton.cdiv(ranks[adapter], FACTOR["BLOCK_R"])
+    factor_kernel[grid](
+        hidden.values,
+        value,
+        value if mask is None else mask.contiguous(),
+        out,
+        m,
+        columns,
+        ranks[adapter],
+        sum(ranks[:adapter]),
+        sum(ranks),
+        *out.stride(),
+        BIT=adapter,
+        HAS_MASK=mask is not None,
+        HIDDEN_SPLITS=hidden.splits,
+        **FACTOR,
+    )
 
 
-def _token_block(tokens: int) -> int:
-    return 16 if tokens <= 16 else 64
-
-
-def _options(inputs: QLoRAInputs) -> dict[str, int | bool]:
-    aligned = inputs.x.shape[1] % 64 == 0 and inputs.block_size >= 64
-    facts = {"BLOCK_SIZE": inputs.block_size, "NESTED": inputs.double_quant, "ALIGNED": aligned}
-    return facts | {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16}
-
-
-def _weight(inputs: QLoRAInputs) -> tuple[Tensor, ...]:
-    if inputs.scales is None:
-        raise RuntimeError("qlora_linear: the Triton backend has no dense weight")
-    blocks = block_count(inputs.shape, inputs.block_size)
-    parts = split_scales(inputs.scales, blocks, inputs.double_quant)
-    nested = [parts.absmax if each is None else each for each in parts[1:]]
-    offset, nested_absmax, nested_code = nested
-    code = nf4_code(inputs.weight)
-    return inputs.weight, parts.absmax, nested_absmax, nested_code, offset, code
+def _grad_row_table(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    table, index = inputs.row_table, inputs.row_index
+    if table is None or index is None:
+        raise ValueError("row_table: a gradient was asked for, but there is none")
+    (m, n), rows = grad.shape, table.shape[0]
+    out = torch.empty_like(table, memory_format=torch.contiguous_format)
+    # A table without rows has bad ones to report all the same.
+    grid = triton.cdiv(n, TABLE["BLOCK_N"]), max(1, triton.cdiv(rows, TABLE["BLOCK_T"]))
+    table_kernel[grid](grad, index.contiguous(), error_word(grad.device), out, m, n, rows, **TABLE)
+    return out

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from collavo_kernels import check
-from collavo_kernels.ops.qlora_linear import triton_kernels
-from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAInputs
-from collavo_kernels.testing import assert_within_budget, poisoned_empty
+from collavo_kernels.ops.qlora_linear import reference, triton_kernels, triton_launch
+from collavo_kernels.ops.qlora_linear.inputs import (
+    GradientMask,
+    QLoRAGradients,
+    QLoRAInputs,
+)
+from collavo_kernels.testing import assert_within_budget, poisoned_empty, relative_error
 from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACall, QLoRACase, make_call
 
 # The interpreter computes bfloat16 on its bits, so its dtypes are these.
 DTYPES = (torch.float32, torch.float16)
-SMALL = [c for c in CASES if not c.dense and c.k % 2 == 0 and c.n < 1000]
+# The backend declines a dense weight and an odd K.
+SERVED = [c for c in CASES if not c.dense and c.k % 2 == 0]
+SPLIT = (
+    QLoRACase("split_few", "decoding shares K out, hidden values too; a last share is shorter",
+              (3,), 70, 1344, (5, 16), mask=True, rows=4, bias=True),
+    QLoRACase("split_more", "shares with wide adapters, above 16 tokens, scales of 128",
+              (20,), 40, 1152, (4, 8), block_size=128, wide_adapters=True, mask=True),
+    QLoRACase("split_unaligned", "shares whose rows are no whole chunks", (2,), 35, 1100, (3,)),
+    QLoRACase("split_joined", "three adapters are joined", (2,), 35, 1088, (3, 4, 2), mask=True),
+)  # fmt: skip
 
 
 def bundle(call: QLoRACall) -> QLoRAInputs:
-    def plain(value: torch.Tensor | None) -> torch.Tensor | None:
+    def plain(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.detach()
 
     weight = call.weight
@@ -39,37 +55,133 @@ def bundle(call: QLoRACall) -> QLoRAInputs:
     )
 
 
+def everything(inputs: QLoRAInputs) -> GradientMask:
+    every = [True] * len(inputs.a)
+    return GradientMask(
+        True, False, inputs.row_table is not None, inputs.bias is not None, every, every
+    )
+
+
+def listed(found: QLoRAGradients) -> list[Tensor | None]:
+    """The gradients in the order of a call's leaves."""
+    factors = [each for pair in zip(found.a, found.b, strict=True) for each in pair]
+    some = [each for each in (found.row_table, found.bias) if each is not None]
+    return [found.x, *factors, *some]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
-def test_forward_and_gradient_of_x(case: QLoRACase, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", [*SERVED, *SPLIT], ids=lambda c: c.name)
+def test_forward_and_gradients(case: QLoRACase, dtype: torch.dtype) -> None:
     call = make_call(case, dtype)
     grad = torch.randn(*case.tokens, case.n).to(dtype)
     exact, exact_grads = call.double().gradients(grad)
     low, low_grads = call.gradients(grad, "reference")
     inputs = bundle(call)
-    everything = GradientMask(True, False, case.rows is not None, case.bias, *_both(case))
     with poisoned_empty():
         out = triton_kernels.forward(inputs)
-        grads = triton_kernels.backward(inputs, grad.flatten(0, -2), everything)
+        found = triton_kernels.backward(inputs, grad.flatten(0, -2), everything(inputs))
     assert_within_budget(out.view(exact.shape), low, exact)
-    assert grads.x is not None
-    assert_within_budget(grads.x.view(call.x.shape), low_grads[0], exact_grads[0], name="dx")
+    grads = listed(found)
+    assert len(grads) == len(low_grads)
+    for i, (each, *others) in enumerate(zip(grads, low_grads, exact_grads, strict=True)):
+        assert each is not None
+        assert_within_budget(each.view(others[0].shape), *others, name=f"gradient {i}")
     check()
 
 
-def _both(case: QLoRACase) -> tuple[list[bool], list[bool]]:
-    every = [True] * len(case.ranks)
-    return every, every
+@pytest.mark.parametrize("case", SPLIT, ids=lambda c: c.name)
+def test_shares_give_the_same_bits_again_and_the_same_sums(
+    case: QLoRACase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = bundle(make_call(case))
+    launched: list[int] = []
+    shares = triton_launch.shares_of
+
+    def recorded(steps: int, wanted: int) -> tuple[int, int]:
+        launched.append(shares(steps, wanted)[0])
+        return shares(steps, wanted)
+
+    monkeypatch.setattr(triton_launch, "shares_of", recorded)
+    split = triton_kernels.forward(inputs)
+    assert launched[-1] > 1, "the case does not share anything out"
+    assert torch.equal(triton_kernels.forward(inputs), split)
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 0)
+    launched.clear()
+    whole = triton_kernels.forward(inputs)
+    assert max(launched) == 1
+    assert relative_error(whole, split) < 1e-5
+
+
+def test_only_what_is_asked_for_comes() -> None:
+    inputs = bundle(make_call(next(c for c in SERVED if c.name == "few")))
+    grad = torch.randn(inputs.x.shape[0], inputs.out_features)
+    wanted = GradientMask(False, False, False, True, [False, True], [True, False])
+    found = triton_kernels.backward(inputs, grad, wanted)
+    given = [each is not None for each in listed(found)]
+    # x, a and b of the first adapter, of the second, bias; no table, which is left out of the list.
+    assert given == [False, False, True, True, False, True]
+    expected = reference.backward(inputs, grad, wanted)
+    for ours, theirs in zip(listed(found), listed(expected), strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or theirs is None or relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [6, 40], ids=["few", "many"])
+def test_what_an_idle_token_holds_reaches_no_adapter(tokens: int) -> None:
+    # 0 * NaN is NaN: the token's own rows must not take part, neither x's nor the gradient's.
+    case = replace(next(c for c in SERVED if c.name == "few"), tokens=(tokens,))
+    inputs = bundle(make_call(case))
+    assert inputs.adapter_mask is not None
+    inputs.adapter_mask.fill_(3)
+    inputs.adapter_mask[2] = 2
+    inputs.x[2] = float("nan")
+    grad = torch.randn(tokens, inputs.out_features)
+    grad[2] = float("inf")
+    found = triton_kernels.backward(inputs, grad, everything(inputs))
+    (a, idle_a), (b, idle_b) = found.a, found.b
+    assert a is not None and b is not None and idle_a is not None and idle_b is not None
+    assert a.isfinite().all() and b.isfinite().all()
+    assert not idle_a.isfinite().any() and not idle_b.isfinite().any()
+    # An adapter whose values are not finite reaches only the tokens that it is active for.
+    inputs.x[2] = 1.0
+    inputs.a[0].fill_(float("nan"))
+    out = triton_kernels.forward(inputs)
+    assert torch.equal(out.isfinite().all(1), torch.arange(tokens) == 2)
+
+
+def test_rows_keep_infinity_and_nan_to_themselves() -> None:
+    # The sum over a row's tokens is a product with 0 and 1, where 0 * NaN would be NaN.
+    case = replace(next(c for c in SERVED if c.name == "few"), tokens=(80,), rows=70)
+    inputs = bundle(make_call(case))
+    assert inputs.row_index is not None
+    inputs.row_index.copy_(torch.arange(80) % 70)
+    inputs.row_index[75:] = -1
+    grad = torch.randn(80, inputs.out_features)
+    grad[1, 3], grad[71, 4] = float("inf"), float("nan")
+    grad[2, 5], grad[72, 5], grad[66, 6] = float("inf"), -float("inf"), -float("inf")
+    grad[78] = float("nan")
+    wanted = GradientMask(False, False, True, False, [False] * 2, [False] * 2)
+    found = triton_kernels.backward(inputs, grad, wanted).row_table
+    exact = torch.zeros(70, inputs.out_features).index_add_(0, inputs.row_index[:75], grad[:75])
+    assert found is not None
+    torch.testing.assert_close(found, exact, equal_nan=True)
+    assert found.isnan().sum() == 2 and found.isinf().sum() == 2
 
 
 def test_a_bad_row_counts_as_none_and_is_reported() -> None:
-    case = next(c for c in SMALL if c.name == "few")
-    call = make_call(case)
-    inputs = bundle(call)
+    case = next(c for c in SERVED if c.name == "few")
+    inputs = bundle(make_call(case))
     assert inputs.row_index is not None
     inputs.row_index.fill_(-1)
+    grad = torch.randn(inputs.x.shape[0], inputs.out_features)
     expected = triton_kernels.forward(inputs)
+    none = triton_kernels.backward(inputs, grad, everything(inputs)).row_table
+    check()
     inputs.row_index[2], inputs.row_index[3] = 5, -7
     assert torch.equal(triton_kernels.forward(inputs), expected)
+    with pytest.raises(ValueError, match="row_index"):
+        check()
+    found = triton_kernels.backward(inputs, grad, everything(inputs)).row_table
+    assert none is not None and found is not None and torch.equal(found, none)
     with pytest.raises(ValueError, match="row_index"):
         check()
