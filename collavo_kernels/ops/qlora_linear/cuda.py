@@ -1,25 +1,43 @@
-"""CUDA C++ for decoding: up to 16 tokens, both adapters in the same two launches.
+"""CUDA C++ for sm_80 and later, on bitsandbytes' own bytes: decoding, prefill and backward.
 
-It is compiled for sm_80 and later and has not run on a GPU yet, so it serves only when asked for
-by name (``backend="cuda"``).
+Up to ``FEW_TOKENS`` tokens two launches do everything and stream the packed weight. Beyond that the
+weight is decoded strip by strip into one buffer that stays in L2, with the adapters beside it, and
+PyTorch's matrix product runs on it: ``[x | h] [W | B]^T`` gives the whole sum in one float32
+accumulation. The backward does the same with columns, ``[g | h'] [W; A]``: strips of rows would
+have to be summed over in memory, in float32 or with a rounding each. The code has not run on a GPU
+yet (tests run it on an emulated one), so it serves only when asked for by name
+(``backend="cuda"``).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from collavo_kernels._backends import device_of
 from collavo_kernels._flags import error_word
 from collavo_kernels._native import DTYPE_CODES, cuda_check, cuda_library, cuda_reason
-from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS, QLoRAInputs
+from collavo_kernels.ops.qlora_linear.inputs import (
+    MAX_MASKED_ADAPTERS,
+    GradientMask,
+    QLoRAGradients,
+    QLoRAInputs,
+    active,
+)
 from collavo_kernels.ops.qlora_linear.nf4 import block_count, split_scales
 
-MAX_TOKENS = 16
-_LAUNCHER = "collavo_qlora_linear_decode"
+FEW_TOKENS = 16
+_CHUNK = 64
+_MAX_DECODED_K = 1 << 25
+_RANK_TILE = 16
+# Rows of 16-bit numbers that start at multiples of 16 bytes.
+_ALIGNED = 8
+_STRIP_BYTES = 16 << 20
 
 
 def unavailable() -> str | None:
@@ -29,81 +47,252 @@ def unavailable() -> str | None:
 
 def declines(inputs: QLoRAInputs) -> str | None:
     """Say why the backend does not take these inputs, or None."""
-    m, k = inputs.x.shape
     if inputs.scales is None:
         return "the weight is dense: PyTorch's own linear layer serves"
-    if inputs.x.dtype not in (torch.bfloat16, torch.float16):
-        return f"x is {inputs.x.dtype}, not bfloat16 or float16"
-    if not 1 <= m <= MAX_TOKENS:
-        return f"it takes 1 to {MAX_TOKENS} tokens, not {m}"
-    if k % 64 or inputs.block_size < 64:
-        return f"K = {k} in blocks of {inputs.block_size}: it needs whole blocks of 64 or more"
+    if inputs.x.dtype not in DTYPE_CODES:
+        return f"x is {inputs.x.dtype}"
+    if inputs.x.numel() == 0 or inputs.out_features == 0:
+        return "there is nothing to compute"
     if len(inputs.a) > MAX_MASKED_ADAPTERS:
         return f"it takes {MAX_MASKED_ADAPTERS} adapters, not {len(inputs.a)}"
     return None
 
 
+def declines_backward(inputs: QLoRAInputs) -> str | None:
+    """Say why the backend has no backward for these inputs, or None."""
+    return declines(inputs)
+
+
 def forward(inputs: QLoRAInputs) -> Tensor:
     """Return ``[M, N]`` in x's dtype, on the current stream; nothing waits for the device."""
-    library, scales = cuda_library(), inputs.scales
-    if library is None or scales is None:
-        raise RuntimeError(f"qlora_linear: {cuda_reason() or 'the weight is dense'}")
-    x = _aligned(inputs.x, 16)
+    m, k = inputs.x.shape
+    whole = k % _CHUNK == 0 and k <= _MAX_DECODED_K and inputs.block_size >= _CHUNK
+    if m <= FEW_TOKENS and whole and inputs.x.dtype != torch.float32:
+        return _forward_few(inputs)
+    return _forward_many(inputs)
+
+
+def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
+    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
+    x, grad = inputs.x, grad.contiguous()
+    dtype = x.dtype
+    grads_a: list[Tensor | None] = [None] * len(inputs.a)
+    grads_b: list[Tensor | None] = [None] * len(inputs.b)
+    upstream: list[Tensor] = []
+    for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
+        if mask.x or mask.a[i]:
+            upstream.append(_gate(inputs, i, torch.mm(grad, b.to(dtype))))
+            if mask.a[i]:
+                grads_a[i] = torch.mm(upstream[-1].t(), _only_active(inputs, i, x)).to(a.dtype)
+        if mask.b[i]:
+            hidden = _gate(inputs, i, F.linear(x, a.to(dtype)))
+            grads_b[i] = torch.mm(_only_active(inputs, i, grad).t(), hidden).to(b.dtype)
+    return QLoRAGradients(
+        x=_grad_x(inputs, grad, upstream) if mask.x else None,
+        weight=None,
+        row_table=_grad_row_table(inputs, grad) if mask.row_table else None,
+        bias=_grad_bias(inputs, grad) if mask.bias else None,
+        a=grads_a,
+        b=grads_b,
+    )
+
+
+def _forward_few(inputs: QLoRAInputs) -> Tensor:
+    x = _aligned(inputs.x)
     (m, k), n = x.shape, inputs.out_features
     out = x.new_empty((m, n))
-    factors = [
-        (_side(a, x.dtype), _side(b, x.dtype)) for a, b in zip(inputs.a, inputs.b, strict=True)
-    ]
-    hidden = x.new_empty((m, sum(a.shape[0] for a, _ in factors)), dtype=torch.float32)
-    blocks = block_count(inputs.shape, inputs.block_size)
-    parts = split_scales(scales, blocks, inputs.double_quant)
-    table = None if inputs.row_table is None else inputs.row_table.float().contiguous()
-    tensors = [
-        x,
-        _aligned(inputs.weight, 8),
-        parts.absmax,
-        parts.nested_absmax,
-        parts.nested_code,
-        parts.offset,
-        None if inputs.adapter_mask is None else inputs.adapter_mask.contiguous(),
-        table,
-        None if inputs.row_index is None else inputs.row_index.contiguous(),
-        None if inputs.bias is None else inputs.bias.float().contiguous(),
-        error_word(x.device),
-        hidden,
-        out,
-    ]
-    rows = 0 if table is None else table.shape[0]
-    shift = inputs.block_size.bit_length() - 1
-    sizes = [m, n, k, rows, shift, len(factors), DTYPE_CODES[x.dtype]]
+    factors = [(_side(a, x), _side(b, x)) for a, b in zip(inputs.a, inputs.b, strict=True)]
+    ranks = sum(_round_up(a.shape[0], _RANK_TILE) for a, _ in factors)
+    hidden = x.new_empty((_round_up(m, 8), ranks))
+    weight, (table, index, bias, errors), (rows, *wide) = _weight(inputs), *_epilogue(inputs)
+    mask = None if inputs.adapter_mask is None else inputs.adapter_mask.contiguous()
     adapters = [
-        entry
+        value
         for a, b in factors
-        for entry in (a.data_ptr(), b.data_ptr(), a.shape[0], int(a.dtype == torch.float32))
+        for value in (a.data_ptr(), _is_wide(a), b.data_ptr(), _is_wide(b), a.shape[0])
     ]
-    launcher = getattr(library, _LAUNCHER)
-    launcher.restype = ctypes.c_int
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        error = launcher(
-            _array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in tensors]),
-            _array(ctypes.c_int64, sizes),
-            _array(ctypes.c_int64, adapters),
-            _array(ctypes.c_float, inputs.scaling),
-            ctypes.c_void_p(stream),
-        )
-    cuda_check(error, _LAUNCHER)
+    _launch(
+        "collavo_qlora_linear_decode",
+        x,
+        _pointers(*weight, x, mask, table, index, bias, errors, hidden, out),
+        _integers(m, n, k, inputs.block_size, rows, *wide, len(factors), DTYPE_CODES[x.dtype]),
+        _integers(*adapters),
+        (ctypes.c_float * max(1, len(factors)))(*inputs.scaling),
+    )
     return out
 
 
-def _array(kind: Any, values: Sequence[float | None]) -> Any:
-    return (kind * max(1, len(values)))(*values)
+def _forward_many(inputs: QLoRAInputs) -> Tensor:
+    x = inputs.x.contiguous()
+    m, n = x.shape[0], inputs.out_features
+    hidden = [
+        _gate(inputs, i, F.linear(x, a.to(x.dtype))) for i, a in enumerate(inputs.a) if a.shape[0]
+    ]
+    joined = _join(x, hidden)
+    width = joined.shape[1]
+    out = x.new_empty((m, n))
+    weight, sides = _weight(inputs), [_side(b, x) for b in inputs.b]
+    for start, stop, buffer in _strips(joined, n):
+        strip = buffer.view(stop - start, width)
+        _fill_panel(inputs, weight, sides, (start, stop - start, 0, width), strip)
+        torch.mm(joined, strip.t(), out=out[:, start:stop])
+    if inputs.row_table is not None or inputs.bias is not None:
+        (table, index, bias, errors), facts = _epilogue(inputs)
+        pointers = _pointers(table, index, bias, errors, out)
+        sizes = _integers(m, n, *facts, DTYPE_CODES[x.dtype])
+        _launch("collavo_qlora_linear_add_rows", x, pointers, sizes)
+    return out
 
 
-def _aligned(tensor: Tensor, alignment: int) -> Tensor:
+def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor:
+    k = inputs.x.shape[1]
+    joined = _join(grad, upstream)
+    height = joined.shape[1]
+    out = grad.new_empty((grad.shape[0], k))
+    weight, sides = _weight(inputs), [_side(a, grad) for a in inputs.a]
+    for start, stop, buffer in _strips(joined, k):
+        strip = buffer.view(height, stop - start)
+        _fill_panel(inputs, weight, sides, (0, height, start, stop - start), strip, below=True)
+        torch.mm(joined, strip, out=out[:, start:stop])
+    return out
+
+
+def _grad_row_table(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    if inputs.row_table is None or inputs.row_index is None:
+        raise ValueError("row_table: a gradient was asked for, but there is none")
+    out = grad.new_zeros(inputs.row_table.shape, dtype=torch.float32)
+    if out.numel():
+        pointers = _pointers(grad, inputs.row_index.contiguous(), error_word(grad.device), out)
+        sizes = _integers(*grad.shape, out.shape[0], DTYPE_CODES[grad.dtype])
+        _launch("collavo_qlora_linear_sum_rows", grad, pointers, sizes)
+    return out.to(inputs.row_table.dtype)
+
+
+def _grad_bias(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    if inputs.bias is None:
+        raise ValueError("bias: a gradient was asked for, but there is none")
+    return grad.sum(0, dtype=torch.float32).to(inputs.bias.dtype)
+
+
+def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
+    # Not a product with 0: a token that an adapter is off for must not see its NaN or infinity.
+    return _only_active(inputs, adapter, hidden.mul_(inputs.scaling[adapter]))
+
+
+def _only_active(inputs: QLoRAInputs, adapter: int, values: Tensor) -> Tensor:
+    gate = active(inputs, adapter, torch.uint8)
+    return values if gate is None else values.masked_fill(gate == 0, 0.0)
+
+
+def _join(left: Tensor, parts: list[Tensor]) -> Tensor:
+    ranks = sum(part.shape[1] for part in parts)
+    if not ranks:
+        return left
+    missing = -(left.shape[1] + ranks) % _ALIGNED
+    return torch.cat([left, *parts, left.new_zeros((left.shape[0], missing))], dim=1)
+
+
+def _strips(joined: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Cut ``count`` rows or columns of the weight into at least two strips.
+
+    Yields:
+        The first, one past the last, and memory for them; it is the same memory every time.
+    """
+    width, itemsize = joined.shape[1], joined.element_size()
+    strips = max(2, -(-width * count * itemsize // _STRIP_BYTES))
+    step = min(count, _round_up(-(-count // strips), _ALIGNED))
+    memory = joined.new_empty(step * width)
+    for start in range(0, count, step):
+        stop = min(count, start + step)
+        yield start, stop, memory[: (stop - start) * width]
+
+
+def _fill_panel(
+    inputs: QLoRAInputs,
+    weight: tuple[Tensor | None, ...],
+    sides: list[Tensor],
+    panel: tuple[int, int, int, int],
+    out: Tensor,
+    below: bool = False,
+) -> None:
+    """Decode a part of ``[W | sides]``, or of ``[W; sides]``, into ``out``.
+
+    Args:
+        inputs: The call.
+        weight: As ``_weight`` gives it.
+        sides: B of every adapter, or with ``below`` A.
+        panel: First row, rows, first column, columns; zeros beyond the sides.
+        out: Contiguous ``[rows, columns]`` in x's dtype.
+        below: Whether the sides lie below the weight.
+    """
+    n, k = inputs.shape
+    axis = 0 if below else 1
+    facts = [f for side in sides for f in (side.data_ptr(), _is_wide(side), side.shape[axis])]
+    sizes = (n, k, inputs.block_size, *panel, below, len(sides), DTYPE_CODES[out.dtype])
+    pointers = _pointers(*weight, out)
+    _launch("collavo_qlora_linear_panel", out, pointers, _integers(*sizes), _integers(*facts))
+
+
+def _weight(inputs: QLoRAInputs) -> tuple[Tensor | None, ...]:
+    """Return packed, absmax, nested_absmax, nested_code and offset."""
+    if inputs.scales is None:
+        raise RuntimeError("qlora_linear: the CUDA backend has no dense weight")
+    blocks = block_count(inputs.shape, inputs.block_size)
+    parts = split_scales(inputs.scales, blocks, inputs.double_quant)
+    packed = _aligned(inputs.weight)
+    return packed, parts.absmax, parts.nested_absmax, parts.nested_code, parts.offset
+
+
+def _epilogue(inputs: QLoRAInputs) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """Return table, row_index, bias and the error word; the table's rows, and who is float32."""
+    x, table, bias = inputs.x, inputs.row_table, inputs.bias
+    index, rows = None, 0
+    if table is not None and inputs.row_index is not None:
+        index, rows = inputs.row_index.contiguous(), table.shape[0]
+        # A table without rows has no address, but the index is checked all the same.
+        table = _side(table, x) if rows else x
+    bias = None if bias is None else _side(bias, x)
+    facts = (rows, *(int(each is not None and _is_wide(each)) for each in (table, bias)))
+    return (table, index, bias, error_word(x.device)), facts
+
+
+def _aligned(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % alignment else tensor
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _side(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return factor.to(dtype if factor.dtype == dtype else torch.float32).contiguous()
+def _side(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype of another or in float32, as kernels read it."""
+    return _aligned(tensor.to(like.dtype if tensor.dtype == like.dtype else torch.float32))
+
+
+def _is_wide(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.float32)
+
+
+def _round_up(value: int, to: int) -> int:
+    return -(-value // to) * to
+
+
+def _pointers(*tensors: Tensor | None) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(t if t is None else t.data_ptr() for t in tensors))
+
+
+def _integers(*values: int) -> Any:
+    return (ctypes.c_int64 * max(1, len(values)))(*values)
+
+
+def _library() -> ctypes.CDLL:
+    library = cuda_library()
+    if library is None:
+        raise RuntimeError(f"qlora_linear: {cuda_reason()}")
+    return library
+
+
+def _launch(name: str, on: Tensor, *arguments: Any) -> None:
+    launcher = getattr(_library(), name)
+    launcher.restype = ctypes.c_int
+    with device_of(on):
+        stream = torch.cuda.current_stream().cuda_stream if on.is_cuda else 0
+        error = launcher(*arguments, ctypes.c_void_p(stream))
+    cuda_check(error, name)

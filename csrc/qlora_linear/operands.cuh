@@ -1,0 +1,137 @@
+// What a call brings along, and how single values of it are read.
+#pragma once
+
+#include "qlora_linear/gpu.cuh"
+
+namespace {
+
+constexpr int kMaxAdapters = 8;
+constexpr int kRowOutOfRange = 1;
+enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// The 4-bit matrix [n, k]; every pointer is on the device.
+struct Weight {
+  const uint8_t* packed;
+  const void* absmax;          // float32, or uint8 when nested
+  const float* nested_absmax;  // null when plain
+  const float* nested_code;
+  const float* offset;
+  int64_t n, k;
+  int block_shift;
+};
+
+// A matrix whose values are of x's type, or float32 (wide).
+struct Side {
+  const void* values;
+  bool wide;
+};
+
+struct Adapters {
+  Side a[kMaxAdapters];  // [rank, k]
+  Side b[kMaxAdapters];  // [n, rank]
+  int64_t rank[kMaxAdapters];
+  float scaling[kMaxAdapters];
+  int count;
+};
+
+// What is added at the end: a table's row for each token that has one, and a bias.
+struct Epilogue {
+  Side table;                // [rows, n]; null values: none
+  Side bias;                 // [n]; null values: none
+  const int32_t* row_index;  // [m]
+  int32_t* errors;           // [1]
+  int64_t rows;
+};
+
+__device__ __forceinline__ float as_float(float value) {
+  return value;
+}
+__device__ __forceinline__ float as_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+__device__ __forceinline__ float as_float(__half value) {
+  return __half2float(value);
+}
+__device__ __forceinline__ void put(float* to, float value) {
+  *to = value;
+}
+__device__ __forceinline__ void put(__nv_bfloat16* to, float value) {
+  *to = __float2bfloat16_rn(value);
+}
+__device__ __forceinline__ void put(__half* to, float value) {
+  *to = __float2half_rn(value);
+}
+
+// Two values side by side, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  union {
+    T values[2];
+    uint32_t word;
+  } both;
+  put(&both.values[0], first);
+  put(&both.values[1], second);
+  return both.word;
+}
+
+template <typename T>
+__device__ __forceinline__ float value_at(const Side& side, int64_t index) {
+  return side.wide ? static_cast<const float*>(side.values)[index]
+                   : as_float(static_cast<const T*>(side.values)[index]);
+}
+
+// The scale of the block that holds an element of the flattened matrix. Multiply and add round
+// separately, as they did when the scale was quantised.
+__device__ __forceinline__ float scale_at(const Weight& w, int64_t element) {
+  const int64_t block = element >> w.block_shift;
+  if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[block];
+  const uint8_t code = static_cast<const uint8_t*>(w.absmax)[block];
+  return __fadd_rn(__fmul_rn(w.nested_code[code], w.nested_absmax[block >> 8]), *w.offset);
+}
+
+// The row of the table that a token gets, -1 for none. A bad one is none, and `reports` says so.
+__device__ __forceinline__ int64_t table_row(const Epilogue& e, int64_t token, bool reports) {
+  if (!e.table.values) return -1;
+  const int32_t index = e.row_index[token];
+  if (index >= 0 && index < e.rows) return index;
+  if (index != -1 && reports) atomicOr(e.errors, kRowOutOfRange);
+  return -1;
+}
+
+// Table and bias of an output. They are summed first: large values in them may cancel.
+template <typename T>
+__device__ __forceinline__ float addition(const Epilogue& e, int64_t row, int64_t n,
+                                          int64_t column) {
+  float value = row < 0 ? 0.0f : value_at<T>(e.table, row * n + column);
+  if (e.bias.values) value += value_at<T>(e.bias, column);
+  return value;
+}
+
+inline Weight weight_from(void* const* pointers, int64_t n, int64_t k, int64_t block_size) {
+  Weight w{};
+  w.packed = static_cast<const uint8_t*>(pointers[0]);
+  w.absmax = pointers[1];
+  w.nested_absmax = static_cast<const float*>(pointers[2]);
+  w.nested_code = static_cast<const float*>(pointers[3]);
+  w.offset = static_cast<const float*>(pointers[4]);
+  w.n = n;
+  w.k = k;
+  while ((int64_t{1} << w.block_shift) < block_size) ++w.block_shift;
+  return w;
+}
+
+// facts: address, wide, for a and for b, then the rank.
+inline bool adapters_from(const int64_t* facts, const float* scaling, int64_t count,
+                          Adapters* adapters) {
+  if (count < 0 || count > kMaxAdapters) return false;
+  adapters->count = static_cast<int>(count);
+  for (int i = 0; i < adapters->count; ++i, facts += 5) {
+    adapters->a[i] = {reinterpret_cast<const void*>(facts[0]), facts[1] != 0};
+    adapters->b[i] = {reinterpret_cast<const void*>(facts[2]), facts[3] != 0};
+    adapters->rank[i] = facts[4];
+    adapters->scaling[i] = scaling[i];
+  }
+  return true;
+}
+
+}  // namespace

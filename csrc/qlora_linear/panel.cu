@@ -1,0 +1,144 @@
+// A part of the weight as dense numbers, with the adapters beside or below it, for a matrix product
+// that then needs nothing else: [W | B_1 | B_2 ..] or [W; A_1; A_2 ..].
+
+#include "qlora_linear/nf4_code.h"
+#include "qlora_linear/operands.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kGroup = 8;      // neighbours of a row: one store of 16 bytes of a 16-bit type
+constexpr int kPerThread = 4;  // groups, whose loads are under way together
+
+__constant__ float kCode[16] = {COLLAVO_NF4_CODE};
+
+struct Panel {
+  Weight weight;
+  Side sides[kMaxAdapters];
+  int64_t ranks[kMaxAdapters];
+  int count;
+  bool below;  // sides are [rank, k] below the weight, and not [n, rank] beside it
+  int64_t row, rows, column, columns;
+  void* out;  // [rows, columns]
+};
+
+// An element of the adapters' part; `rank` counts on over all of them. Zero beyond the last.
+template <typename T>
+__device__ float side_at(const Panel& p, int64_t rank, int64_t other) {
+  for (int i = 0; i < p.count; ++i) {
+    if (rank < p.ranks[i]) {
+      return value_at<T>(p.sides[i],
+                         p.below ? rank * p.weight.k + other : other * p.ranks[i] + rank);
+    }
+    rank -= p.ranks[i];
+  }
+  return 0.0f;
+}
+
+template <typename T>
+__device__ float value_of(const Panel& p, const float* code, int64_t row, int64_t column) {
+  const Weight& w = p.weight;
+  if (row >= w.n) return column < w.k ? side_at<T>(p, row - w.n, column) : 0.0f;
+  if (column >= w.k) return p.below ? 0.0f : side_at<T>(p, column - w.k, row);
+  const int64_t element = row * w.k + column;
+  const int byte = w.packed[element / 2];
+  return code[element % 2 ? byte & 15 : byte >> 4] * scale_at(w, element);
+}
+
+__device__ __forceinline__ void store_group(float* to, const float (&v)[kGroup]) {
+  reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
+  reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+template <typename T>
+__device__ __forceinline__ void store_group(T* to, const float (&v)[kGroup]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]),
+                                             pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
+}
+
+// kWhole: groups begin at whole words of codes, and 8 neighbours have one scale.
+template <typename T, bool kWhole>
+__device__ void put_group(const Panel& p, const float* code, uint32_t group) {
+  const auto groups = static_cast<uint32_t>((p.columns + kGroup - 1) / kGroup);
+  const int64_t r = group / groups, c = int64_t{group % groups} * kGroup;
+  const int64_t row = p.row + r, column = p.column + c;
+  T* to = static_cast<T*>(p.out) + r * p.columns + c;
+  if (kWhole && row < p.weight.n && column < p.weight.k) {
+    const int64_t element = row * p.weight.k + column;
+    const uint32_t word = reinterpret_cast<const uint32_t*>(p.weight.packed)[element / 8];
+    const float scale = scale_at(p.weight, element);
+    float values[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      // Of a byte the high half comes first.
+      values[i] = code[word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15] * scale;
+    }
+    store_group(to, values);
+    return;
+  }
+  for (int i = 0; i < kGroup && c + i < p.columns; ++i) {
+    put(to + i, value_of<T>(p, code, row, column + i));
+  }
+}
+
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(kThreads) fill_panel(Panel p) {
+  // Of 16 floats every one has a bank of its own.
+  auto* code = reinterpret_cast<float*>(shared_memory());
+  if (threadIdx.x < 16) code[threadIdx.x] = kCode[threadIdx.x];
+  __syncthreads();
+  const auto total = static_cast<uint32_t>(p.rows * ((p.columns + kGroup - 1) / kGroup));
+  const uint32_t first = blockIdx.x * (kThreads * kPerThread) + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const uint32_t group = first + i * kThreads;
+    if (group < total) put_group<T, kWhole>(p, code, group);
+  }
+}
+
+template <typename T>
+int launch_panel(const Panel& p, void* stream) {
+  const int64_t groups = p.rows * ((p.columns + kGroup - 1) / kGroup);
+  if (groups > UINT32_MAX / 2) return cudaErrorInvalidValue;
+  constexpr int64_t kPerBlock = kThreads * kPerThread;
+  Launch how{};
+  how.grid = dim3(static_cast<unsigned>((groups + kPerBlock - 1) / kPerBlock));
+  how.threads = kThreads;
+  how.shared = 16 * sizeof(float);
+  const auto address = reinterpret_cast<uintptr_t>(p.out);
+  const bool whole = p.weight.k % kGroup == 0 && p.column % kGroup == 0 &&
+                     p.columns % kGroup == 0 && address % 16 == 0 &&
+                     reinterpret_cast<uintptr_t>(p.weight.packed) % 4 == 0;
+  return whole ? launch(how, stream, fill_panel<T, true>, p)
+               : launch(how, stream, fill_panel<T, false>, p);
+}
+
+}  // namespace
+
+// pointers: packed, absmax, nested_absmax, nested_code, offset, out; null where absent.
+// sizes: n, k, block size, first row, rows, first column, columns, whether sides lie below, sides,
+//   dtype.
+// sides: address, whether it is float32, rank of each.
+extern "C" int collavo_qlora_linear_panel(void* const* pointers, const int64_t* sizes,
+                                          const int64_t* sides, void* stream) {
+  Panel p{};
+  p.weight = weight_from(pointers, sizes[0], sizes[1], sizes[2]);
+  p.row = sizes[3];
+  p.rows = sizes[4];
+  p.column = sizes[5];
+  p.columns = sizes[6];
+  p.below = sizes[7] != 0;
+  p.count = static_cast<int>(sizes[8]);
+  p.out = pointers[5];
+  if (sizes[8] < 0 || sizes[8] > kMaxAdapters || p.rows < 1 || p.columns < 1 || p.row < 0 ||
+      p.column < 0) {
+    return cudaErrorInvalidValue;
+  }
+  for (int i = 0; i < p.count; ++i) {
+    p.sides[i] = {reinterpret_cast<const void*>(sides[3 * i]), sides[3 * i + 1] != 0};
+    p.ranks[i] = sides[3 * i + 2];
+  }
+  if (sizes[9] == kFloat32) return launch_panel<float>(p, stream);
+  if (sizes[9] == kBfloat16) return launch_panel<__nv_bfloat16>(p, stream);
+  if (sizes[9] == kFloat16) return launch_panel<__half>(p, stream);
+  return cudaErrorInvalidValue;
+}
