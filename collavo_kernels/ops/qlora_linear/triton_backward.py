@@ -11,7 +11,6 @@ import triton.language as tl
 
 from collavo_kernels._flags import ROW_INDEX_OUT_OF_RANGE
 from collavo_kernels.ops.qlora_linear.triton_forward import tile_of
-from collavo_kernels.ops.qlora_linear.triton_hidden import hidden_tile
 from collavo_kernels.ops.qlora_linear.triton_weight import codes_of, scales_of
 
 _BAD_ROW = tl.constexpr(ROW_INDEX_OUT_OF_RANGE)
@@ -52,21 +51,16 @@ def _expand_halves(
     place,
     width,
     dtype: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Add one adapter's ``h A``."""
-    plane = tl.cast(m, tl.int64) * width
     for start in range(0, ranks, BLOCK_R):
         rank = start + tl.arange(0, BLOCK_R)
         known = rank < ranks
-        left = hidden_tile(
-            upstream,
-            token[:, None] * width + (place + rank)[None, :],
-            (token < m)[:, None] & known[None, :],
-            plane,
-            dtype,
-            SPLITS,
+        left = tl.load(
+            upstream + token[:, None] * width + (place + rank)[None, :],
+            mask=(token < m)[:, None] & known[None, :],
+            other=0.0,
         )
         at = rank[:, None].to(tl.int64) * (2 * half) + 2 * pair[None, :]
         inside = known[:, None] & (pair < half)[None, :]
@@ -86,7 +80,7 @@ def grad_x_kernel(
     nested_code,
     offset,
     code,  # [16] in x's dtype
-    upstream,  # [HIDDEN_SPLITS, M, R_0 + R_1]: gated and scaled g B
+    upstream,  # [M, R_0 + R_1]: gated and scaled g B
     a_0,  # [R_0, K]
     a_1,
     out,  # [M, K]
@@ -99,7 +93,6 @@ def grad_x_kernel(
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     PERMUTE: tl.constexpr,
-    HIDDEN_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -142,11 +135,11 @@ def grad_x_kernel(
     width = ranks_0 + ranks_1
     sums_even, sums_odd = _expand_halves(
         sums_even, sums_odd, upstream, a_0, token, pair, m, half, ranks_0, 0, width, dtype,
-        HIDDEN_SPLITS, BLOCK_R,
+        BLOCK_R,
     )  # fmt: skip
     sums_even, sums_odd = _expand_halves(
         sums_even, sums_odd, upstream, a_1, token, pair, m, half, ranks_1, ranks_0, width, dtype,
-        HIDDEN_SPLITS, BLOCK_R,
+        BLOCK_R,
     )  # fmt: skip
     columns = tl.interleave(sums_even.to(dtype), sums_odd.to(dtype))
     inside = tl.arange(0, 2 * BLOCK_P) < 2 * (half - tile_p * BLOCK_P)
@@ -157,7 +150,7 @@ def grad_x_kernel(
 
 @triton.jit(do_not_specialize=["m"])
 def factor_kernel(
-    hidden,  # [HIDDEN_SPLITS, M, width]: gated and scaled
+    hidden,  # [M, width]: gated and scaled
     value,  # [M, C]
     mask,  # [M] uint8
     out,  # [R, C] by its strides
@@ -170,23 +163,20 @@ def factor_kernel(
     column_stride,
     BIT: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    HIDDEN_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Compute one tile of ``hidden^T value``, the gradient of one factor of one adapter."""
-    dtype: tl.constexpr = value.dtype.element_ty
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     known = rank < ranks
-    plane = tl.cast(m, tl.int64) * width
     sums = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for start in range(0, m, BLOCK_M):
         token = start + tl.arange(0, BLOCK_M).to(tl.int64)
         live = token < m
         at = token[None, :] * width + (place + rank)[:, None]
-        left = hidden_tile(hidden, at, live[None, :] & known[:, None], plane, dtype, HIDDEN_SPLITS)
+        left = tl.load(hidden + at, mask=live[None, :] & known[:, None], other=0.0)
         if HAS_MASK:
             # What an idle token holds must not meet its zero: 0 * NaN is NaN.
             bits = tl.load(mask + token, mask=live, other=0).to(tl.int32)

@@ -195,6 +195,7 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """Compute one tile of the output, or with SPLIT one share of its columns' sum."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
@@ -208,25 +209,29 @@ def linear_kernel(
     bytes_ = packed + tile_n.to(tl.int64) * BLOCK_N * half
     flat = (tile_n * BLOCK_N + row).to(tl.int64) * (2 * half)
     scales = absmax, nested_absmax, nested_code, offset
-    first = tl.program_id(1) * steps * (2 * _CHUNK)
-    last = tl.minimum(half, first + steps * (2 * _CHUNK))
+    first = tl.program_id(1) * steps * (CHUNKS * _CHUNK)
+    last = tl.minimum(half, first + steps * (CHUNKS * _CHUNK))
     # Scales are read one step ahead: the pipeline of tiles does not carry them.
     next_0 = _chunk_scales(*scales, flat, first, half, BLOCK_SIZE, NESTED, ALIGNED)
-    next_1 = _chunk_scales(*scales, flat, first + _CHUNK, half, BLOCK_SIZE, NESTED, ALIGNED)
+    if CHUNKS == 2:
+        next_1 = _chunk_scales(*scales, flat, first + _CHUNK, half, BLOCK_SIZE, NESTED, ALIGNED)
     sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for start in range(first, last, 2 * _CHUNK):
-        scale_0, scale_1 = next_0, next_1
-        ahead = start + 2 * _CHUNK
+    for start in range(first, last, CHUNKS * _CHUNK):
+        ahead = start + CHUNKS * _CHUNK
+        scale_0 = next_0
         next_0 = _chunk_scales(*scales, flat, ahead, half, BLOCK_SIZE, NESTED, ALIGNED)
-        next_1 = _chunk_scales(*scales, flat, ahead + _CHUNK, half, BLOCK_SIZE, NESTED, ALIGNED)
         sums = _multiply(
             sums, even_half, odd_half, bytes_, *scales, code, scale_0, row, flat, token, live, half,
             start, BLOCK_SIZE, NESTED, ALIGNED, PERMUTE,
         )  # fmt: skip
-        sums = _multiply(
-            sums, even_half, odd_half, bytes_, *scales, code, scale_1, row, flat, token, live, half,
-            start + _CHUNK, BLOCK_SIZE, NESTED, ALIGNED, PERMUTE,
-        )  # fmt: skip
+        if CHUNKS == 2:
+            scale_1 = next_1
+            ahead += _CHUNK
+            next_1 = _chunk_scales(*scales, flat, ahead, half, BLOCK_SIZE, NESTED, ALIGNED)
+            sums = _multiply(
+                sums, even_half, odd_half, bytes_, *scales, code, scale_1, row, flat, token, live,
+                half, start + _CHUNK, BLOCK_SIZE, NESTED, ALIGNED, PERMUTE,
+            )  # fmt: skip
     if SPLIT:
         share = tl.program_id(1) * tl.cast(m, tl.int64) + tile_m * BLOCK_M
         column = tl.arange(0, BLOCK_N)

@@ -27,7 +27,6 @@ from collavo_kernels.ops.qlora_linear.triton_backward import (
 from collavo_kernels.ops.qlora_linear.triton_forward import linear_kernel, sum_kernel
 from collavo_kernels.ops.qlora_linear.triton_hidden import prepare_kernel
 
-_STEP = 2 * launch.CHUNK  # bytes of a weight row that one turn of the loop takes
 _MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
 # Constants and options of kernels whose tiles do not depend on the call.
 SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
@@ -67,7 +66,8 @@ def forward(inputs: QLoRAInputs) -> Tensor:
     grid = launch.grid_of(tiles, m, n)
     wanted = launch.processors(x.device) * tiles.resident // grid
     most = _MOST_SHARES if launch.may_split(tiles) else 1
-    shares, steps = launch.shares_of(triton.cdiv(half, _STEP), min(most, wanted))
+    steps = triton.cdiv(half, tiles.chunks * launch.CHUNK)
+    shares, steps = launch.shares_of(steps, min(most, wanted))
     split = shares > 1 or launch.must_split(tiles)
     target = x.new_empty((shares, m, n), dtype=torch.float32) if split else out
     with device_of(out):
@@ -88,6 +88,7 @@ def forward(inputs: QLoRAInputs) -> Tensor:
             SPLIT=split,
             BLOCK_M=tiles.tokens,
             BLOCK_N=tiles.rows,
+            CHUNKS=tiles.chunks,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -148,7 +149,9 @@ def _hidden(
     counts = [each.shape[0] for each in factors]
     rank_tiles = sum(triton.cdiv(count, ranks) for count in counts)
     wanted = launch.processors(x.device) // max(1, rank_tiles * triton.cdiv(m, tokens))
-    splits, steps = launch.shares_of(triton.cdiv(k, columns), min(_MOST_HIDDEN_SHARES, wanted))
+    # The backward has many tokens, and readers that should not add shares.
+    most = 1 if halves is None else _MOST_HIDDEN_SHARES
+    splits, steps = launch.shares_of(triton.cdiv(k, columns), min(most, wanted))
     kind = torch.float32 if splits > 1 else x.dtype
     values = x.new_empty((splits, m, sum(counts)), dtype=kind)
     work = rank_tiles * splits
@@ -212,7 +215,6 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
         *ranks,
         **launch.facts_of(inputs),
         **LINEAR,
-        HIDDEN_SPLITS=upstream.splits,
         BLOCK_M=tiles.tokens,
         BLOCK_N=tiles.rows,
         BLOCK_P=tiles.pairs,
@@ -244,7 +246,6 @@ def _grad_factor(
         *out.stride(),
         BIT=adapter,
         HAS_MASK=mask is not None,
-        HIDDEN_SPLITS=hidden.splits,
         **FACTOR,
     )
 

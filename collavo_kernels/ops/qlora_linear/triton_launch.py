@@ -33,6 +33,8 @@ class Tiles(NamedTuple):
         warps: Of a program.
         stages: Of its pipeline.
         resident: Programs that a multiprocessor should have.
+        chunks: Of 64 columns in one turn of the loop. Two read longer pieces of the weight's rows;
+            wide sums leave no registers for the partial sums of two.
     """
 
     tokens: int
@@ -40,6 +42,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     resident: int
+    chunks: int = 2
 
 
 class GradientTiles(NamedTuple):
@@ -58,23 +61,24 @@ _AMPERE = (
     Tiles(8, 64, 2, 5, 4),
     Tiles(16, 64, 2, 4, 4),
     Tiles(64, 128, 8, 3, 1),
-    Tiles(128, 128, 8, 3, 1),
+    Tiles(128, 128, 8, 4, 1, 1),
 )
 TILES = {
     "ampere": _AMPERE,
     "hopper": _AMPERE,
     # Products accumulate in tensor memory, which wider tiles would overfill.
     "blackwell": (Tiles(16, 64, 2, 4, 4), Tiles(64, 128, 8, 3, 1)),
-    "portable": (Tiles(16, 64, 4, 2, 4), Tiles(64, 64, 4, 2, 2), Tiles(128, 128, 8, 2, 1)),
+    "portable": (Tiles(16, 64, 4, 2, 4), Tiles(64, 64, 4, 2, 2), Tiles(128, 128, 8, 2, 1, 1)),
 }
 FLOAT32_TILES = Tiles(32, 32, 8, 2, 2)
 # Every byte has a scale of its own here.
 UNALIGNED_TILES = Tiles(32, 64, 8, 2, 2)
-_FEW_TOKENS, _MANY_TOKENS = 16, 128
+_FEW_TOKENS, _SOME_TOKENS, _MANY_TOKENS = 16, 64, 128
 
 FEW_GRADIENT_TILES = GradientTiles(16, 32, 32, 4, 2)
-NARROW, _WIDE = GradientTiles(128, 32, 64, 8, 2), GradientTiles(128, 64, 64, 8, 3)
-GRADIENT_TILES = {"ampere": NARROW, "hopper": _WIDE, "blackwell": _WIDE, "portable": NARROW}
+_NARROW, _WIDE = GradientTiles(128, 32, 64, 8, 2), GradientTiles(128, 64, 64, 8, 3)
+GRADIENT_TILES = {"ampere": _NARROW, "hopper": _WIDE, "blackwell": _WIDE, "portable": _NARROW}
+UNALIGNED_GRADIENT_TILES = GradientTiles(64, 32, 32, 8, 2)
 FLOAT32_GRADIENT_TILES = GradientTiles(32, 16, 32, 4, 2)
 
 
@@ -105,17 +109,18 @@ def may_split(tiles: Tiles) -> bool:
 
 
 def must_split(tiles: Tiles) -> bool:
-    """Say whether sums always go to ``sum_kernel``, be it one share."""
-    return tiles.tokens <= _FEW_TOKENS and may_split(tiles)
+    """Say whether sums always go to ``sum_kernel``, be it one share: a variant less to compile."""
+    return tiles.tokens < _SOME_TOKENS
 
 
 def gradient_tiles_for(inputs: QLoRAInputs) -> GradientTiles:
     """Return the tiles of the gradient of x."""
     if inputs.x.dtype == torch.float32:
         return FLOAT32_GRADIENT_TILES
-    if inputs.x.shape[0] <= _FEW_TOKENS:
-        return FEW_GRADIENT_TILES
-    return GRADIENT_TILES[kind_of(inputs.x.device)] if is_aligned(inputs) else NARROW
+    if not is_aligned(inputs):
+        return UNALIGNED_GRADIENT_TILES
+    few = inputs.x.shape[0] <= _FEW_TOKENS
+    return FEW_GRADIENT_TILES if few else GRADIENT_TILES[kind_of(inputs.x.device)]
 
 
 def hidden_tiles(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -1,55 +1,199 @@
-"""qlora_linear's Triton kernels, compiled for GPUs that are not there: no spills, memory fits."""
+"""qlora_linear's Triton kernels, compiled for GPUs that are not there: no spills, memory fits.
+
+Every configuration that a launch can choose is compiled. The look-up in PTX, which the interpreter
+cannot run, is carried out here instruction by instruction.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
+from typing import Any
+
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from collavo_kernels.ops.qlora_linear import triton_kernels
+from collavo_kernels.ops.qlora_linear import triton_kernels, triton_launch
+from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE
+from collavo_kernels.ops.qlora_linear.triton_weight import permutations
 from collavo_kernels.testing.aot import TARGETS, compile_ahead
 
-SCALES = {
-    True: {"absmax": "*u8", "nested_absmax": "*fp32", "nested_code": "*fp32", "offset": "*fp32"},
-    False: {"absmax": "*fp32", "nested_absmax": "*fp32", "nested_code": "*fp32", "offset": "*fp32"},
-}
-SIZES = {"m": "i32", "n": "i32", "k": "i32", "ranks": "i32"}
-FACTS = {"BLOCK_SIZE": 64, "ALIGNED": True, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16}
+KINDS = dict(zip(TARGETS, ("ampere", "hopper", "blackwell", "portable"), strict=True))
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_SIZES = (
+    "m n k units ranks ranks_0 ranks_1 table_rows steps splits rank_stride rank_stride_0 columns "
+    "rank_stride_1 column_stride column_stride_0 column_stride_1 place width rows"
+)
+EPILOGUE = {"HAS_TABLE": True, "HAS_BIAS": True, "HIDDEN_SPLITS": 1}
+MASKED = {"HAS_MASK": True}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("block_m", [16, 64])
+def types(dtype: torch.dtype, nested: bool = True) -> dict[str, str]:
+    """A type for every run-time argument of every kernel."""
+    half = TYPES[dtype]
+    same = ("x", "halves", "code", "hidden", "table", "bias", "out", "grad", "upstream", "value")
+    scales = ("nested_absmax", "nested_code", "offset", "shares")
+    return {
+        **dict.fromkeys(same, half),
+        # Adapters that are wider than x are cast as they are loaded, which takes registers.
+        **dict.fromkeys(("factor_0", "factor_1", "b_0", "b_1", "a_0", "a_1"), "*fp32"),
+        **dict.fromkeys(scales, "*fp32"),
+        **dict.fromkeys(("packed", "mask"), "*u8"),
+        **dict.fromkeys(("row_index", "errors"), "*i32"),
+        **dict.fromkeys(_SIZES.split(), "i32"),
+        **dict.fromkeys(("scaling_0", "scaling_1"), "fp32"),
+        "absmax": "*u8" if nested else "*fp32",
+    }
+
+
+def compiles(kernel: Any, signature: dict[str, str], target: str, **values: Any) -> None:
+    """Compile for a target; fail where registers spill or shared memory does not suffice."""
+    options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
+    signature = {name: signature[name] for name in kernel.arg_names if name not in values}
+    found = compile_ahead(kernel, signature, values, target, **options)
+    facts = f"{kernel.__name__} {values} {options} {found}"
+    assert found.spill_bytes == 0, facts
+    assert found.shared_bytes <= found.shared_limit, facts
+    # A kernel that wants more tensor memory than there is compiles to a trap and little else.
+    assert found.registers > 24, facts
+
+
+def facts_of(dtype: torch.dtype, target: str, nested: bool, aligned: bool) -> dict[str, Any]:
+    permute = KINDS[target] != "portable" and dtype != torch.float32
+    return {"BLOCK_SIZE": 64, "NESTED": nested, "ALIGNED": aligned, "PERMUTE": permute}
+
+
+def forward_choices(kind: str) -> list[tuple[torch.dtype, bool, triton_launch.Tiles]]:
+    """Dtype, whether rows are whole chunks, and tiles of every forward on a kind of GPU."""
+    half = torch.bfloat16
+    return [
+        *((half, True, tiles) for tiles in triton_launch.TILES[kind]),
+        (half, False, triton_launch.UNALIGNED_TILES),
+        (torch.float32, True, triton_launch.FLOAT32_TILES),
+        (torch.float32, False, triton_launch.FLOAT32_TILES),
+    ]
+
+
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_forward(target: str, block_m: int, nested: bool) -> None:
-    half = "*bf16"
-    types = {"x": half, "packed": "*u8", **SCALES[nested], "code": "*fp32", "hidden": half}
-    types |= {"joined_b": half, "table": half, "row_index": "*i32", "bias": half}
-    types |= {"errors": "*i32", "out": half, **SIZES, "table_rows": "i32"}
-    values = FACTS | {"NESTED": nested, "HAS_TABLE": True, "HAS_BIAS": True, "BLOCK_M": block_m}
-    kernel = compile_ahead(
-        triton_kernels._forward_kernel,
-        types,
-        values,
-        target,
-        num_warps=triton_kernels.WARPS,
-    )
-    assert kernel.spill_bytes == 0
-    assert kernel.shared_bytes <= kernel.shared_limit
-
-
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("block_m", [16, 64])
-def test_gradient_of_x(target: str, block_m: int) -> None:
-    half = "*bf16"
-    types = {"grad": half, "packed": "*u8", **SCALES[True], "code": "*fp32", "upstream": half}
-    types |= {"joined_a": half, "out": half, **SIZES}
-    values = FACTS | {"NESTED": True, "BLOCK_M": block_m}
-    kernel = compile_ahead(
-        triton_kernels._grad_x_kernel,
-        types,
-        values,
-        target,
-        num_warps=triton_kernels.WARPS,
-    )
-    assert kernel.spill_bytes == 0
-    assert kernel.shared_bytes <= kernel.shared_limit
+def test_forward(target: str, nested: bool) -> None:
+    for dtype, aligned, tiles in forward_choices(KINDS[target]):
+        splits = {True} if triton_launch.must_split(tiles) else {False}
+        splits |= {True} if triton_launch.may_split(tiles) else set()
+        for split in splits:
+            signature = types(dtype, nested) | ({"out": "*fp32"} if split else {})
+            values = facts_of(dtype, target, nested, aligned) | EPILOGUE | triton_kernels.LINEAR
+            values |= {"SPLIT": split, "BLOCK_M": tiles.tokens, "BLOCK_N": tiles.rows}
+            values |= {"CHUNKS": tiles.chunks}
+            options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+            compiles(triton_kernels.linear_kernel, signature, target, **values, **options)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("target", TARGETS)
+def test_hidden_values_and_the_sum_of_shares(target: str, dtype: torch.dtype) -> None:
+    for tokens, wide in ((1, False), (2048, False), (1, True)):
+        signature = types(dtype) | ({"hidden": "*fp32"} if wide else {})
+        values = dict(zip("MRK", triton_launch.hidden_tiles(tokens, dtype), strict=True))
+        values = {f"BLOCK_{name}": size for name, size in values.items()}
+        options = values | triton_kernels.PREPARE | MASKED
+        compiles(triton_kernels.prepare_kernel, signature, target, **options)
+    for shares, hidden in ((1, 1), (16, 8)):
+        signature = types(dtype) | ({"hidden": "*fp32"} if hidden > 1 else {})
+        values = EPILOGUE | {"HIDDEN_SPLITS": hidden, "SPLITS": shares} | triton_kernels.SUM
+        compiles(triton_kernels.sum_kernel, signature, target, **values)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradient_of_x(target: str, nested: bool) -> None:
+    half, wide = torch.bfloat16, torch.float32
+    full = triton_launch.FLOAT32_GRADIENT_TILES
+    for dtype, aligned, tiles in (
+        (half, True, triton_launch.FEW_GRADIENT_TILES),
+        (half, True, triton_launch.GRADIENT_TILES[KINDS[target]]),
+        (half, False, triton_launch.UNALIGNED_GRADIENT_TILES),
+        (wide, True, full),
+        (wide, False, full),
+    ):
+        values = facts_of(dtype, target, nested, aligned) | triton_kernels.LINEAR
+        values |= {"BLOCK_M": tiles.tokens, "BLOCK_N": tiles.rows, "BLOCK_P": tiles.pairs}
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        kernel = triton_kernels.grad_x_kernel
+        compiles(kernel, types(dtype, nested), target, **values, **options)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients_of_factors_and_rows(target: str, dtype: torch.dtype) -> None:
+    values = {"BIT": 1} | MASKED | triton_kernels.FACTOR
+    compiles(triton_kernels.factor_kernel, types(dtype), target, **values)
+    compiles(triton_kernels.table_kernel, types(dtype), target, **triton_kernels.TABLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_the_look_up_gives_every_code(dtype: torch.dtype) -> None:
+    program = permutations(dtype)
+    codes = torch.tensor(NF4_CODE).to(dtype).view(torch.int16).tolist()
+    bits = [code & 0xFFFF for code in codes]
+    # Every byte once, neighbours that differ.
+    for first in range(0, 256, 2):
+        four = [first, 255 - first, first ^ 0x5A, first + 1]
+        word = sum(byte << (8 * i) for i, byte in enumerate(four))
+        high_01, high_23, low_01, low_23 = executed(program, word)
+        high = [high_01 & 0xFFFF, high_01 >> 16, high_23 & 0xFFFF, high_23 >> 16]
+        low = [low_01 & 0xFFFF, low_01 >> 16, low_23 & 0xFFFF, low_23 >> 16]
+        assert high == [bits[byte >> 4] for byte in four]
+        assert low == [bits[byte & 15] for byte in four]
+
+
+def executed(program: str, word: int) -> list[int]:
+    """Carry out a look-up's PTX on one 32-bit word and return its four outputs."""
+    registers = {"$4": word}
+
+    def value(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for line in program.splitlines():
+        found = re.fullmatch(r"(\w+)\.b32 (.*);|(shr)\.u32 (.*);", line)
+        if found is None:
+            assert line in "{}" or line.startswith(".reg"), line
+            continue
+        name, operands = (each for each in found.groups() if each is not None)
+        target, *sources = operands.split(", ")
+        values = [value(each) for each in sources]
+        registers[target] = INSTRUCTIONS[name](*values)
+    return [registers[f"${i}"] for i in range(4)]
+
+
+def permuted(low: int, high: int, selector: int) -> int:
+    """``prmt.b32``: byte i is the one that half byte i of the selector names; bit 3 is its sign."""
+    source = low.to_bytes(4, "little") + high.to_bytes(4, "little")
+    result = 0
+    for i in range(4):
+        choice = (selector >> (4 * i)) & 15
+        byte = source[choice & 7]
+        if choice & 8:
+            byte = 0xFF if byte & 0x80 else 0
+        result |= byte << (8 * i)
+    return result
+
+
+def combined(a: int, b: int, c: int, table: int) -> int:
+    """``lop3.b32``: bit i of the result is the table's entry for the three operands' bits i."""
+    result = 0
+    for i, (x, y, z) in itertools.product(range(32), itertools.product((0, 1), repeat=3)):
+        here = (a >> i) & 1 == x and (b >> i) & 1 == y and (c >> i) & 1 == z
+        result |= (here and (table >> (4 * x + 2 * y + z)) & 1) << i
+    return result
+
+
+INSTRUCTIONS = {
+    "mov": lambda a: a,
+    "and": lambda a, b: a & b,
+    "shr": lambda a, b: a >> b,
+    "prmt": permuted,
+    "lop3": combined,
+}
