@@ -65,7 +65,7 @@ int launch_decode(Few& few, void* stream) {
                 groups = ceil_divide(p.weight.n, S::kRows);
   const int cluster =
       cluster_for(few.device, groups, 2 * few.device.processors * 9 / 10, chunks, S::kSplit);
-  const int64_t room = (shared_budget(few.device) - kTableBytes) / kBytes;
+  const int64_t room = (shared_budget(few.device) - kTableBytes - kCodeBytes) / kBytes;
   const int64_t window = std::min(ceil_divide(chunks, cluster), room);
   p.window = static_cast<int>(window);
   Launch how{};
@@ -73,7 +73,7 @@ int launch_decode(Few& few, void* stream) {
   how.threads = kThreads;
   how.cluster = cluster;
   how.overlaps_previous = few.device.clusters && few.tiles > 0;
-  how.shared = std::max<size_t>(static_cast<size_t>(kTableBytes + window * kBytes),
+  how.shared = std::max<size_t>(static_cast<size_t>(kTableBytes + kCodeBytes + window * kBytes),
                                 kPartialBytes<8 * kTokenTiles, S::kRows, S::kSplit>);
   return launch(how, stream, decode<T, kRowWarps, kTokenTiles>, p, few.adapters);
 }

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kChunk = 2 * kBlock;
 constexpr int kTableBytes = 256 * 32 * sizeof(uint32_t);
+constexpr int kCodeBytes = 256 * sizeof(float);
 
 __constant__ float kCode[16] = {COLLAVO_NF4_CODE};
 
@@ -58,17 +59,40 @@ __device__ __forceinline__ uint32_t look_up(uint32_t table, uint32_t word, int b
   return load_shared(table + byte_of(word, byte) * (32 * sizeof(uint32_t)));
 }
 
-// Scales of whole chunks: [chunk][block of 2][row tile][8] pairs of rows g and g + 8.
+// Scales of whole chunks: [chunk][block of 2][row tile][8] pairs of rows g and g + 8. `code` is the
+// second quantisation's table in shared memory. Loads come in batches: they take long.
 template <int kRows>
-__device__ void stage_scales(float* to, const Weight& w, int64_t row, int64_t first_block,
-                             int blocks) {
-#pragma unroll 2
-  for (int i = threadIdx.x; i < kRows * blocks; i += kThreads) {
-    const int r = i / blocks, block = i % blocks;
-    const int64_t column = (first_block + block) * kBlock;
-    const bool live = row + r < w.n && column < w.k;
-    const int slot = (block * (kRows / 16) + r / 16) * 16 + r % 8 * 2 + r / 8 % 2;
-    to[slot] = live ? scale_at(w, (row + r) * w.k + column) : 0.0f;
+__device__ void stage_scales(float* to, const float* code, const Weight& w, int64_t row,
+                             int first_block, int blocks) {
+  constexpr int kBatch = 6;
+  const float offset = w.nested_absmax ? *w.offset : 0.0f;
+#pragma unroll 1
+  for (int start = threadIdx.x; start < kRows * blocks; start += kBatch * kThreads) {
+    float outer[kBatch];
+    int slot[kBatch], inner[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int index = start + i * kThreads, r = index / blocks, block = index % blocks;
+      const int64_t column = static_cast<int64_t>(first_block + block) * kBlock;
+      slot[i] = index < kRows * blocks
+                    ? (block * (kRows / 16) + r / 16) * 16 + r % 8 * 2 + r / 8 % 2
+                    : -1;
+      inner[i] = -1;
+      outer[i] = 0.0f;
+      if (slot[i] < 0 || row + r >= w.n || column >= w.k) continue;
+      const int64_t scale = ((row + r) * w.k + column) >> w.block_shift;
+      if (w.nested_absmax) {
+        inner[i] = static_cast<const uint8_t*>(w.absmax)[scale];
+        outer[i] = w.nested_absmax[scale >> 8];
+      } else {
+        outer[i] = static_cast<const float*>(w.absmax)[scale];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (slot[i] < 0) continue;
+      to[slot[i]] = inner[i] < 0 ? outer[i] : nested_scale(code[inner[i]], outer[i], offset);
+    }
   }
 }
 
@@ -195,7 +219,8 @@ template <typename T, int kRowWarps, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 2) decode(Decode p, Adapters adapters) {
   using S = Shape<kRowWarps>;
   constexpr int kTokens = 8 * kTokenTiles, kAhead = kAheadOf<kTokenTiles>;
-  auto* staged = reinterpret_cast<uint4*>(shared_memory() + kTableBytes);
+  auto* code = reinterpret_cast<float*>(shared_memory() + kTableBytes);
+  auto* staged = reinterpret_cast<uint4*>(shared_memory() + kTableBytes + kCodeBytes);
   const uint32_t table = shared_address(shared_memory()) + threadIdx.x % 32 * sizeof(uint32_t);
   auto* scales = reinterpret_cast<float*>(staged + p.window * 2 * kXVectors<kTokenTiles>);
   const int size = cluster_size(), rank = cluster_rank();
@@ -223,12 +248,13 @@ __global__ void __launch_bounds__(kThreads, 2) decode(Decode p, Adapters adapter
   };
   request();
   build_table<T>(reinterpret_cast<uint4*>(shared_memory()));
+  if (p.weight.nested_absmax) code[threadIdx.x] = p.weight.nested_code[threadIdx.x];
 #pragma unroll 1
   while (start < end) {
     // Whoever is still at the window before has to end.
     __syncthreads();
     stage_x<kTokenTiles>(staged, p.x, p.m, p.weight.k, 2 * start, 2 * count);
-    stage_scales<S::kRows>(scales, p.weight, block_row, 2 * start, 2 * count);
+    stage_scales<S::kRows>(scales, code, p.weight, block_row, 2 * start, 2 * count);
     copy_async_wait();
     __syncthreads();
 #pragma unroll 1

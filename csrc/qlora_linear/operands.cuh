@@ -80,13 +80,17 @@ __device__ __forceinline__ float value_at(const Side& side, int64_t index) {
                    : as_float(static_cast<const T*>(side.values)[index]);
 }
 
-// The scale of the block that holds an element of the flattened matrix. Multiply and add round
-// separately, as they did when the scale was quantised.
+// Undoes the second quantisation. Multiply and add round separately, as they did in making it.
+__device__ __forceinline__ float nested_scale(float inner, float outer, float offset) {
+  return __fadd_rn(__fmul_rn(inner, outer), offset);
+}
+
+// The scale of the block that holds an element of the flattened matrix.
 __device__ __forceinline__ float scale_at(const Weight& w, int64_t element) {
   const int64_t block = element >> w.block_shift;
   if (!w.nested_absmax) return static_cast<const float*>(w.absmax)[block];
   const uint8_t code = static_cast<const uint8_t*>(w.absmax)[block];
-  return __fadd_rn(__fmul_rn(w.nested_code[code], w.nested_absmax[block >> 8]), *w.offset);
+  return nested_scale(w.nested_code[code], w.nested_absmax[block >> 8], *w.offset);
 }
 
 // The row of the table that a token gets, -1 for none. A bad one is none, and `reports` says so.

@@ -30,22 +30,21 @@ template <int kTokenTiles>
 constexpr int kXVectors = 2 * 32 * kTokenTiles;
 
 // Starts copies of `blocks` blocks of all tokens, in the order that lanes read them in; zeros
-// beyond the tokens and beyond K.
+// beyond the tokens and beyond K. A warp copies two blocks of two tokens: eight neighbouring lanes
+// write to all 32 banks.
 template <int kTokenTiles>
-__device__ void stage_x(uint4* to, const void* x, int64_t m, int64_t k, int64_t first_block,
+__device__ void stage_x(uint4* to, const void* x, int64_t m, int64_t k, int first_block,
                         int blocks) {
+  constexpr int kPairs = 4 * kTokenTiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int token = warp % kPairs * 2 + lane / 4 % 2, half = lane / 8 % 2;
+  const uint16_t* from = static_cast<const uint16_t*>(x) + token * k + 16 * (lane % 4) + 8 * half;
+  const int place = (token / 8 * 2 + half) * 32 + token % 8 * 4 + quarter(lane % 4);
 #pragma unroll 1
-  for (int token = warp; token < 8 * kTokenTiles; token += kWarps) {
-    const uint16_t* from = static_cast<const uint16_t*>(x) + token * k;
-#pragma unroll 1
-    for (int piece = lane; piece < 8 * blocks; piece += 32) {
-      const int64_t column = first_block * kBlock + 8 * piece;
-      const bool live = token < m && column < k;
-      const int reader = token % 8 * 4 + quarter(piece % 8 / 2);
-      uint4* slot = to + ((piece / 8 * kTokenTiles + token / 8) * 2 + piece % 2) * 32 + reader;
-      copy_async(slot, live ? from + column : x, live);
-    }
+  for (int block = warp / kPairs * 2 + lane / 16; block < blocks; block += 2 * kWarps / kPairs) {
+    const int64_t column = static_cast<int64_t>(first_block + block) * kBlock;
+    const bool live = token < m && column < k;
+    copy_async(to + block * kXVectors<kTokenTiles> + place, live ? from + column : x, live);
   }
 }
 

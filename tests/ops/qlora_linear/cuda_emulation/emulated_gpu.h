@@ -142,7 +142,6 @@ struct Machine {
   std::vector<Block> blocks;
   Barrier cluster;
   const std::function<void()>* kernel = nullptr;
-  unsigned launches = 0;
 };
 inline Machine machine;
 
@@ -259,7 +258,6 @@ inline void run(dim3 grid, int threads, int cluster, size_t shared,
   if (shared + 1024 > static_cast<size_t>(machine.shared_per_processor)) {
     fail("too much shared memory");
   }
-  ++machine.launches;
   machine.kernel = &kernel;
   const size_t bytes = static_cast<size_t>(threads) * cluster * kStack;
   void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,

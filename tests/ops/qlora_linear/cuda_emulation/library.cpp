@@ -10,8 +10,14 @@ void emulated_device(int clusters, int processors, int shared_per_processor) {
   emulated::machine.shared_per_processor = shared_per_processor;
 }
 
-unsigned emulated_launches() {
-  return emulated::machine.launches;
+// Blocks in a cluster of the last launch.
+int emulated_cluster() {
+  return static_cast<int>(emulated::machine.blocks.size());
+}
+
+// Memory that ends, up to 16 bytes, where no access is allowed. It is never given back.
+void* emulated_memory(size_t bytes) {
+  return (new emulated::Guarded(bytes))->data();
 }
 
 const char* collavo_cuda_error_string(int) {
