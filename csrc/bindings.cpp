@@ -68,8 +68,9 @@ void bind_common(py::module_& module) {
   module.def("cpu_features", &features, "What this processor has, by name.");
   module.def("isas", &usable_isas, "Instruction sets compiled in that this processor runs.");
   module.def("best_isa", [] { return isa_name(best_isa()); }, "The one that code -1 chooses.");
-  module.def("use_isa", [](int isa) { use_isa(static_cast<Isa>(isa)); },
-             "Make another instruction set the one that code -1 chooses.");
+  module.def(
+      "use_isa", [](int isa) { use_isa(static_cast<Isa>(isa)); },
+      "Make another instruction set the one that code -1 chooses.");
   module.def("build_info", &build_info, "Version, compiler and compiled instruction sets.");
   module.def("attach_thread_pool", &attach_thread_pool,
              "Find torch's OpenMP runtime; False if there is none.");
@@ -216,7 +217,7 @@ void bind_qlora_linear(py::module_& module) {
       "qlora_linear_forward",
       [](int isa, const std::array<int64_t, 7>& weight, int dtype, int64_t x, int64_t tokens,
          const std::vector<AdapterTuple>& adapters, const std::array<int64_t, 4>& epilogue,
-         int64_t scratch, int64_t out) {
+         bool int8_activations, int64_t scratch, int64_t out) {
         const std::vector<op::Adapter> branches = adapters_of(adapters);
         const op::ForwardArgs args{nf4_of(weight),
                                    static_cast<DType>(dtype),
@@ -228,12 +229,42 @@ void bind_qlora_linear(py::module_& module) {
                                    pointer_of<const float>(epilogue[1]),
                                    pointer_of<const int32_t>(epilogue[2]),
                                    pointer_of<const float>(epilogue[3]),
+                                   int8_activations,
                                    pointer_of<float>(scratch),
                                    pointer_of<void>(out)};
         py::gil_scoped_release unlocked;
         op::forward(isa, args);
       },
       "The whole operator for a few tokens; epilogue is mask, row table, row index, bias.");
+  module.def(
+      "qlora_linear_many_scratch",
+      [](int64_t tokens, int64_t terms, const std::vector<int64_t>& ranks) {
+        return op::many_scratch(tokens, terms, ranks.data(), static_cast<int64_t>(ranks.size()));
+      },
+      "bfloat16 values that qlora_linear_many needs as scratch.");
+  module.def(
+      "qlora_linear_many",
+      [](int isa, bool backward, const std::array<int64_t, 7>& weight,
+         const std::array<int64_t, 3>& left, int64_t total_rank,
+         const std::vector<AdapterTuple>& adapters, const std::array<int64_t, 3>& epilogue,
+         int64_t scratch, int64_t out) {
+        const std::vector<op::Adapter> branches = adapters_of(adapters);
+        const op::ManyArgs args{nf4_of(weight),
+                                pointer_of<const BFloat16>(left[0]),
+                                left[1],
+                                pointer_of<const BFloat16>(left[2]),
+                                branches.data(),
+                                static_cast<int64_t>(branches.size()),
+                                total_rank,
+                                pointer_of<const float>(epilogue[0]),
+                                pointer_of<const int32_t>(epilogue[1]),
+                                pointer_of<const float>(epilogue[2]),
+                                pointer_of<BFloat16>(scratch),
+                                pointer_of<BFloat16>(out)};
+        py::gil_scoped_release unlocked;
+        backward ? op::grad_x_many(isa, args) : op::forward_many(isa, args);
+      },
+      "Many tokens in bfloat16 (x, tokens, hidden); epilogue is row table, row index, bias.");
   module.def(
       "qlora_linear_add_rows",
       [](int isa, int dtype, int64_t out, int64_t table, int64_t row_index, int64_t tokens,

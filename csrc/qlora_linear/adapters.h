@@ -143,6 +143,25 @@ struct Expansion<BFloat16> {
 };
 #endif
 
+// The first `used` vectors of a square times their values; kSome of them at a time, whose sums do
+// not wait for each other.
+template <typename B, int64_t kSome>
+inline Vec add_square(Vec sums, const Vec (&square)[kLanes],
+                      const typename Expansion<B>::Values* value, int64_t used) {
+  using E = Expansion<B>;
+  constexpr int64_t kChains = kSome >= 4 ? 4 : 1;
+  Vec parts[kChains];
+  for (Vec& part : parts) part = zeros();
+  for (int64_t first = 0; first < used; first += kSome) {
+    for (int64_t i = 0; i < kSome; ++i) {
+      parts[i % kChains] =
+          E::add(parts[i % kChains], square[first + i], value + (first + i) * E::kPer);
+    }
+  }
+  for (const Vec& part : parts) sums = add(sums, part);
+  return sums;
+}
+
 // sums[m][r] += B[row + r] . hidden[token + m] for the rows of a panel. A square of B is turned
 // once, so that rows are lanes, and serves all tokens.
 template <typename B>
@@ -169,9 +188,9 @@ void expand_panel(const Adapter& adapter, const B* b, int64_t rows, int64_t row,
       const int64_t used = (some + E::kPer - 1) / E::kPer;
       for (int64_t m = 0; m < tokens; ++m) {
         const auto* value = E::values(hidden) + (token + m) * hidden.slots + slot + first;
-        Vec sum = load(sums + m * kPanel + r);
-        for (int64_t i = 0; i < used; ++i) sum = E::add(sum, square[i], value + i * E::kPer);
-        store(sums + m * kPanel + r, sum);
+        float* to = sums + m * kPanel + r;
+        store(to, used == kLanes ? add_square<B, kLanes>(load(to), square, value, kLanes)
+                                 : add_square<B, 1>(load(to), square, value, used));
       }
     }
   }

@@ -7,6 +7,7 @@
 
 #include "common/parallel.h"
 #include "qlora_linear/adapters.h"
+#include "qlora_linear/byte_product.h"
 #include "qlora_linear/panel_product.h"
 #include "qlora_linear/panels.h"
 #include "qlora_linear/simd.h"
@@ -21,8 +22,7 @@ constexpr int64_t kGathered = 8;  // tiles that are gathered at once from a weig
 struct Groups {
   int64_t tokens, count;
 
-  explicit Groups(int64_t all)
-      : tokens(all), count((all + kMostTokens - 1) / kMostTokens) {}
+  explicit Groups(int64_t all) : tokens(all), count((all + kMostTokens - 1) / kMostTokens) {}
   int64_t begin(int64_t group) const { return tokens * group / count; }
 };
 
@@ -31,7 +31,7 @@ template <typename Product, typename T>
 void arrange(const T* x, const Groups& groups, int64_t columns, typename Product::X* to) {
   for (int64_t g = 0; g < groups.count; ++g) {
     for (int64_t k = 0; k < columns; k += kChunk) {
-      for (int64_t m = groups.begin(g); m < groups.begin(g + 1); ++m, to += kChunk) {
+      for (int64_t m = groups.begin(g); m < groups.begin(g + 1); ++m, to += Product::kPerChunk) {
         Product::arrange(x + m * columns + k, to);
       }
     }
@@ -45,7 +45,7 @@ void run_panel(const Tiles& tiles, int64_t panel, const typename Product::X* x, 
   for (int64_t first = 0; first < tiles.chunks(); first += step) {
     const int64_t count = std::min(step, tiles.chunks() - first);
     Product::template run<kTokens>(tiles.get(panel, first, count, room), count,
-                                   x + first * kTokens * kChunk, sums);
+                                   x + first * kTokens * Product::kPerChunk, sums);
   }
 }
 
@@ -76,9 +76,8 @@ void finish(const ForwardArgs& args, int64_t row, int64_t token, float* sums, T*
   for (int64_t r = 0; r < kPanel; r += kLanes) store(to + r, load(sums + r));
 }
 
-template <typename T>
-void forward_typed(const ForwardArgs& args, const T* x, T* out) {
-  using Product = ProductOf<T>;
+template <typename Product, typename T>
+void forward_with(const ForwardArgs& args, const T* x, T* out) {
   using X = typename Product::X;
   static constexpr auto kRunners = runners<Product>(std::make_index_sequence<kMostTokens>());
   const int64_t columns = args.weight.columns;
@@ -91,6 +90,7 @@ void forward_typed(const ForwardArgs& args, const T* x, T* out) {
   arrange<Product>(x, groups, columns, arranged);
   shrink(args, x, hidden);
   const Tiles tiles(args.weight);
+  const int64_t width = columns / kChunk * Product::kPerChunk;
   const int64_t grain = std::max<int64_t>(1, 65536 / (kPanel * columns));
   parallel_for(panels_of(args.weight.rows), grain, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -99,7 +99,7 @@ void forward_typed(const ForwardArgs& args, const T* x, T* out) {
         // Only what is used is cleared: more stores between two panels slow the stream of codes.
         alignas(64) float sums[kMostTokens * kPanel];
         std::fill(sums, sums + count * kPanel, 0.0f);
-        kRunners[count - 1](tiles, panel, arranged + first * columns, sums);
+        kRunners[count - 1](tiles, panel, arranged + first * width, sums);
         expand(args, panel * kPanel, first, count, hidden, sums);
         for (int64_t m = 0; m < count; ++m) {
           finish(args, panel * kPanel, first + m, sums + m * kPanel, out);
@@ -116,7 +116,11 @@ namespace COLLAVO_ISA {
 void forward(const ForwardArgs& args) {
   with_type(args.dtype, args.x, [&](const auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-    forward_typed(args, x, static_cast<T*>(args.out));
+    T* out = static_cast<T*>(args.out);
+#if defined(__AVX512VNNI__)
+    if (args.int8_activations) return forward_with<ByteProduct>(args, x, out);
+#endif
+    forward_with<ProductOf<T>>(args, x, out);
   });
 }
 

@@ -10,6 +10,14 @@ void forward(int isa, const ForwardArgs& args) {
   COLLAVO_RETURN_PER_ISA(isa, forward(args));
 }
 
+void forward_many(int isa, const ManyArgs& args) {
+  COLLAVO_RETURN_PER_ISA(isa, forward_many(args));
+}
+
+void grad_x_many(int isa, const ManyArgs& args) {
+  COLLAVO_RETURN_PER_ISA(isa, grad_x_many(args));
+}
+
 void add_rows(int isa, const AddRowsArgs& args) {
   COLLAVO_RETURN_PER_ISA(isa, add_rows(args));
 }
@@ -22,11 +30,18 @@ void product(int isa, const ProductArgs& args) {
   COLLAVO_RETURN_PER_ISA(isa, product(args));
 }
 
-int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters,
-                        int64_t total_rank) {
+int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters, int64_t total_rank) {
   // x as float32 in the order of the products, and the hidden values, an even number per adapter,
   // as float32 and as bfloat16.
   return tokens * (columns + 2 * (total_rank + num_adapters));
+}
+
+int64_t many_scratch(int64_t tokens, int64_t terms, const int64_t* ranks, int64_t num_adapters) {
+  // Blocks of 512 terms, each row of which has 32 more to spare.
+  constexpr int64_t kBlock = 512, kStride = kBlock + 32;
+  int64_t blocks = (terms + kBlock - 1) / kBlock;
+  for (int64_t i = 0; i < num_adapters; ++i) blocks += (ranks[i] + kBlock - 1) / kBlock;
+  return blocks * tokens * kStride;
 }
 
 }  // namespace collavo::qlora_linear

@@ -58,8 +58,29 @@ struct ForwardArgs {
   const float* row_table;       // [table_rows, rows], or null
   const int32_t* row_index;     // [tokens], checked
   const float* bias;            // [rows], or null
+  bool int8_activations;        // round x to 8 bits; taken where the processor has such products
   float* scratch;               // forward_scratch() values
   void* out;                    // [tokens, rows]
+};
+
+// Many tokens in bfloat16, on processors with bfloat16 products (avx512).
+//   forward_many: out = [x, hidden] [W, B]^T + row_table[row_index] + bias    [tokens, rows]
+//   grad_x_many:  out = [x, hidden] [W; A]                                    [tokens, columns]
+// x is then the gradient of the output. Everything is bfloat16 but row_table and bias. Needs
+// columns % 64 == 0 and block_size >= 64.
+struct ManyArgs {
+  NF4 weight;
+  const BFloat16* x;  // [tokens, columns] or [tokens, rows]
+  int64_t tokens;
+  const BFloat16* hidden;   // [tokens, total_rank], scaled and gated, all adapters side by side
+  const Adapter* adapters;  // a [rank, columns] or b [rows, rank] in bfloat16
+  int64_t num_adapters;
+  int64_t total_rank;
+  const float* row_table;  // [table_rows, rows], or null
+  const int32_t* row_index;
+  const float* bias;  // [rows], or null
+  BFloat16* scratch;  // many_scratch() values
+  BFloat16* out;
 };
 
 // out[m] += table[index[m]] where index[m] >= 0; out [tokens, columns] of dtype.
@@ -93,17 +114,24 @@ struct ProductArgs {
 
 COLLAVO_DECLARE_PER_ISA(void dequantize(const DequantizeArgs& args);
                         void forward(const ForwardArgs& args);
+                        void forward_many(const ManyArgs& args);
+                        void grad_x_many(const ManyArgs& args);
                         void add_rows(const AddRowsArgs& args);
                         void sum_rows(const SumRowsArgs& args);
                         void product(const ProductArgs& args))
 
 void dequantize(int isa, const DequantizeArgs& args);
 void forward(int isa, const ForwardArgs& args);
+void forward_many(int isa, const ManyArgs& args);
+void grad_x_many(int isa, const ManyArgs& args);
 void add_rows(int isa, const AddRowsArgs& args);
 void sum_rows(int isa, const SumRowsArgs& args);
 void product(int isa, const ProductArgs& args);
 
 // float32 values that forward() needs as scratch.
 int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters, int64_t total_rank);
+
+// bfloat16 values that forward_many() (terms: columns) and grad_x_many() (terms: rows) need.
+int64_t many_scratch(int64_t tokens, int64_t terms, const int64_t* ranks, int64_t num_adapters);
 
 }  // namespace collavo::qlora_linear

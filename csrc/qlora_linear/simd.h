@@ -141,7 +141,8 @@ inline void transpose(Vec (&v)[kLanes]) {
   Vec fours[kLanes];
   for (int i = 0; i < 8; i += 4) {
     const Vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
-    const Vec c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+    const Vec c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]),
+              d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
     fours[i] = _mm256_shuffle_ps(a, c, 0x44);
     fours[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
     fours[i + 2] = _mm256_shuffle_ps(b, d, 0x44);

@@ -28,6 +28,7 @@ def qlora_linear(
     row_table: Tensor | None = None,
     row_index: Tensor | None = None,
     bias: Tensor | None = None,
+    int8_activations: bool = False,
     backend: str = "",
 ) -> Tensor:
     r"""Apply a (4-bit) linear layer with any number of LoRA adapters and a table of row vectors.
@@ -49,6 +50,10 @@ def qlora_linear(
         row_index: int32, x's leading shape; the token's row, or -1 for none. Needed with
             ``row_table``.
         bias: ``[N]``, x's dtype or float32.
+        int8_activations: Round x to 8 bits (a scale per 64 values) and the codes to multiples of
+            1/127 for the product with the weight: about 1 % of relative error, up to twice as fast
+            for 4 to 16 tokens. Inference on a CPU with AVX-512 only, up to 64 tokens, K a multiple
+            of 64; the adapters stay exact.
         backend: A backend by name; empty picks the best that serves.
 
     Returns:
@@ -57,7 +62,8 @@ def qlora_linear(
 
     Raises:
         TypeError: if an argument is no tensor of the dtypes above.
-        ValueError: if a shape, device, row index or mask does not fit; the argument is named.
+        ValueError: if a shape, device, row index or mask does not fit, or ``int8_activations`` or a
+            backend cannot serve; the argument is named.
 
     Example:
         >>> import torch
@@ -80,6 +86,7 @@ def qlora_linear(
         [each[1] for each in adapters],
         [float(each[2]) for each in adapters],
         *optional,
+        int8_activations=int8_activations,
         backend=backend,
     )
     return out

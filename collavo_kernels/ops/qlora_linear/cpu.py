@@ -1,9 +1,10 @@
 """The C++ backend for CPUs: decoding in registers for a few tokens, dense strips for many.
 
-Up to ``FEW_TOKENS`` tokens one native call does everything and streams the packed weight. Beyond
+Up to ``FEW_TOKENS`` tokens one native call does everything and streams the weight's codes. Beyond
 that a strip of the weight is decoded into a buffer that stays in cache, with the adapters' B as
-further columns, and PyTorch's matrix product runs on it: ``[x | h] [W | B]^T`` gives the whole sum
-in one float32 accumulation. The backward does the same with columns of the weight.
+further columns: ``[x | h] [W | B]^T`` gives the whole sum in one float32 accumulation. The backward
+does the same with columns of the weight. Where the processor multiplies bfloat16 pairs, strips and
+products are native too; elsewhere PyTorch's matrix product runs on the strips.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAGradients,
     QLoRAInputs,
     active,
+    gated,
 )
+from collavo_kernels.ops.qlora_linear.nf4_panels import cannot_pack
 from collavo_kernels.ops.qlora_linear.reference import checked_rows
 
-FEW_TOKENS = 16
+FEW_TOKENS = 64
 _CHUNK = 64
 # The math library cuts float32 products thinner than this along the sum, so their bits would depend
 # on the number of threads.
@@ -44,15 +47,26 @@ def declines(inputs: QLoRAInputs) -> str | None:
         return f"x is {inputs.x.dtype}"
     if inputs.x.numel() == 0 or inputs.out_features == 0:
         return "there is nothing to compute"
-    return None
+    return _int8_declines(inputs) if inputs.int8_activations else None
+
+
+def _int8_declines(inputs: QLoRAInputs) -> str | None:
+    if best_isa() != "avx512":
+        return "int8_activations needs a processor with AVX-512 and its byte products"
+    reason = cannot_pack(inputs.shape, inputs.block_size)
+    if reason is None and inputs.x.shape[0] > FEW_TOKENS:
+        reason = f"int8_activations is for up to {FEW_TOKENS} tokens, got {inputs.x.shape[0]}"
+    return reason
 
 
 def forward(inputs: QLoRAInputs) -> Tensor:
     """Return ``[M, N]`` in x's dtype."""
     checked_rows(inputs)
-    k = inputs.x.shape[1]
-    if inputs.x.shape[0] <= FEW_TOKENS and k % _CHUNK == 0 and inputs.block_size >= _CHUNK:
+    in_tiles = cannot_pack(inputs.shape, inputs.block_size) is None
+    if in_tiles and inputs.x.shape[0] <= FEW_TOKENS:
         return _forward_few(_module(), inputs)
+    if in_tiles and _multiplies_pairs(inputs.x.dtype):
+        return _forward_pairs(_module(), inputs)
     return _forward_many(_module(), inputs)
 
 
@@ -68,11 +82,12 @@ def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGrad
             columns = b.to(dtype).t().contiguous()
             upstream.append(_gate(inputs, i, _product(wide_grad, columns.t())))
             if mask.a[i]:
-                grads_a[i] = _product(upstream[-1].t(), x).to(a.dtype)
+                grads_a[i] = _product(upstream[-1].t(), gated(inputs, i, x)).to(a.dtype)
         if mask.b[i]:
             hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
             # Transposed, because the kernel is quick along rows of its right factor.
-            grads_b[i] = _product(hidden.t(), wide_grad).t().to(b.dtype).contiguous()
+            turned = _product(hidden.t(), gated(inputs, i, wide_grad))
+            grads_b[i] = turned.t().to(b.dtype).contiguous()
     return QLoRAGradients(
         x=_grad_x(module, inputs, wide_grad, upstream) if mask.x else None,
         weight=None,
@@ -90,11 +105,13 @@ def _module() -> ModuleType:
     return module
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def _multiplies_pairs(dtype: torch.dtype) -> bool:
     # Without the processor's bfloat16 products float32 is faster, and float16 has none.
-    if dtype == torch.bfloat16 and best_isa() == "avx512":
-        return dtype
-    return torch.float32
+    return dtype == torch.bfloat16 and best_isa() == "avx512"
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if _multiplies_pairs(dtype) else torch.float32
 
 
 def _weight(inputs: QLoRAInputs) -> tuple[int, ...]:
@@ -128,9 +145,12 @@ def _forward_few(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
     bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     epilogue = [0 if each is None else each.data_ptr() for each in (mask, table, index, bias)]
     ranks = sum(a.shape[0] for a in inputs.a)
-    scratch = x.new_empty(module.qlora_linear_scratch(m, k, len(adapters), ranks), dtype=torch.float32)
+    scratch = x.new_empty(
+        module.qlora_linear_scratch(m, k, len(adapters), ranks), dtype=torch.float32
+    )
     arguments = (_weight(inputs), DTYPE_CODES[x.dtype], x.data_ptr(), m, adapters, epilogue)
-    module.qlora_linear_forward(_BEST, *arguments, scratch.data_ptr(), out.data_ptr())
+    pointers = (scratch.data_ptr(), out.data_ptr())
+    module.qlora_linear_forward(_BEST, *arguments, inputs.int8_activations, *pointers)
     return out
 
 
@@ -138,6 +158,39 @@ def _contiguous_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
     return a.contiguous(), b.contiguous()
+
+
+def _forward_pairs(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
+    x = inputs.x.contiguous()
+    hidden = [_gate(inputs, i, x @ a.to(x.dtype).t()) for i, a in enumerate(inputs.a)]
+    factors = [b.to(x.dtype).contiguous() for b in inputs.b]
+    table = None if inputs.row_table is None else inputs.row_table.float().contiguous()
+    index = None if inputs.row_index is None else inputs.row_index.contiguous()
+    bias = None if inputs.bias is None else inputs.bias.float().contiguous()
+    out = x.new_empty((x.shape[0], inputs.out_features))
+    adapters = [(0, b.data_ptr(), b.shape[1], 1.0, DTYPE_CODES[b.dtype]) for b in factors]
+    epilogue = [0 if each is None else each.data_ptr() for each in (table, index, bias)]
+    _many(module, inputs, x, hidden, adapters, epilogue, out)
+    return out
+
+
+def _many(
+    module: ModuleType,
+    inputs: QLoRAInputs,
+    left: Tensor,
+    hidden: list[Tensor],
+    adapters: list[tuple[int, int, int, float, int]],
+    epilogue: list[int] | None,
+    out: Tensor,
+) -> None:
+    """Run the native product of many tokens: forward with an epilogue, or the gradient of x."""
+    joined = torch.cat(hidden, dim=1) if hidden else left
+    ranks = [each.shape[1] for each in hidden]
+    m, terms = left.shape
+    scratch = left.new_empty(module.qlora_linear_many_scratch(m, terms, ranks))
+    arguments = (_weight(inputs), (left.data_ptr(), m, joined.data_ptr()), sum(ranks), adapters)
+    pointers = (scratch.data_ptr(), out.data_ptr())
+    module.qlora_linear_many(_BEST, epilogue is None, *arguments, epilogue or [0, 0, 0], *pointers)
 
 
 def _forward_many(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
@@ -210,6 +263,12 @@ def _grad_x(
     module: ModuleType, inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]
 ) -> Tensor:
     n, k = inputs.shape
+    if _multiplies_pairs(grad.dtype) and cannot_pack(inputs.shape, inputs.block_size) is None:
+        found = grad.new_empty((grad.shape[0], k))
+        sides = [a.to(grad.dtype).contiguous() for a in inputs.a]
+        adapters = [(a.data_ptr(), 0, a.shape[0], 1.0, DTYPE_CODES[a.dtype]) for a in sides]
+        _many(module, inputs, grad.contiguous(), upstream, adapters, None, found)
+        return found
     joined = torch.cat([grad, *upstream], dim=1) if upstream else grad
     height = joined.shape[1]
     out = grad.new_empty((grad.shape[0], k))

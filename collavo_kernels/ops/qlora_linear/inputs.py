@@ -44,6 +44,7 @@ class QLoRAInputs:
         row_table: ``[T, N]`` or None.
         row_index: int32 ``[M]`` or None.
         bias: ``[N]`` or None.
+        int8_activations: Round x to 8 bits for the product with the weight.
     """
 
     x: Tensor
@@ -59,6 +60,7 @@ class QLoRAInputs:
     row_table: Tensor | None
     row_index: Tensor | None
     bias: Tensor | None
+    int8_activations: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,6 +110,12 @@ class GradientMask:
         """Read the schema's flat form: x, weight, row_table, bias, every a, every b."""
         x, weight, row_table, bias, *rest = flags
         return GradientMask(x, weight, row_table, bias, rest[:adapters], rest[adapters:])
+
+
+def gated(inputs: QLoRAInputs, adapter: int, rows: Tensor) -> Tensor:
+    """Return rows of tokens with zeros where an adapter is idle: 0 times a NaN there is a NaN."""
+    gate = active(inputs, adapter, torch.bool)
+    return rows if gate is None else rows.masked_fill(~gate, 0.0)
 
 
 def active(inputs: QLoRAInputs, adapter: int, dtype: torch.dtype) -> Tensor | None:

@@ -25,6 +25,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAGradients,
     QLoRAInputs,
     active,
+    gated,
 )
 from collavo_kernels.ops.qlora_linear.nf4 import dequantize_rows
 
@@ -63,12 +64,12 @@ def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGrad
         if mask.x or mask.a[i]:
             upstream = _gate(inputs, i, grad @ b.to(x.dtype))
             if mask.a[i]:
-                grads_a[i] = (upstream.t() @ x).to(a.dtype)
+                grads_a[i] = (upstream.t() @ gated(inputs, i, x)).to(a.dtype)
             if grad_x is not None:
                 grad_x += upstream @ a.to(x.dtype)
         if mask.b[i]:
             hidden = _gate(inputs, i, F.linear(x, a.to(x.dtype)))
-            grads_b[i] = (grad.t() @ hidden).to(b.dtype)
+            grads_b[i] = (gated(inputs, i, grad).t() @ hidden).to(b.dtype)
     return QLoRAGradients(
         x=None if grad_x is None else grad_x.to(x.dtype),
         weight=(grad.t() @ x).to(inputs.weight.dtype) if mask.weight else None,

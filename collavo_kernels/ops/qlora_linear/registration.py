@@ -20,7 +20,9 @@ _ARGUMENTS = (
     "Tensor? row_table, Tensor? row_index, Tensor? bias"
 )
 _LIBRARY: Any = cast(Any, torch.library).Library("collavo", "FRAGMENT")
-_LIBRARY.define(f'qlora_linear({_ARGUMENTS}, *, str backend="") -> Tensor')
+_LIBRARY.define(
+    f'qlora_linear({_ARGUMENTS}, *, bool int8_activations=False, str backend="") -> Tensor'
+)
 # The gradients come as one flat list: x, weight, row_table, bias, every a, every b.
 _LIBRARY.define(
     f"qlora_linear_backward(Tensor grad, {_ARGUMENTS}, bool[] output_mask, *, "
@@ -91,9 +93,12 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
 )
 
 
-def _forward(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
+def _forward(x: Tensor, *rest: Any, int8_activations: bool = False, backend: str = "") -> Tensor:
     validate(x, *rest)
-    inputs = _bundle(x, *rest)
+    inputs = _bundle(x, *rest, int8_activations)
+    if int8_activations:
+        # Asked for by name like a backend: nothing else serves in its place.
+        backend = backend or "cpu"
     chosen = OPERATOR.select(inputs, x.device.type, backend)
     out: Tensor = chosen.forward(inputs)
     if x.dim() == 2:
@@ -133,6 +138,7 @@ def _bundle(
     row_table: Tensor | None,
     row_index: Tensor | None,
     bias: Tensor | None,
+    int8_activations: bool = False,
 ) -> QLoRAInputs:
     return QLoRAInputs(
         x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
@@ -149,10 +155,11 @@ def _bundle(
         row_table,
         None if row_index is None else row_index.reshape(-1),
         bias,
+        int8_activations,
     )
 
 
-def _forward_fake(x: Tensor, *rest: Any, backend: str = "") -> Tensor:
+def _forward_fake(x: Tensor, *rest: Any, **_: Any) -> Tensor:
     validate(x, *rest)
     return x.new_empty((*x.shape[:-1], rest[2]))
 
@@ -225,17 +232,25 @@ def _autograd(
     row_index: Tensor | None,
     bias: Tensor | None,
     *,
+    int8_activations: bool = False,
     backend: str = "",
 ) -> Tensor:
     tensors = (x, weight, scales, adapter_mask, row_table, row_index, bias, *a, *b)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        # A Function costs as much as the rest of a small call.
-        op = torch.ops.collavo.qlora_linear.default
         facts = (out_features, block_size, double_quant, a, b, scaling)
-        epilogue = (adapter_mask, row_table, row_index, bias)
+        call = (x, weight, scales, *facts, adapter_mask, row_table, row_index, bias)
+        options = {"int8_activations": int8_activations, "backend": backend}
+        if type(x) is Tensor and not torch._C._len_torch_dispatch_stack():
+            # Nobody listens below, and dispatching again costs as much as the checks.
+            return _forward(*call, **options)
         with torch._C._AutoDispatchBelowAutograd():
-            plain: Tensor = op(x, weight, scales, *facts, *epilogue, backend=backend)
+            plain: Tensor = torch.ops.collavo.qlora_linear.default(*call, **options)
         return plain
+    if int8_activations:
+        raise ValueError(
+            "int8_activations: it is for inference, but an argument asks for gradients; call under "
+            "torch.no_grad()"
+        )
     kept = (out_features, block_size, double_quant, list(scaling), backend)
     out: Tensor = cast(Any, _QLoRALinear).apply(kept, *tensors)
     return out
@@ -244,7 +259,7 @@ def _autograd(
 def _autocast(device_type: str) -> Any:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type}"))
 
-    def kernel(x: Tensor, weight: Tensor, *rest: Any, backend: str = "") -> Tensor:
+    def kernel(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type.lower())
 
         def cast(value: Tensor | None) -> Tensor | None:
@@ -272,7 +287,7 @@ def _autocast(device_type: str) -> Any:
                 cast(table),
                 index,
                 cast(bias),
-                backend=backend,
+                **options,
             )
         return out
 
