@@ -56,7 +56,9 @@ def expect_tensor(
         raise TypeError(f"{argument}: expected dtype {names}, got {describe(value)}{_suffix(hint)}")
     if shape is not None and not _shape_matches(value, shape):
         wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{argument}: expected shape [{wanted}], got {describe(value)}{_suffix(hint)}")
+        raise ValueError(
+            f"{argument}: expected shape [{wanted}], got {describe(value)}{_suffix(hint)}"
+        )
     if device is not None and value.device != device:
         raise ValueError(
             f"{argument}: expected a tensor on {device}, got {describe(value)}{_suffix(hint)}"
@@ -69,7 +71,7 @@ def _shape_matches(value: Tensor, shape: Sequence[int | str | torch.SymInt]) -> 
     found = value.shape
     if len(found) != len(shape):
         return False
-    for size, want in zip(found, shape):  # noqa: B905
+    for size, want in zip(found, shape):  # noqa: B905, SIM110
         if size != want and not isinstance(want, str):
             return False
     return True

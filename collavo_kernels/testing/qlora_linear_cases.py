@@ -33,6 +33,7 @@ class QLoRACase:
         mask: Give an adapter mask.
         rows: Rows of the table; None gives none.
         bias: Give a bias.
+        panels: Bring the weight into panels (CPU only; elsewhere it stays in rows).
     """
 
     name: str
@@ -48,6 +49,12 @@ class QLoRACase:
     mask: bool = False
     rows: int | None = None
     bias: bool = False
+    panels: bool = False
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether the weight can lie in panels."""
+        return not self.dense and self.k % 64 == 0 and self.block_size >= 64
 
 
 CASES = (
@@ -55,6 +62,11 @@ CASES = (
     QLoRACase("few", "a token count that no tile divides, everything on", (7,), 70, 192, (3, 20),
               mask=True, rows=5, bias=True),
     QLoRACase("prefill", "batch and tokens, the strip path", (2, 33), 130, 256, mask=True, rows=9),
+    QLoRACase("groups", "more tokens than a group of 16, unequal groups", (37,), 70, 192, (3, 20),
+              mask=True, rows=5, bias=True),
+    QLoRACase("halves", "tokens in two parts, a block of terms and a rank that are not whole",
+              (530,), 70, 576, (3, 20), mask=True, rows=5, bias=True),
+    QLoRACase("wide_rank", "a rank of more than one block of terms", (70,), 48, 128, (515, 2)),
     QLoRACase("strips", "more rows than one strip holds", (40,), 1100, 320, (4, 8), bias=True),
     QLoRACase("plain_scales", "scales that are not double-quantised", (5,), 64, 128,
               double_quant=False),
@@ -75,6 +87,11 @@ CASES = (
     QLoRACase("dense", "a dense base, for ablations", (2, 9), 40, 72, dense=True, mask=True, rows=3,
               bias=True),
 )  # fmt: skip
+
+
+PANEL_CASES = tuple(
+    replace(case, name=f"{case.name}_in_panels", panels=True) for case in CASES if case.in_tiles
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +166,8 @@ def make_call(
         base = weight.to(device, dtype).requires_grad_()
     else:
         base = quantize_nf4(weight, case.block_size, case.double_quant).to(device)
+        if case.panels and base.device.type == "cpu":
+            base = base.to_panels()
     adapters: list[LoRAAdapter] = []
     for rank in case.ranks:
         a = draw(rank, case.k, scale=case.k**-0.5)

@@ -1,8 +1,8 @@
 """The order of an NF4 weight's bytes that CPU kernels stream: panels of 16 rows, scales inside.
 
-A tile of 16 rows and 64 columns is 16 float32 scales and then the rows' codes, transposed four bytes
-at a time, so that a 64-byte vector holds one dword of each row (csrc/qlora_linear/panels.h). The
-codes are the same ones: ``to_rows`` gives bitsandbytes' bytes back. Rows that fill up the last
+A tile of 16 rows and 64 columns is 16 float32 scales and then the rows' codes, transposed four
+bytes at a time, so that a 64-byte vector holds one dword of each row (csrc/qlora_linear/panels.h).
+The codes are the same ones: ``to_rows`` gives bitsandbytes' bytes back. Rows that fill up the last
 panel have scale 0.
 """
 
@@ -59,8 +59,8 @@ def to_panels(packed: Tensor, scales: Tensor, shape: tuple[int, int], block_size
     codes = packed.reshape(shape[0], tiles, _LINES, _DWORD)
     codes = F.pad(codes, (0, 0, 0, 0, 0, 0, 0, missing), value=_ZERO_CODES)
     codes = codes.view(torch.int32).view(panels, ROWS, tiles, _LINES)
-    lines = out[:, :, ROWS * 4 :].view(torch.int32).unflatten(2, (_LINES, ROWS))
-    lines.copy_(codes.permute(0, 2, 3, 1))
+    tail = out[:, :, ROWS * 4 :].view(torch.int32)
+    tail.view(panels, tiles, _LINES, ROWS).copy_(codes.permute(0, 2, 3, 1))
     return out
 
 

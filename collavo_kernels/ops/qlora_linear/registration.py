@@ -95,10 +95,12 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
 
 def _forward(x: Tensor, *rest: Any, int8_activations: bool = False, backend: str = "") -> Tensor:
     validate(x, *rest)
-    inputs = _bundle(x, *rest, int8_activations)
+    inputs = _bundle(x, *rest, int8_activations=int8_activations)
     if int8_activations:
         # Asked for by name like a backend: nothing else serves in its place.
-        backend = backend or "cpu"
+        if backend not in ("", "cpu"):
+            raise ValueError(f"int8_activations: backend {backend!r} does not round x to 8 bits")
+        backend = "cpu"
     chosen = OPERATOR.select(inputs, x.device.type, backend)
     out: Tensor = chosen.forward(inputs)
     if x.dim() == 2:
@@ -138,6 +140,7 @@ def _bundle(
     row_table: Tensor | None,
     row_index: Tensor | None,
     bias: Tensor | None,
+    *,
     int8_activations: bool = False,
 ) -> QLoRAInputs:
     return QLoRAInputs(
@@ -239,7 +242,7 @@ def _autograd(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         facts = (out_features, block_size, double_quant, a, b, scaling)
         call = (x, weight, scales, *facts, adapter_mask, row_table, row_index, bias)
-        options = {"int8_activations": int8_activations, "backend": backend}
+        options: Any = {"int8_activations": int8_activations, "backend": backend}
         if type(x) is Tensor and not torch._C._len_torch_dispatch_stack():
             # Nobody listens below, and dispatching again costs as much as the checks.
             return _forward(*call, **options)

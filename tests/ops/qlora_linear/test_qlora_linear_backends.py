@@ -17,7 +17,12 @@ from collavo_kernels.testing import (
     poisoned_empty,
     relative_error,
 )
-from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACase, make_call
+from collavo_kernels.testing.qlora_linear_cases import (
+    CASES,
+    PANEL_CASES,
+    QLoRACase,
+    make_call,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = [b.name for b, reason in OPERATOR.explain("cpu") if reason is None]
@@ -38,7 +43,7 @@ def names(case: QLoRACase) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", CASES, ids=names)
+@pytest.mark.parametrize("case", [*CASES, *PANEL_CASES], ids=names)
 def test_within_budget(case: QLoRACase, dtype: torch.dtype) -> None:
     call = make_call(case, dtype)
     grad = torch.randn(*case.tokens, case.n).to(dtype)
@@ -162,7 +167,8 @@ def test_same_bits_again_and_for_any_number_of_threads(backend: str) -> None:
     counts = (1, 1) if backend == "reference" else (1, 2)
     before = torch.get_num_threads()
     try:
-        for case, dtype in itertools.product(CASES, (torch.float32, torch.bfloat16)):
+        every = [*CASES, *PANEL_CASES]
+        for case, dtype in itertools.product(every, (torch.float32, torch.bfloat16)):
             if case.dense:
                 continue
             grad = torch.randn(*case.tokens, case.n).to(dtype)
@@ -212,7 +218,7 @@ def test_every_instruction_set(isa: str, request: pytest.FixtureRequest) -> None
     best = _native.ISA_CODES[module.best_isa()]
     request.addfinalizer(lambda: module.use_isa(best))
     module.use_isa(_native.ISA_CODES[isa])
-    for case, dtype in itertools.product(CASES, DTYPES):
+    for case, dtype in itertools.product([*CASES, *PANEL_CASES], DTYPES):
         if case.dense:
             continue
         call = make_call(case, dtype)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from collavo_kernels import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
-from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACall, make_call
+from collavo_kernels.testing.qlora_linear_cases import CASES, PANEL_CASES, QLoRACall, make_call
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in (*CASES, *PANEL_CASES)}
 
 
 def flat(call: QLoRACall) -> tuple[Any, ...]:
@@ -27,7 +27,7 @@ def flat(call: QLoRACall) -> tuple[Any, ...]:
     return (call.x, *head, weight.shape[0], *facts, a, b, scaling, *epilogue)
 
 
-@pytest.mark.parametrize("name", ["few", "prefill", "dense", "no_adapters"])
+@pytest.mark.parametrize("name", ["few", "few_in_panels", "prefill", "dense", "no_adapters"])
 def test_opcheck(name: str) -> None:
     call = make_call(BY_NAME[name])
     torch.library.opcheck(torch.ops.collavo.qlora_linear.default, flat(call))
@@ -52,7 +52,7 @@ def test_opcheck_backward(wanted: bool) -> None:
     assert all((g.numel() > 0) == m for g, m in zip(grads, mask, strict=True))
 
 
-@pytest.mark.parametrize("name", ["few", "prefill"])
+@pytest.mark.parametrize("name", ["few", "prefill", "prefill_in_panels"])
 def test_compile_fullgraph(name: str) -> None:
     call = make_call(BY_NAME[name])
 
