@@ -79,6 +79,7 @@ class CollavoLinear(DualQLoRALinear):
             shape = (self.out_features, self.in_features)
             dense = torch.randn(shape, dtype=self.base_dtype, device=self.weight.device) * std
             drawn = quantize_nf4(dense, self.block_size, self.double_quant)
+            self.unpack()
             self.weight.data.copy_(drawn.packed)
             self.weight_scales.data.copy_(drawn.scales)
         if self.bias is not None:

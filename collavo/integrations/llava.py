@@ -79,8 +79,9 @@ class LlavaHandle:
         ``model.load_state_dict(..., strict=False)`` on a model with the same settings takes it.
         """
         parts = {"crayon_prompt", "lora_A", "lora_B", *BRANCHES}
-        state = cast(nn.Module, self.model).state_dict()
-        return {name: value for name, value in state.items() if parts & set(name.split("."))}
+        # Not from the state dict: it would bring every 4-bit weight into its saved order.
+        named = cast(nn.Module, self.model).named_parameters()
+        return {name: p.detach() for name, p in named if parts & set(name.split("."))}
 
     def _keep(self, parent: nn.Module, name: str) -> None:
         self._modules.append((parent, name, cast(nn.Module, getattr(parent, name))))
@@ -118,8 +119,9 @@ def apply_to_llava(
     Only this instance changes: nothing of transformers is patched. The model then takes
     ``crayon_index``, ``crayon_class`` and ``crayon_number`` in ``forward`` and ``generate``, and
     has ``crayon_parameters()`` and ``adapter_parameters(name)``. A fresh crayon and fresh adapters
-    have no effect until they are trained. Where weights are quantised, the handle keeps the dense
-    ones for ``undo``.
+    have no effect until they are trained. The handle keeps the linear layers that were there for
+    ``undo``: dense ones where weights are quantised, and bitsandbytes' codes, which the new layers
+    share until CPU kernels bring their own into panels. Who will not undo lets the handle go.
 
     Args:
         model: With a LLaMA, Mistral or Qwen2 decoder; linear layers plain, or bitsandbytes' NF4.

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collavo_kernels._validation import expect_choice
-from collavo_kernels.nn import nf4_state, peft_exchange
+from collavo_kernels._validation import REFERENCE_DTYPES, expect_choice, expect_tensor
+from collavo_kernels.nn import peft_exchange
+from collavo_kernels.nn.nf4_base import NF4Base
 from collavo_kernels.ops.qlora_linear import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
-from collavo_kernels.ops.qlora_linear.nf4 import packed_bytes, scale_bytes
+from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
 
 
 class LoRAFactor(nn.Module):
@@ -26,7 +27,7 @@ class LoRAFactor(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
 
 
-class DualQLoRALinear(nn.Module):
+class DualQLoRALinear(NF4Base):
     r"""Linear layer with a frozen 4-bit base and LoRA adapters that are all active (Dual QLoRA).
 
     ``y = W x + sum_i s_i B_i A_i x + table[row] + bias``, with W in NF4 (arXiv 2402.11248, section
@@ -35,6 +36,10 @@ class DualQLoRALinear(nn.Module):
     does not send it again at every forward, FSDP2 shards it (from torch 2.12; before, it refuses
     integer parameters). ``state_dict()`` has bitsandbytes' keys for it and PEFT's names for the
     adapters (``lora_A.<name>.weight``, ``lora_B.<name>.weight``).
+
+    The first forward on a CPU brings the 4-bit codes into the order that its kernels stream
+    (``pack()``); state dicts, pickles and moves have bitsandbytes' order at all times. Under
+    ``torch.compile`` the order stays what it is: call ``pack()`` before.
 
     Args:
         in_features: K.
@@ -54,6 +59,7 @@ class DualQLoRALinear(nn.Module):
             float64 base).
 
     Raises:
+        TypeError: if a dtype is not floating.
         ValueError: if a rank, name, dropout or block size is not possible.
 
     Example:
@@ -66,9 +72,6 @@ class DualQLoRALinear(nn.Module):
         ['lora_A.image.weight', 'lora_B.image.weight']
     """
 
-    weight: nn.Parameter
-    weight_scales: nn.Parameter | None
-    bias: nn.Parameter | None
     merged_weight: Tensor | None
 
     def __init__(
@@ -93,6 +96,7 @@ class DualQLoRALinear(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if adapter_dtype is None:
             adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        _check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
         self.in_features, self.out_features = in_features, out_features
         self.quantized, self.block_size, self.double_quant = quantized, block_size, double_quant
         self.base_dtype = dtype
@@ -118,11 +122,16 @@ class DualQLoRALinear(nn.Module):
             linear: Weight ``[N, K]`` in float32, bfloat16 or float16, on any device.
             options: Keyword arguments of the class (adapters, rank, alpha, quantized, ...).
 
+        Raises:
+            TypeError: if it is no ``nn.Linear``, or its weight is not floating.
+            ValueError: if its weight is not ``[N, K]``.
+
         Example:
             >>> layer = DualQLoRALinear.from_linear(nn.Linear(64, 32), rank=4, alpha=8)
             >>> layer.bias is not None, layer.scaling
             (True, {'image': 2.0, 'vl': 2.0})
         """
+        _check_linear(linear)
         layer = cls._shell(linear.in_features, linear.out_features, linear.weight, options)
         if not layer.quantized:
             layer.weight = nn.Parameter(linear.weight, linear.weight.requires_grad)
@@ -142,7 +151,8 @@ class DualQLoRALinear(nn.Module):
             options: Keyword arguments of the class (adapters, rank, alpha, dropout, ...).
 
         Raises:
-            ValueError: if the layer is not quantised yet, or not in NF4.
+            ValueError: if the layer is not quantised yet, or not in NF4, or bitsandbytes has
+                repacked it for its CPU kernel, which rounds its scales.
         """
         base: Any = linear
         weight = NF4Weight.from_bitsandbytes(base.weight)
@@ -164,23 +174,6 @@ class DualQLoRALinear(nn.Module):
         layer._reset_adapters()
         return layer
 
-    def _make_base(self, bias: bool, device: torch.device | str | None) -> None:
-        shape = (self.out_features, self.in_features)
-        if self.quantized:
-            size = scale_bytes(shape, self.block_size, self.double_quant)
-            packed = torch.empty(packed_bytes(shape), 1, dtype=torch.uint8, device=device)
-            scales = torch.empty(size, dtype=torch.uint8, device=device)
-            self.weight = nn.Parameter(packed, requires_grad=False)
-            self.weight_scales = nn.Parameter(scales, requires_grad=False)
-        else:
-            self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=self.base_dtype))
-            self.weight_scales = None
-        self.bias = (
-            nn.Parameter(torch.empty(self.out_features, device=device, dtype=self.base_dtype))
-            if bias
-            else None
-        )
-
     def reset_parameters(self) -> None:
         """Draw the base like ``nn.Linear`` and the adapters like PEFT: A at random, B zero."""
         bound = 1 / math.sqrt(max(self.in_features, 1))
@@ -201,12 +194,6 @@ class DualQLoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self._factor(self.lora_A, name), a=math.sqrt(5))
             nn.init.zeros_(self._factor(self.lora_B, name))
 
-    def _take(self, weight: NF4Weight) -> None:
-        self.block_size, self.double_quant = weight.block_size, weight.double_quant
-        self.base_dtype = weight.dtype
-        self.weight = nn.Parameter(weight.packed, requires_grad=False)
-        self.weight_scales = nn.Parameter(weight.scales, requires_grad=False)
-
     @staticmethod
     def _factor(factors: nn.ModuleDict, name: str) -> nn.Parameter:
         factor: nn.Parameter = factors[name].weight  # type: ignore[assignment]
@@ -221,14 +208,6 @@ class DualQLoRALinear(nn.Module):
         expect_choice("adapter", name, self.adapter_names)
         a, b = self._factor(self.lora_A, name), self._factor(self.lora_B, name)
         return LoRAAdapter(a, b, self.scaling[name])
-
-    def base(self) -> NF4Weight | Tensor:
-        """Return the base: an ``NF4Weight`` over this layer's bytes, or the dense weight."""
-        if self.weight_scales is None:
-            return self.weight
-        shape = (self.out_features, self.in_features)
-        options = (self.block_size, self.double_quant, self.base_dtype)
-        return NF4Weight(self.weight, self.weight_scales, shape, *options)
 
     def forward(
         self,
@@ -254,6 +233,8 @@ class DualQLoRALinear(nn.Module):
         """
         if self.merged_weight is not None and adapter_mask is not None:
             raise ValueError("adapter_mask: adapters are merged for all tokens; unmerge() first")
+        if self.merged_weight is None:
+            self._pack_at_first_use()
         weight = self.base() if self.merged_weight is None else self.merged_weight
         names = self.adapter_names if self.merged_weight is None else ()
         adapters = [self.adapter(name) for name in names]
@@ -272,6 +253,7 @@ class DualQLoRALinear(nn.Module):
     def _add_branches(
         self, out: Tensor, x: Tensor, adapters: list[LoRAAdapter], adapter_mask: Tensor | None
     ) -> Tensor:
+        _check_branches(x, adapters, adapter_mask, self.out_features)
         # Each adapter sees a dropout mask of its own, as in PEFT.
         for i, (a, b, scaling) in enumerate(adapters):
             dropped = F.dropout(x, self.dropout)
@@ -372,59 +354,9 @@ class DualQLoRALinear(nn.Module):
             f"bias={self.bias is not None}, base={base}, adapters=[{names}]"
         )
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_scales is None:
-            return
-        del destination[prefix + "weight_scales"]
-        shape = (self.out_features, self.in_features)
-        parts = (nf4_state.whole(self.weight), nf4_state.whole(self.weight_scales))
-        weight = NF4Weight(*parts, shape, self.block_size, self.double_quant, self.base_dtype)
-        destination.update(weight.state_dict(prefix + "weight"))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, *arguments: Any) -> None:
         self.merged_weight = None
-        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        if self.weight_scales is not None:
-            try:
-                loaded = nf4_state.take(own, prefix + "weight")
-                if loaded is not None:
-                    self._adopt_format(loaded, prefix)
-                    own[prefix + "weight"] = nf4_state.like(loaded.packed, self.weight)
-                    scales = nf4_state.like(loaded.scales, self.weight_scales)
-                    own[prefix + "weight_scales"] = scales
-            except ValueError as error:
-                error_msgs.append(str(error))
-                return
-        arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(own, prefix, *arguments)
-        # The scales travel inside bitsandbytes' entries, so their absence is the weight's.
-        if prefix + "weight_scales" in missing_keys:
-            missing_keys.remove(prefix + "weight_scales")
-
-    def _adopt_format(self, loaded: NF4Weight, prefix: str) -> None:
-        if loaded.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"{prefix}weight: expected an NF4 matrix [{self.out_features}, "
-                f"{self.in_features}], got {list(loaded.shape)}"
-            )
-        same = (loaded.block_size, loaded.double_quant) == (self.block_size, self.double_quant)
-        self.block_size, self.double_quant = loaded.block_size, loaded.double_quant
-        self.base_dtype = loaded.dtype
-        if not same and self.weight_scales is not None:
-            empty = torch.empty_like(loaded.scales, device=self.weight_scales.device)
-            self.weight_scales = nn.Parameter(empty, requires_grad=False)
+        super()._load_from_state_dict(*arguments)
 
 
 def _check_options(adapters: Sequence[str], rank: int, dropout: float) -> None:
@@ -434,3 +366,39 @@ def _check_options(adapters: Sequence[str], rank: int, dropout: float) -> None:
         raise ValueError(f"rank: expected at least 1, got {rank}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+
+
+def _check_dtypes(**dtypes: torch.dtype) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in REFERENCE_DTYPES:
+            names = ", ".join(str(each).removeprefix("torch.") for each in REFERENCE_DTYPES)
+            raise TypeError(f"{name}: expected one of {names}, got {dtype}")
+
+
+def _check_linear(linear: nn.Module) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
+    expect_tensor(
+        "linear.weight",
+        linear.weight,
+        shape=(linear.out_features, linear.in_features),
+        dtypes=REFERENCE_DTYPES,
+        hint="from_bitsandbytes() takes a 4-bit layer",
+    )
+
+
+def _check_branches(
+    x: Tensor, adapters: list[LoRAAdapter], mask: Tensor | None, out_features: int
+) -> None:
+    """Check what the fused operator checks where the branches run beside it."""
+    for i, (a, b, _) in enumerate(adapters):
+        expect_tensor(f"adapters[{i}].a", a, shape=("R", x.shape[-1]), device=x.device)
+        expect_tensor(f"adapters[{i}].b", b, shape=(out_features, a.shape[0]), device=x.device)
+    if mask is None:
+        return
+    expect_tensor("adapter_mask", mask, shape=x.shape[:-1], dtypes=(torch.uint8,), device=x.device)
+    if len(adapters) > MAX_MASKED_ADAPTERS:
+        raise ValueError(
+            f"adapters: expected at most {MAX_MASKED_ADAPTERS} beside adapter_mask (a bit each), "
+            f"got {len(adapters)}"
+        )

@@ -70,15 +70,16 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> NF4Weight:
         quant_state = getattr(weight, "quant_state", None)
     if quant_state is None:
         raise ValueError(
-            "weight: has no quant_state, so it is not quantised yet; "
-            "move the bitsandbytes layer to a device first"
+            f"weight: expected 4-bit codes with a quant_state, got {describe(weight)} without: it "
+            "is not quantised yet; move the bitsandbytes layer to a device first"
         )
     if quant_state.quant_type != "nf4":
         raise ValueError(f"weight: expected quant_type 'nf4', got {quant_state.quant_type!r}")
     if getattr(quant_state, "packing_format_for_cpu", False):
         raise ValueError(
-            "weight: bitsandbytes has repacked it for its CPU kernel and dropped the original "
-            "bytes; take its state_dict() and use NF4Weight.from_state_dict"
+            "weight: expected bitsandbytes' original bytes, got those it repacked for its CPU "
+            "kernel, with scales rounded to bfloat16 (its state_dict() cannot give the old ones "
+            "back); convert the layer before its first forward in eval mode, or load it again"
         )
     if weight.dtype != torch.uint8:
         raise ValueError(f"weight: expected uint8 storage, got {describe(weight)}")
