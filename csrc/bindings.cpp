@@ -238,8 +238,8 @@ void bind_qlora_linear(py::module_& module) {
       "The whole operator for a few tokens; epilogue is mask, row table, row index, bias.");
   module.def(
       "qlora_linear_many_scratch",
-      [](int64_t tokens, int64_t terms, const std::vector<int64_t>& ranks) {
-        return op::many_scratch(tokens, terms, ranks.data(), static_cast<int64_t>(ranks.size()));
+      [](int64_t terms, const std::vector<int64_t>& ranks) {
+        return op::many_scratch(terms, ranks.data(), static_cast<int64_t>(ranks.size()));
       },
       "bfloat16 values that qlora_linear_many needs as scratch.");
   module.def(

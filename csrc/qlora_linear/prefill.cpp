@@ -19,7 +19,6 @@ namespace {
 
 // A block of the left side for so many tokens stays in the second-level cache while so many strips
 // use it.
-constexpr int64_t kMostTokensAtOnce = 512;
 constexpr int64_t kMostStrips = 4;
 constexpr int64_t kBlockTiles = kBlock / kChunk;
 constexpr int64_t kBlockPanels = kBlock / kPanel;
@@ -224,33 +223,43 @@ class Sums {
   Sums(const ManyArgs& args, const Problem& problem)
       : args_(args), problem_(problem), blocks_(blocks_of(problem.terms())) {}
 
+  // Tokens in groups of almost equal size: the scratch holds one at a time.
   void run() const {
+    const int64_t groups = (args_.tokens + kMostTokensAtOnce - 1) / kMostTokensAtOnce;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = args_.tokens * g / groups;
+      run_group(begin, args_.tokens * (g + 1) / groups - begin);
+    }
+  }
+
+ private:
+  // Tokens of the group that is in the scratch.
+  BFloat16* left(int64_t block, int64_t m) const {
+    return args_.scratch + (block * kMostTokensAtOnce + m) * kLeftStride;
+  }
+
+  void run_group(int64_t token, int64_t tokens) const {
     const int64_t grain = std::max<int64_t>(1, 65536 / problem_.terms());
-    parallel_for(args_.tokens, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m) arrange(m);
+    parallel_for(tokens, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) arrange(token + m, m);
     });
     const int64_t strips = (problem_.outputs() + kStrip - 1) / kStrip;
     // Fewer strips at once where there would be too little for every thread.
     const int64_t some = std::clamp<int64_t>(strips / (4 * num_threads()), 1, kMostStrips);
     parallel_for((strips + some - 1) / some, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        run_strips(i * some, std::min(some, strips - i * some));
+        run_strips(i * some, std::min(some, strips - i * some), token, tokens);
       }
     });
   }
 
- private:
-  BFloat16* left(int64_t block, int64_t token) const {
-    return args_.scratch + (block * args_.tokens + token) * kLeftStride;
-  }
-
-  void arrange(int64_t m) const {
-    const BFloat16* row = args_.x + m * problem_.terms();
+  void arrange(int64_t token, int64_t m) const {
+    const BFloat16* row = args_.x + token * problem_.terms();
     for (int64_t b = 0; b < blocks_; ++b) {
       const int64_t count = std::min(kBlock, problem_.terms() - b * kBlock);
       problem_.arrange(row, b * kBlock, count, left(b, m));
     }
-    const BFloat16* hidden = args_.hidden + m * args_.total_rank;
+    const BFloat16* hidden = args_.hidden + token * args_.total_rank;
     int64_t block = blocks_;
     for (int64_t i = 0; i < args_.num_adapters; hidden += args_.adapters[i++].rank) {
       const int64_t rank = args_.adapters[i].rank;
@@ -262,41 +271,32 @@ class Sums {
     }
   }
 
-  void run_strips(int64_t strip, int64_t strips) const {
-    const int64_t groups = (args_.tokens + kMostTokensAtOnce - 1) / kMostTokensAtOnce;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = args_.tokens * g / groups, end = args_.tokens * (g + 1) / groups;
-      run_group(strip, strips, begin, end - begin);
-    }
-  }
-
-  void run_group(int64_t strip, int64_t strips, int64_t token, int64_t tokens) const {
+  void run_strips(int64_t strip, int64_t strips, int64_t token, int64_t tokens) const {
     alignas(64) uint32_t right[kBlock / 2 * kStrip];
     alignas(64) float sums[kMostStrips * kMostTokensAtOnce * kStrip];
     const int64_t stride = tokens * kStrip;
     for (int64_t b = 0; b < blocks_; ++b) {
       for (int64_t s = 0; s < strips; ++s) {
         const int64_t pairs = problem_.decode(b, strip + s, right);
-        strip_product(left(b, token), right, pairs, b == 0, tokens, sums + s * stride);
+        strip_product(left(b, 0), right, pairs, b == 0, tokens, sums + s * stride);
       }
     }
     for (int64_t s = 0; s < strips; ++s) {
-      add_adapters(strip + s, token, tokens, right, sums + s * stride);
+      add_adapters(strip + s, tokens, right, sums + s * stride);
       for (int64_t m = 0; m < tokens; ++m) {
         problem_.finish(strip + s, token + m, sums + s * stride + m * kStrip);
       }
     }
   }
 
-  void add_adapters(int64_t strip, int64_t token, int64_t tokens, uint32_t* right,
-                    float* sums) const {
+  void add_adapters(int64_t strip, int64_t tokens, uint32_t* right, float* sums) const {
     int64_t block = blocks_;
     for (int64_t i = 0; i < args_.num_adapters; ++i) {
       const Adapter& adapter = args_.adapters[i];
       for (int64_t first = 0; first < adapter.rank; first += kBlock) {
         const int64_t pairs = (std::min(kBlock, adapter.rank - first) + 1) / 2;
         problem_.side(adapter, strip, first, pairs, right);
-        strip_product(left(block++, token), right, pairs, false, tokens, sums);
+        strip_product(left(block++, 0), right, pairs, false, tokens, sums);
       }
     }
   }

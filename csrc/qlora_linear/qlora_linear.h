@@ -63,6 +63,9 @@ struct ForwardArgs {
   void* out;                    // [tokens, rows]
 };
 
+// Tokens that forward_many() and grad_x_many() take at once.
+constexpr int64_t kMostTokensAtOnce = 512;
+
 // Many tokens in bfloat16, on processors with bfloat16 products (avx512).
 //   forward_many: out = [x, hidden] [W, B]^T + row_table[row_index] + bias    [tokens, rows]
 //   grad_x_many:  out = [x, hidden] [W; A]                                    [tokens, columns]
@@ -132,6 +135,6 @@ void product(int isa, const ProductArgs& args);
 int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters, int64_t total_rank);
 
 // bfloat16 values that forward_many() (terms: columns) and grad_x_many() (terms: rows) need.
-int64_t many_scratch(int64_t tokens, int64_t terms, const int64_t* ranks, int64_t num_adapters);
+int64_t many_scratch(int64_t terms, const int64_t* ranks, int64_t num_adapters);
 
 }  // namespace collavo::qlora_linear

@@ -187,7 +187,7 @@ def _many(
     joined = torch.cat(hidden, dim=1) if hidden else left
     ranks = [each.shape[1] for each in hidden]
     m, terms = left.shape
-    scratch = left.new_empty(module.qlora_linear_many_scratch(m, terms, ranks))
+    scratch = left.new_empty(module.qlora_linear_many_scratch(terms, ranks))
     arguments = (_weight(inputs), (left.data_ptr(), m, joined.data_ptr()), sum(ranks), adapters)
     pointers = (scratch.data_ptr(), out.data_ptr())
     module.qlora_linear_many(_BEST, epilogue is None, *arguments, epilogue or [0, 0, 0], *pointers)
