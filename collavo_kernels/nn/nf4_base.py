@@ -46,9 +46,9 @@ class NF4Base(nn.Module):
         """Bring the 4-bit codes into panels, which CPU kernels stream; ``unpack()`` undoes it.
 
         The first forward on a CPU does it by itself, unless something manages, shares or traces
-        the parameters: FSDP and DDP, ``share_memory()``, accelerate's offloading, ``torch.compile``
-        and ``torch.export``. Those run on bitsandbytes' order, correct and slower, so call this
-        before ``torch.compile``. ``weight`` becomes a new parameter, uint8
+        the parameters: FSDP and DDP, ``share_memory()``, ``torch.compile``, ``torch.export``.
+        Those run on bitsandbytes' order, correct and slower, so call this before
+        ``torch.compile``. ``weight`` becomes a new parameter, uint8
         ``[ceil(N / 16), K / 64, 576]``, and the old one is let go. Casts, moves and loading go back
         to bitsandbytes' order; the state dict has it at all times.
 
@@ -99,7 +99,7 @@ class NF4Base(nn.Module):
         if torch.compiler.is_compiling() or self.weight_scales is None or self._in_panels():
             return
         shape = (self.out_features, self.in_features)
-        if panels.waits(self, self.weight, shape, self.block_size) is None:
+        if panels.waits(self.weight, shape, self.block_size) is None:
             self.pack()
 
     def _in_panels(self) -> bool:

@@ -42,12 +42,11 @@ def refusal(base: NF4Weight | Tensor) -> str | None:
     return None
 
 
-def waits(layer: nn.Module, weight: Tensor, shape: tuple[int, int], block_size: int) -> str | None:
+def waits(weight: Tensor, shape: tuple[int, int], block_size: int) -> str | None:
     """Say why a forward leaves a weight in bitsandbytes' order, or None.
 
     Args:
-        layer: The layer.
-        weight: Its codes, in bitsandbytes' order.
+        weight: A layer's codes, in bitsandbytes' order.
         shape: ``(N, K)``.
         block_size: Elements per scale.
     """
@@ -57,7 +56,7 @@ def waits(layer: nn.Module, weight: Tensor, shape: tuple[int, int], block_size: 
     reason = cannot_pack(shape, block_size)
     if reason is None and native() is None:
         reason = "the compiled kernels are not there"
-    return reason or _watched() or _managed(layer, weight)
+    return reason or _watched() or _managed(weight)
 
 
 def _watched() -> str | None:
@@ -67,11 +66,9 @@ def _watched() -> str | None:
     return None
 
 
-def _managed(layer: nn.Module, weight: Tensor) -> str | None:
+def _managed(weight: Tensor) -> str | None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "torch.distributed is initialised: FSDP and DDP manage parameters themselves"
-    if "_hf_hook" in vars(layer):
-        return "a hook of accelerate brings the weight for each call"
     if cast(Any, weight).is_shared():
         return "other processes share the memory"
     return None
