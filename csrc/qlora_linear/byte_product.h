@@ -104,7 +104,7 @@ struct ByteProduct {
   static __m512i code_table() {
     alignas(64) uint8_t codes[64];
     for (int i = 0; i < 64; ++i) {
-      codes[i] = static_cast<uint8_t>(128 + std::nearbyint(127.0f * kCode[i % 16]));
+      codes[i] = static_cast<uint8_t>(128 + std::nearbyint(127.0f * kNF4Code[i % 16]));
     }
     return _mm512_load_si512(codes);
   }

@@ -11,7 +11,7 @@ namespace {
 
 float weight_at(const NF4& weight, int64_t element) {
   const uint8_t pair = weight.packed[element / 2];
-  return kCode[element % 2 ? pair & 15 : pair >> 4];
+  return kNF4Code[element % 2 ? pair & 15 : pair >> 4];
 }
 
 // Elements [first, last) of the flattened matrix; they share no boundary with rows.
@@ -30,8 +30,8 @@ void dequantize_run(const NF4& weight, const Scales& scales, int64_t first, int6
 #endif
     for (; first + 2 <= stop; first += 2, out += 2) {
       const uint8_t pair = weight.packed[first / 2];
-      from_float(kCode[pair >> 4] * scale, out);
-      from_float(kCode[pair & 15] * scale, out + 1);
+      from_float(kNF4Code[pair >> 4] * scale, out);
+      from_float(kNF4Code[pair & 15] * scale, out + 1);
     }
     if (first < stop) from_float(weight_at(weight, first++) * scale, out++);
   }

@@ -97,7 +97,7 @@ struct PairProduct {
   // Twice the sixteen codes: a look-up reads five bits of its lane, and the fifth does not matter.
   static __m512i code_table() {
     alignas(64) BFloat16 codes[32];
-    for (int i = 0; i < 32; ++i) from_float(kCode[i % 16], codes + i);
+    for (int i = 0; i < 32; ++i) from_float(kNF4Code[i % 16], codes + i);
     return _mm512_load_si512(codes);
   }
 
@@ -145,7 +145,7 @@ struct FloatProduct {
   template <int kTokens>
   static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
     constexpr int kChains = chains(kTokens);
-    const __m512 table = _mm512_load_ps(kCode);
+    const __m512 table = _mm512_load_ps(kNF4Code);
     __m512 totals[kTokens];
     for (int m = 0; m < kTokens; ++m) totals[m] = _mm512_loadu_ps(sums + m * kPanel);
     for (int64_t t = 0; t < count; ++t, tiles += kTile, x += kTokens * kChunk) {
@@ -222,7 +222,7 @@ struct FloatProduct {
       for (int b = 0; b < 4; ++b) {
         alignas(16) uint8_t bytes[16];
         for (int i = 0; i < 16; ++i) {
-          bytes[i] = static_cast<uint8_t>(bits_of(kCode[i]) >> (8 * b));
+          bytes[i] = static_cast<uint8_t>(bits_of(kNF4Code[i]) >> (8 * b));
         }
         byte[b] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<__m128i*>(bytes)));
       }
@@ -376,7 +376,7 @@ struct FloatProduct {
         std::memcpy(&scale, tiles + r * sizeof(float), sizeof(scale));
         for (int64_t i = 0; i < kChunk; ++i) {
           const uint8_t pair = tiles[kScaleBytes + i / 8 * kLine + 4 * r + i % 8 / 2];
-          weights[i] = kCode[i % 2 ? pair >> 4 : pair & 15] * scale;
+          weights[i] = kNF4Code[i % 2 ? pair >> 4 : pair & 15] * scale;
         }
         for (int64_t m = 0; m < kTokens; ++m) {
           float sum = 0.0f;

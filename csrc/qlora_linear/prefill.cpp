@@ -66,7 +66,7 @@ class Forward {
   }
 
   int64_t decode(int64_t block, int64_t strip, uint32_t* right) const {
-    const __m512 table = _mm512_load_ps(kCode);
+    const __m512 table = _mm512_load_ps(kNF4Code);
     const int64_t first = block * kBlockTiles;
     const int64_t count = std::min(kBlockTiles, tiles_.chunks() - first);
     for (int64_t half = 0; half < 2; ++half) {
@@ -182,7 +182,7 @@ class GradX {
 
  private:
   static void decode_panel(const uint8_t* tile, int64_t half, uint32_t* right) {
-    const __m512 table = _mm512_load_ps(kCode);
+    const __m512 table = _mm512_load_ps(kNF4Code);
     const __m512 scale = _mm512_loadu_ps(reinterpret_cast<const float*>(tile));
     Vec square[16];
     for (int64_t line = 0; line < 4; ++line) {

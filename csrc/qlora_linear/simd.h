@@ -76,7 +76,7 @@ inline void store(T* to, Vec values) {
 
 // kLanes bytes to 2 * kLanes weights: those of the high halves, and those of the low halves.
 struct Decoder {
-  Vec table = _mm512_load_ps(kCode);
+  Vec table = _mm512_load_ps(kNF4Code);
 
   void split(const uint8_t* bytes, Vec scale, Vec* high, Vec* low) const {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
@@ -145,8 +145,8 @@ inline void store(T* to, Vec values) {
 }
 
 struct Decoder {
-  Vec lower = _mm256_load_ps(kCode);
-  Vec upper = _mm256_load_ps(kCode + 8);
+  Vec lower = _mm256_load_ps(kNF4Code);
+  Vec upper = _mm256_load_ps(kNF4Code + 8);
 
   // Bit 3 of an index chooses the half of the table.
   Vec find(__m256i index) const {
@@ -203,8 +203,8 @@ inline void store(T* to, Vec values) {
 
 struct Decoder {
   void split(const uint8_t* bytes, Vec scale, Vec* high, Vec* low) const {
-    *high = kCode[*bytes >> 4] * scale;
-    *low = kCode[*bytes & 15] * scale;
+    *high = kNF4Code[*bytes >> 4] * scale;
+    *low = kNF4Code[*bytes & 15] * scale;
   }
 };
 
