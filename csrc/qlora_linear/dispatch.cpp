@@ -1,3 +1,5 @@
+#include <stdexcept>
+
 #include "qlora_linear/qlora_linear.h"
 
 namespace collavo::qlora_linear {
@@ -10,11 +12,22 @@ void forward(int isa, const ForwardArgs& args) {
   COLLAVO_RETURN_PER_ISA(isa, forward(args));
 }
 
+namespace {
+
+void expect_pairs(int isa) {
+  if (resolve_isa(isa) == Isa::avx512) return;
+  throw std::invalid_argument("isa: products of bfloat16 pairs need avx512");
+}
+
+}  // namespace
+
 void forward_many(int isa, const ManyArgs& args) {
+  expect_pairs(isa);
   COLLAVO_RETURN_PER_ISA(isa, forward_many(args));
 }
 
 void grad_x_many(int isa, const ManyArgs& args) {
+  expect_pairs(isa);
   COLLAVO_RETURN_PER_ISA(isa, grad_x_many(args));
 }
 
