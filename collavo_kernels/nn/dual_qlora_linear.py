@@ -151,10 +151,16 @@ class DualQLoRALinear(NF4Base):
             options: Keyword arguments of the class (adapters, rank, alpha, dropout, ...).
 
         Raises:
+            TypeError: if it is no ``Linear4bit``.
             ValueError: if the layer is not quantised yet, or not in NF4, or bitsandbytes has
                 repacked it for its CPU kernel, which rounds its scales.
         """
         base: Any = linear
+        if not hasattr(getattr(base, "weight", None), "quant_state"):
+            raise TypeError(
+                f"linear: expected bitsandbytes' Linear4bit, got {type(linear).__name__}; "
+                "from_linear() takes a dense layer"
+            )
         weight = NF4Weight.from_bitsandbytes(base.weight)
         options |= {"block_size": weight.block_size, "double_quant": weight.double_quant}
         like = torch.empty(0, dtype=weight.dtype, device=weight.device)

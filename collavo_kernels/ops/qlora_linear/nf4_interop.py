@@ -11,6 +11,7 @@ from torch import Tensor
 
 from collavo_kernels._validation import describe
 from collavo_kernels.ops.qlora_linear.nf4 import (
+    BLOCK_SIZES,
     NESTED_BLOCK,
     NF4_CODE,
     NF4Weight,
@@ -59,9 +60,9 @@ def from_state_dict(state: Mapping[str, Tensor], prefix: str) -> NF4Weight:
         nested = [_entry(state, prefix, key).reshape(-1) for key in _NESTED_KEYS]
         offset = torch.tensor([facts["nested_offset"]], dtype=torch.float32)
         parts = ScaleParts(parts.absmax, offset.to(nested[0].device), nested[0], nested[1])
-    shape = (int(facts["shape"][0]), int(facts["shape"][1]))
+    shape, dtype = tuple(facts["shape"]), _DTYPES[facts["dtype"]]
     packed = _entry(state, prefix, "")
-    return _checked(packed, parts, shape, int(facts["blocksize"]), _DTYPES[facts["dtype"]], prefix)
+    return _checked(packed, parts, shape, facts["blocksize"], dtype, prefix)
 
 
 def from_bitsandbytes(weight: Tensor, quant_state: Any) -> NF4Weight:
@@ -149,6 +150,8 @@ def _entry(state: Mapping[str, Tensor], prefix: str, key: str) -> Tensor:
 
 
 def _facts(entry: Tensor, name: str) -> dict[str, Any]:
+    if entry.is_meta:
+        raise ValueError(f"{name}: expected JSON in bytes, got {describe(entry)}, which has none")
     try:
         facts: dict[str, Any] = json.loads(bytes(entry.to(torch.uint8).cpu().tolist()))
         missing = {"quant_type", "blocksize", "dtype", "shape"} - set(facts)
@@ -156,15 +159,25 @@ def _facts(entry: Tensor, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: expected JSON in bytes, got something else ({error})") from error
     if missing:
         raise ValueError(f"{name}: lacks {', '.join(sorted(missing))}")
-    if facts["quant_type"] != "nf4" or facts["dtype"] not in _DTYPES or len(facts["shape"]) != 2:
-        raise ValueError(
-            f"{name}: expected quant_type nf4, a float dtype and a matrix, got {json.dumps(facts)}"
-        )
-    if facts.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
-        raise ValueError(
-            f"{name}: expected nested_blocksize {NESTED_BLOCK}, got {facts['nested_blocksize']}"
-        )
+    dtypes, sizes = tuple(_DTYPES), ", ".join(map(str, BLOCK_SIZES))
+    shape, offset = facts["shape"], facts.get("nested_offset", 0.0)
+    nested = facts.get("nested_blocksize", NESTED_BLOCK)
+    for key, value, fits, wanted in (
+        ("quant_type", facts["quant_type"], facts["quant_type"] == "nf4", "nf4"),
+        ("dtype", facts["dtype"], facts["dtype"] in dtypes, f"one of {', '.join(dtypes)}"),
+        ("shape", shape, _is_matrix(shape), "two sizes [N, K]"),
+        ("blocksize", facts["blocksize"], facts["blocksize"] in BLOCK_SIZES, f"one of {sizes}"),
+        ("nested_blocksize", nested, nested == NESTED_BLOCK, str(NESTED_BLOCK)),
+        ("nested_offset", offset, isinstance(offset, float | int), "a number"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected {key} {wanted}, got {json.dumps(value)}")
     return facts
+
+
+def _is_matrix(shape: object) -> bool:
+    sizes = shape if isinstance(shape, list) and len(shape) == 2 else [None]
+    return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
 def _expect_code(code: Tensor, name: str) -> None:
