@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) add_rows(Rows p, bool whole) {
   store_four(at, four, p.n - column, whole);
 }
 
-// The next kThreads tokens' share of a row: which of them have it, in their order.
+// The next kThreads tokens' share of a row: which of them have it, in their order. Whoever still
+// reads the tokens before holds up the first barrier.
 __device__ int collect(const Epilogue& e, int64_t token, int64_t m, int64_t row, bool reports,
                        int32_t* tokens, int* counts) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -107,7 +108,6 @@ __global__ void __launch_bounds__(kThreads) sum_rows(Rows p, bool whole) {
         }
       }
     }
-    __syncthreads();
   }
   if (column >= p.n) return;
   Four<float> four;

@@ -2,8 +2,10 @@
 //
 // Every CUDA thread is a fiber, and the fibers of a cluster's blocks take turns. A fiber runs until
 // it waits: at a barrier of its block or cluster, or where its warp exchanges values (shuffles,
-// votes, matrix products). Shared memory begins as NaN and ends at a page that cannot be touched;
-// asynchronous copies arrive when they are waited for, and not before.
+// votes, matrix products). One warp runs as far as it can before the next one does, so what it
+// reads without a barrier is not there yet. A kernel whose successor may overlap it runs as late as
+// it may: when the successor waits for it. Shared memory begins as NaN and ends at a page that
+// cannot be touched; asynchronous copies arrive when they are waited for, and not before.
 #pragma once
 
 #include <sys/mman.h>
@@ -142,6 +144,7 @@ struct Machine {
   std::vector<Block> blocks;
   Barrier cluster;
   const std::function<void()>* kernel = nullptr;
+  std::function<void()> pending;  // a launch that has not run yet
 };
 inline Machine machine;
 
@@ -203,17 +206,33 @@ inline void resume(Fiber& fiber) {
   setcontext(&fiber.start);
 }
 
-// Runs the blocks of one cluster to their end.
-inline void run_cluster(std::vector<Fiber>& fibers) {
-  for (size_t left = fibers.size(); left > 0;) {
-    bool moved = false;
-    for (Fiber& fiber : fibers) {
-      if (fiber.done) continue;
-      if (fiber.waits_for && fiber.waits_for->generation == fiber.generation) continue;
-      fiber.waits_for = nullptr;
+// Runs one warp until all of its fibers wait or have ended; says how many ended, -1 if none moved.
+inline int run_warp(Fiber* fibers) {
+  int ended = -1;
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (Fiber* fiber = fibers; fiber < fibers + 32; ++fiber) {
+      if (fiber->done) continue;
+      if (fiber->waits_for && fiber->waits_for->generation == fiber->generation) continue;
+      fiber->waits_for = nullptr;
       moved = true;
-      resume(fiber);
-      left -= fiber.done;
+      resume(*fiber);
+      ended = (ended < 0 ? 0 : ended) + fiber->done;
+    }
+  }
+  return ended;
+}
+
+// Runs the blocks of one cluster to their end, the warps in turn from the first and from the last.
+inline void run_cluster(std::vector<Fiber>& fibers) {
+  const size_t warps = fibers.size() / 32;
+  bool backwards = false;
+  for (size_t left = fibers.size(); left > 0; backwards = !backwards) {
+    bool moved = false;
+    for (size_t i = 0; i < warps; ++i) {
+      const int ended = run_warp(&fibers[32 * (backwards ? warps - 1 - i : i)]);
+      moved = moved || ended >= 0;
+      left -= ended > 0 ? ended : 0;
     }
     if (!moved) fail("every thread waits: some did not come to a barrier");
   }
@@ -272,6 +291,13 @@ inline void run(dim3 grid, int threads, int cluster, size_t shared,
     }
   }
   munmap(stacks, bytes);
+}
+
+// Runs what has been launched and has not run.
+inline void finish() {
+  const std::function<void()> launched = std::move(machine.pending);
+  machine.pending = nullptr;
+  if (launched) launched();
 }
 
 // Lays words open to the warp and returns all lanes' words.
@@ -405,7 +431,23 @@ inline float cluster_read(const float* shared, int rank) {
   return value;
 }
 inline void let_next_start() {}
-inline void wait_for_previous() {}
+inline void wait_for_previous() {
+  emulated::Machine& machine = emulated::machine;
+  if (!machine.pending) return;
+  // The kernel before runs from within this one: what runs now is put aside.
+  const auto kernel = machine.kernel;
+  const auto running = machine.running;
+  const auto cluster = machine.cluster;
+  std::vector<emulated::Block> blocks = std::move(machine.blocks);
+  std::jmp_buf scheduler;
+  std::memcpy(&scheduler, &machine.scheduler, sizeof(scheduler));
+  emulated::finish();
+  std::memcpy(&machine.scheduler, &scheduler, sizeof(scheduler));
+  machine.blocks = std::move(blocks);
+  machine.cluster = cluster;
+  machine.running = running;
+  machine.kernel = kernel;
+}
 
 struct Device {
   bool clusters;
@@ -429,7 +471,16 @@ struct Launch {
 
 template <typename... Arguments>
 cudaError_t launch(const Launch& how, void*, void (*kernel)(Arguments...), Arguments... arguments) {
-  emulated::run(how.grid, how.threads, how.cluster, how.shared, [&] { kernel(arguments...); });
+  const auto run = [=] {
+    emulated::run(how.grid, how.threads, how.cluster, how.shared, [&] { kernel(arguments...); });
+  };
+  if (how.overlaps_previous) {
+    run();
+    emulated::finish();
+  } else {
+    emulated::finish();
+    emulated::machine.pending = run;
+  }
   return 0;
 }
 

@@ -10,6 +10,11 @@ void emulated_device(int clusters, int processors, int shared_per_processor) {
   emulated::machine.shared_per_processor = shared_per_processor;
 }
 
+// Waits for all launches.
+void emulated_finish() {
+  emulated::finish();
+}
+
 // Blocks in a cluster of the last launch.
 int emulated_cluster() {
   return static_cast<int>(emulated::machine.blocks.size());
