@@ -15,6 +15,7 @@
 
 #include "qlora_linear/qlora_linear.h"
 #include "qlora_linear/scales.h"
+#include "qlora_linear/simd.h"
 
 namespace collavo::qlora_linear {
 
@@ -40,7 +41,14 @@ class Tiles {
   // `count` tiles of a panel from tile `first` on; `room` has space for them.
   const uint8_t* get(int64_t panel, int64_t first, int64_t count, uint8_t* room) const {
     if (weight_.panels) return weight_.packed + (panel * chunks_ + first) * kTile;
-    for (int64_t t = 0; t < count; ++t) gather(panel, first + t, room + t * kTile);
+    int64_t t = 0;
+    if constexpr (kTurned > 0) {
+      const bool whole = (panel + 1) * kPanel <= weight_.rows;
+      for (; whole && t + kTurned <= count; t += kTurned) {
+        turn(panel, first + t, room + t * kTile);
+      }
+    }
+    for (; t < count; ++t) gather(panel, first + t, room + t * kTile);
     return room;
   }
 
@@ -50,6 +58,32 @@ class Tiles {
   int64_t chunks() const { return chunks_; }
 
  private:
+  // Tiles that a vector's dwords of a row reach over.
+  static constexpr int64_t kTurned = kLanes / kLines;
+
+  // Tiles of a panel that has all its rows: squares of dwords are turned in registers.
+  void turn(int64_t panel, int64_t chunk, uint8_t* tile) const {
+    const int64_t element = panel * kPanel * weight_.columns + chunk * kChunk;
+    for (int64_t t = 0; t < kTurned; ++t) {
+      for (int64_t r = 0; r < kPanel; ++r) {
+        const float scale = scales_.at(element + r * weight_.columns + t * kChunk);
+        std::memcpy(tile + t * kTile + r * sizeof(float), &scale, sizeof(float));
+      }
+    }
+    for (int64_t first = 0; first < kPanel; first += kLanes) {
+      Vec square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t at = element + (first + i) * weight_.columns;
+        square[i] = load(reinterpret_cast<const float*>(weight_.packed + at / 2));
+      }
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        uint8_t* line = tile + i / kLines * kTile + kScaleBytes + i % kLines * kLine;
+        store(reinterpret_cast<float*>(line) + first, square[i]);
+      }
+    }
+  }
+
   void gather(int64_t panel, int64_t chunk, uint8_t* tile) const {
     for (int64_t r = 0; r < kPanel; ++r) {
       const int64_t row = panel * kPanel + r;
