@@ -294,7 +294,26 @@ def _shard(rank: int, port: int) -> None:
         sharded[0].weight_scales.to_local().zero_()
     sharded.load_state_dict(state)
     assert torch.equal(sharded(x), plain(x))
+    assert plain[0].weight.dim() == 2, "beside torch.distributed nothing packs by itself"
+    _shard_panels(plain, x)
     _leave()
+
+
+def _shard_panels(plain: nn.Module, x: Tensor) -> None:
+    """Panels made before sharding are used and saved; no process has them all, so they stay."""
+    from torch.distributed.fsdp import fully_shard
+
+    packed = copy.deepcopy(plain)
+    packed[0].pack()
+    fully_shard(packed[0])
+    fully_shard(packed)
+    torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+    whole, state = plain.state_dict(), packed.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in whole.items() if v.dtype == torch.uint8)
+    assert packed.float()[0].weight.dim() == 3
+    torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"weight: cannot leave its panels: it is a DTensor"):
+        packed.load_state_dict(state)
 
 
 def _leave() -> None:
