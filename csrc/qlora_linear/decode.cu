@@ -103,7 +103,7 @@ int launch_all(Few& few, void* stream) {
 // sizes: m, n, k, block size, table rows, whether table and bias are float32, adapters, dtype.
 // adapters: of each a, whether it is float32, b, whether it is float32, rank; scaling beside it.
 // hidden has 8 * ceil(m / 8) rows of all ranks, each adapter's rounded up to 16, in x's dtype.
-// Needs 1 <= m <= 16, k % 64 == 0, blocks of at least 64; x, packed and every a aligned to 16
+// Needs 1 <= m <= 16, k % 64 == 0, blocks of at least 64; x, packed, every a and b aligned to 16
 // bytes.
 extern "C" int collavo_qlora_linear_decode(void* const* pointers, const int64_t* sizes,
                                            const int64_t* adapters, const float* scaling,

@@ -162,14 +162,25 @@ __device__ __forceinline__ void add_block(uint32_t table, const uint32_t (&above
   }
 }
 
-// Four neighbours of a row of B as two pairs; zeros beyond the rank.
+// Four neighbours of a row of B as two pairs; zeros beyond the rank. B begins at a multiple of 8
+// bytes.
 template <typename T>
 __device__ __forceinline__ void read_four(const Side& side, int64_t row, int64_t rank,
                                           int64_t column, uint32_t (&pairs)[2]) {
+  const int64_t first = row * rank + column;
+  if (rank % 4 == 0 && !side.wide) {
+    uint2 both = {0, 0};
+    if (column < rank) {
+      both = *reinterpret_cast<const uint2*>(static_cast<const T*>(side.values) + first);
+    }
+    pairs[0] = both.x;
+    pairs[1] = both.y;
+    return;
+  }
   float values[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    values[i] = column + i < rank ? value_at<T>(side, row * rank + column + i) : 0.0f;
+    values[i] = column + i < rank ? value_at<T>(side, first + i) : 0.0f;
   }
   pairs[0] = pack<T>(values[0], values[1]);
   pairs[1] = pack<T>(values[2], values[3]);

@@ -116,11 +116,21 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
           : "memory");
 #else
   __syncthreads();
+#endif
+}
+// The same without an order of memory accesses: no block goes on to its end before all came here.
+// Otherwise it would wait for what was stored to global memory as well.
+__device__ __forceinline__ void cluster_end() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;" ::
+          : "memory");
 #endif
 }
 __device__ __forceinline__ float cluster_read(const float* shared, int rank) {

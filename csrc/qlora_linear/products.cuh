@@ -107,8 +107,8 @@ __device__ void finish(float* partial, int tokens, const Store& store) {
     }
     store(row, token, sum);
   }
-  // No block may end while another reads its shared memory.
-  cluster_sync();
+  // No block may end while another reads its shared memory. What was read has been stored.
+  cluster_end();
 }
 
 }  // namespace

@@ -425,6 +425,9 @@ inline int cluster_rank() {
 inline void cluster_sync() {
   emulated::wait_at(emulated::machine.cluster);
 }
+inline void cluster_end() {
+  cluster_sync();
+}
 inline float cluster_read(const float* shared, int rank) {
   float value;
   std::memcpy(&value, emulated::machine.blocks[rank].shared + shared_address(shared), 4);
