@@ -14,7 +14,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kBlock = 64;  // of K: the least that a scale covers
 
 // Bits of 0..3 swapped: its own inverse. Two lanes that load 32 neighbours each own, after they
-// have exchanged halves, a quarter of each of two blocks (see decode.cuh).
+// have exchanged halves, a quarter of each of two blocks (see codes.cuh).
 __device__ __forceinline__ int quarter(int t) {
   return (t & 1) * 2 + t / 2;
 }
