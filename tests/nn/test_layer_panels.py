@@ -8,6 +8,7 @@ import io
 import itertools
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -137,9 +138,9 @@ def test_state_dicts_travel(
     loaded = load_file(tmp_path / "layer.safetensors")
     assert_equal_states({key: loaded[key] for key in state}, state)
     target = make_layer(double_quant=False)
+    change(target)
     if packed_target:
         target.pack()
-    change(target)
     target.load_state_dict(loaded, assign=assign)
     assert not in_panels(target)
     assert_equal_states(entries(target), state)
@@ -327,32 +328,54 @@ def test_who_watches_or_manages_the_parameters_finds_them_as_they_were(
     assert layer.pack() is layer and in_panels(layer), "an explicit call is the user's decision"
 
 
+def run_together(calls: list[Callable[[], Any]]) -> None:
+    start = threading.Barrier(len(calls))
+
+    def begin(call: Callable[[], Any]) -> None:
+        start.wait()
+        call()
+
+    threads = [threading.Thread(target=begin, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not panels.PACKING.locked()
+
+
 @needs_kernels
-def test_concurrent_first_calls_agree() -> None:
-    """One packing is made; a thread that holds the old parameter computes with whole bytes."""
-    for _ in range(5):
-        layer, x = make_layer(k=512, n=512), torch.randn(2, 512)
-        expected = copy.deepcopy(layer)(x)
-        start, results = threading.Barrier(6), []
+def test_concurrent_first_calls_pack_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, made = make_layer(), torch.randn(X), []
+    convert = NF4Weight.to_panels
 
-        def call(layer: DualQLoRALinear = layer, x: Tensor = x, start: Any = start) -> None:
-            start.wait()
-            with torch.no_grad():
-                results.append((layer(x), layer.weight))  # noqa: B023
+    def slowly(weight: NF4Weight) -> NF4Weight:
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        return convert(weight)
 
-        def move(layer: DualQLoRALinear = layer, start: Any = start) -> None:
-            start.wait()
+    monkeypatch.setattr(NF4Weight, "to_panels", slowly)
+    results: list[Tensor] = []
+    run_together([lambda: results.append(layer(x))] * 4)
+    assert len(made) == 1 and len(results) == 4
+    assert all(torch.equal(out, results[0]) for out in results)
+
+
+@needs_kernels
+def test_calls_beside_a_change_of_order_see_whole_bytes() -> None:
+    layer, x = make_layer(k=512, n=512), torch.randn(2, 512)
+    expected, results = copy.deepcopy(layer)(x), []
+
+    def call() -> None:
+        results.extend(layer(x) for _ in range(20))
+
+    def change_order() -> None:
+        for _ in range(20):
             layer.unpack().pack()
 
-        threads = [threading.Thread(target=call) for _ in range(5)]
-        threads.append(threading.Thread(target=move))
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(results) == 5 and not panels.PACKING.locked()
-        for out, _ in results:
-            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    run_together([call, call, change_order])
+    assert len(results) == 40
+    for out in results:
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 def bytes_held(module: nn.Module) -> int:
