@@ -75,9 +75,11 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
         Backend(
             "cuda",
             forward=cuda.forward,
+            backward=cuda.backward,
             devices=("cuda",),
             unavailable=cuda.unavailable,
             declines=_cuda_declines,
+            declines_backward=cuda.declines_backward,
             opt_in=True,
         ),
         Backend(
