@@ -1,175 +1,168 @@
-"""qlora_linear beside bitsandbytes' base, PEFT on it, and a dense layer with two LoRA branches.
+"""qlora_linear beside bitsandbytes' base, PEFT on it, a dense layer, and what one writes by hand.
 
-The work is the whole operator with two adapters; ``bitsandbytes`` does the base alone, and is given
-less to do on purpose: it is the anchor. Weights rotate, so that none is still in a cache.
+The work is the whole operator with two adapters. ``bitsandbytes``, ``dense`` and ``ours:int8`` do
+the base alone, and are held against the work of that. Weights rotate past the last-level cache, and
+the providers of a case take turns. ``fwd-grad`` is a forward with gradients on.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.conftest import Measure
-from collavo_kernels import LoRAAdapter, qlora_linear, quantize_nf4
+from benchmarks import memory
+from benchmarks.conftest import Measure, chosen_device, turns
+from benchmarks.qlora_problem import BASE_ONLY, DTYPE, Case, exact, tokens, weights
+from benchmarks.qlora_providers import Layer, captured, make
 from collavo_kernels.testing import relative_error
 
-PROVIDERS = ("ours", "bitsandbytes", "peft", "dense+lora", "reference")
-QUICK = ("4096x4096/m1/r64", "4096x4096/m16/r64", "4096x4096/m128/r64")
-FULL = tuple(
-    case
-    for shape in ("4096x4096", "4096x11008", "11008x4096", "5120x13824")
-    for m in (1, 4, 16, 128, 1024)
-    for rank in (16, 64, 256)
-    if (case := f"{shape}/m{m}/r{rank}") not in QUICK
-)
-CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
-DTYPE = torch.bfloat16
-ROTATION_BYTES = 64 << 20
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (5120, 13824))
+RANKS = (64, 16, 256)
+TOKENS = {"cpu": (1, 4, 16, 128, 1024), "cuda": (1, 4, 16, 128, 2048)}
+QUICK_SHAPES = {"cpu": SHAPES[:1], "cuda": SHAPES[:2]}
+# The middle sizes add little where a call takes long.
+QUICK_TOKENS = {
+    "fwd": (1, 4, 16, 128, 1024, 2048),
+    "fwd-grad": (1, 16),
+    "fwd+bwd": (1, 128, 1024, 2048),
+}
+OURS = {"cpu": ("ours:cpu",), "cuda": ("ours:triton", "ours:cuda")}
+PEERS = ("bitsandbytes", "peft", "dense", "dense+lora", "dequantize+lora")
+PLAIN = ("reference", "compile(reference)")
+PLAIN_RANK = 64
+INT8_TOKENS = 16
+# y, or the gradients of x and of the adapters' factors.
+Found = Tensor | tuple[Tensor, ...]
 
 
-class Problem:
-    """One shape: K x N, M tokens, two adapters of one rank in bfloat16."""
-
-    def __init__(self, case: str, device: torch.device) -> None:
-        shape, tokens, rank = case.split("/")
-        self.k, self.n = (int(size) for size in shape.split("x"))
-        self.m, self.rank = int(tokens[1:]), int(rank[1:])
-        self.device = device
-        self.x = torch.randn(self.m, self.k, device=device).to(DTYPE)
-        self.dense = [self._weight() for _ in range(2)]
-        self.nf4 = [quantize_nf4(weight) for weight in self.dense]
-        self.adapters = [self._adapter() for _ in range(2)]
-        self.copies = max(1, ROTATION_BYTES // (self.n * self.k // 2) // 2)
-
-    def _weight(self) -> Tensor:
-        return (torch.randn(self.n, self.k, device=self.device) / self.k**0.5).to(DTYPE)
-
-    def _adapter(self) -> LoRAAdapter:
-        a = torch.randn(self.rank, self.k, device=self.device) / self.k**0.5
-        b = torch.randn(self.n, self.rank, device=self.device) / self.rank**0.5
-        return LoRAAdapter(a.to(DTYPE).requires_grad_(), b.to(DTYPE).requires_grad_(), 1.0)
-
-    def rotated(self, items: Sequence[Any], clone: Callable[[Any], Any]) -> Callable[[], Any]:
-        """Return a function that gives another copy at every call."""
-        everything = [*items, *(clone(i) for _ in range(self.copies) for i in items)]
-        following = itertools.cycle(everything)
-        return lambda: next(following)
-
-    def exact(self) -> Tensor:
-        """Return the output in float64."""
-        adapters = [LoRAAdapter(a.double(), b.double(), s) for a, b, s in self.adapters]
-        with torch.no_grad():
-            return qlora_linear(self.x.double(), self.nf4[0], adapters, backend="reference")
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the operator has to read and write."""
-        weight = self.n * self.k * (0.5 + 1 / 64)
-        return int(weight + 4 * self.rank * (self.n + self.k) + 2 * self.m * (self.n + self.k))
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of the forward."""
-        return 2 * self.m * (self.n * self.k + 2 * self.rank * (self.n + self.k))
+def providers(mode: str, kind: str, case: Case) -> list[str]:
+    """List who is measured in a mode on a kind of device."""
+    named = [*OURS[kind], *PEERS]
+    if mode == "fwd" and kind == "cuda":
+        graphs = [*OURS[kind], "bitsandbytes", "peft", "dense"]
+        named += [f"{name}+graph" for name in graphs]
+    if mode == "fwd" and kind == "cpu" and case.m <= INT8_TOKENS:
+        named.insert(1, "ours:int8")
+    return [*named, *PLAIN] if case.rank == PLAIN_RANK else named
 
 
-def make(provider: str, problem: Problem) -> Callable[[Tensor], Tensor]:
-    """Return the provider's forward."""
-    if provider in ("ours", "reference"):
-        backend = "" if provider == "ours" else provider
-        weight = problem.rotated(problem.nf4, lambda w: type(w)(w.packed.clone(), *_rest(w)))
-        return lambda x: qlora_linear(x, weight(), problem.adapters, backend=backend)
-    if provider == "dense+lora":
-        dense = problem.rotated(problem.dense, torch.clone)
-        return lambda x: _dense(x, dense(), problem.adapters)
-    layers = [_bitsandbytes(problem, i, with_peft=provider == "peft") for i in (0, 1)]
-    layer = problem.rotated(layers, lambda each: each)
-    return lambda x: layer()(x)
+def in_quick(mode: str, kind: str, case: Case, provider: str) -> bool:
+    """Whether the quick selection has it."""
+    if (case.k, case.n) not in QUICK_SHAPES[kind] or case.m not in QUICK_TOKENS[mode]:
+        return False
+    slow = provider == "reference" and case.m > INT8_TOKENS and kind == "cpu"
+    # A compilation takes longer than all else of a case.
+    compiled = provider == "compile(reference)" and (mode != "fwd" or case.m != 1)
+    return case.rank == RANKS[0] and not slow and not compiled
 
 
-def _rest(weight: Any) -> tuple[Any, ...]:
-    return weight.scales.clone(), weight.shape, weight.block_size, weight.double_quant, weight.dtype
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case, its providers in turns, so that all of them see the same quiet or busy times."""
+    device = chosen_device(metafunc.config)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    parameters = []
+    for mode, (k, n), rank in itertools.product(QUICK_TOKENS, SHAPES, RANKS):
+        for m in TOKENS[kind] if mode != "fwd-grad" else QUICK_TOKENS[mode]:
+            case = Case(k, n, m, rank)
+            named = providers(mode, kind, case)
+            for turn, provider in itertools.product(turns(metafunc.config), named):
+                marks = () if in_quick(mode, kind, case, provider) else (pytest.mark.full,)
+                name = f"{mode}-{case}-{provider}-{turn}"
+                parameters.append(pytest.param(mode, case, provider, turn, marks=marks, id=name))
+    metafunc.parametrize(("mode", "case", "provider", "turn"), parameters)
 
 
-def _dense(x: Tensor, weight: Tensor, adapters: list[LoRAAdapter]) -> Tensor:
-    out = F.linear(x, weight)
-    for a, b, scaling in adapters:
-        out = out + scaling * F.linear(F.linear(x, a), b)
-    return out
+@functools.lru_cache(maxsize=1)
+def kept_layers(
+    shape: tuple[int, int], rank: int, training: bool, device: torch.device
+) -> dict[str, list[Layer]]:
+    """Return where the copies of one shape and rank are kept; the former ones are let go."""
+    return {}
 
 
-def _bitsandbytes(problem: Problem, index: int, *, with_peft: bool) -> nn.Module:
-    bnb: Any = peers.require("bitsandbytes")
-    layer = bnb.nn.Linear4bit(
-        problem.k, problem.n, bias=False, quant_type="nf4", compute_dtype=DTYPE
+def layers(case: Case, provider: str, training: bool, x: Tensor) -> list[Layer]:
+    """Return the provider's copies of the layer, as many as rotate past the cache."""
+    device = x.device
+    kept = kept_layers((case.k, case.n), case.rank, training, device)
+    if provider not in kept:
+        given = weights(case.k, case.n, case.rank, device)
+        size = case.n * case.k * (DTYPE.itemsize if provider.startswith("dense") else 0.5)
+        copies = range(memory.copies_past_cache(int(size), device))
+        made = [make(provider, given, training=training) for _ in copies]
+        for layer in () if training else made:
+            layer.forward(x)  # bitsandbytes packs its weight anew at first use
+        kept[provider] = made
+    return kept[provider]
+
+
+def calls(
+    mode: str, provider: str, copies: list[Layer], x: Tensor, grad: Tensor
+) -> list[Callable[[], Found]]:
+    """Return what is timed, a call per copy."""
+
+    def forward(layer: Layer) -> Tensor:
+        return layer.forward(x)
+
+    def both(layer: Layer) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer.forward(x), [x, *layer.leaves], grad)
+
+    if provider.endswith("+graph"):
+        return [captured(functools.partial(forward, layer)) for layer in copies]
+    run: Callable[[Layer], Found] = both if mode == "fwd+bwd" else forward
+    return [functools.partial(run, layer) for layer in copies]
+
+
+def error_of(found: Found, mode: str, provider: str, case: Case, device: torch.device) -> float:
+    """Return the error against float64 of what the provider computes; of gradients, the worst."""
+    expected = exact(
+        case,
+        device,
+        dense=provider.startswith("dense"),
+        adapted=provider not in BASE_ONLY,
+        gradients=mode == "fwd+bwd",
     )
-    layer.weight = problem.nf4[index].to_bitsandbytes()
-    if not with_peft:
-        return layer.eval()
-    peft: Any = peers.require("peft")
-    model = nn.ModuleDict({"layer": layer})
-    options = {"r": problem.rank, "lora_alpha": problem.rank, "target_modules": ["layer"]}
-    config = peft.LoraConfig(**options, init_lora_weights=False)
-    wrapped = peft.get_peft_model(model, config, adapter_name="image")
-    wrapped.add_adapter("vl", config)
-    lora = wrapped.base_model.model["layer"]
-    lora.set_adapter(["image", "vl"])
-    for name, (a, b, _) in zip(("image", "vl"), problem.adapters, strict=True):
-        lora.lora_A[name].weight.data = a.detach().clone()
-        lora.lora_B[name].weight.data = b.detach().clone()
-    return lora.eval()
+    if isinstance(found, Tensor):
+        return relative_error(found.detach(), expected.y)
+    wanted = (*expected.dx, *expected.factors)
+    return max(relative_error(f, e) for f, e in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def bench_forward(measure: Measure, device: torch.device, provider: str, case: str) -> None:
-    """Inference: no gradients."""
-    problem = Problem(case, device)
-    fn = make(provider, problem)
-    with torch.no_grad():
-        # The dense layer has other weights, and bitsandbytes has no adapters.
-        whole = provider in ("ours", "reference", "peft")
-        error = relative_error(fn(problem.x), problem.exact()) if whole else None
+def bench_qlora_linear(
+    measure: Measure,
+    device: torch.device,
+    mode: str,
+    case: Case,
+    provider: str,
+    turn: int,
+) -> None:
+    """Inference, a forward that keeps what a backward needs, and both."""
+    training = mode != "fwd"
+    x, grad = tokens(case, device)
+    x = x.detach().requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        try:
+            copies = layers(case, provider, training, x)
+            copies[0].forward(x)
+        except (TypeError, ValueError) as reason:
+            if not provider.startswith("ours"):
+                raise
+            pytest.skip(f"{provider}: {reason}")
+        following = itertools.cycle(calls(mode, provider, copies, x, grad))
         measure(
-            lambda: fn(problem.x),
+            lambda: next(following)(),
             op="qlora_linear",
-            provider=_name(provider, device),
-            case=case,
+            provider=provider,
+            case=str(case),
+            mode=mode,
             dtype=DTYPE,
-            bytes=problem.bytes,
-            flops=problem.flops,
-            error=error,
+            bytes=case.bytes(mode, provider),
+            flops=case.flops(mode, provider),
+            error=error_of(next(following)(), mode, provider, case, device),
+            config={"copies": len(copies)},
+            in_turns=True,
         )
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("provider", [p for p in PROVIDERS if p != "bitsandbytes"])
-def bench_training(measure: Measure, device: torch.device, provider: str, case: str) -> None:
-    """Forward and backward: gradients of x and both adapters."""
-    problem = Problem(case, device)
-    fn = make(provider, problem)
-    x = problem.x.clone().requires_grad_()
-    grad = torch.randn(problem.m, problem.n, device=device).to(DTYPE)
-    measure(
-        lambda: fn(x).backward(grad),
-        op="qlora_linear",
-        provider=_name(provider, device),
-        case=case,
-        mode="fwd+bwd",
-        dtype=DTYPE,
-        bytes=2 * problem.bytes,
-        flops=2 * problem.flops,
-    )
-
-
-def _name(provider: str, device: torch.device) -> str:
-    if provider != "ours":
-        return provider
-    return "ours:cpu" if device.type == "cpu" else "ours:triton"

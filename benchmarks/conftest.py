@@ -7,20 +7,26 @@ import os
 # Before torch is imported: waiting OpenMP threads must not spin beside the one that works.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import peers, report, roofline
+from benchmarks import memory, peers, report, roofline, timing
 
 Measure = Callable[..., report.Measurement | None]
-ROWS = pytest.StashKey[list[report.Measurement]]()
+Rows = dict[tuple[str, ...], report.Measurement]
+ROWS = pytest.StashKey[Rows]()
+SECONDS = pytest.StashKey[dict[tuple[str, ...], list[float]]]()
 ROOF = pytest.StashKey[roofline.Roof]()
+# Each library asks for its instruction set at its first product, so this is early enough.
+ISA_VARIABLES = {
+    "COLLAVO_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,13 +34,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="run every shape, not the quick selection")
     group.addoption("--save-results", action="store_true", help="keep CSV and markdown tables")
     group.addoption("--device", default=None, help="device to measure (default: a GPU if any)")
+    group.addoption("--threads", type=int, default=None, help="CPU threads (default: torch's own)")
+    group.addoption("--isa", choices=["avx2"], help="leave AVX-512 out, here and in the peers")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a shape that only --full runs")
-    config.stash[ROWS] = []
+    config.stash[ROWS] = {}
+    config.stash[SECONDS] = {}
     # Our table holds the same times and more; --benchmark-json still writes the plugin's own.
     config.option.benchmark_quiet = True
+    if config.getoption("--isa"):
+        os.environ.update(ISA_VARIABLES)
+        if report.isa() != "avx2":
+            raise pytest.UsageError(f"--isa avx2: torch has already chosen {report.isa()}")
+    threads = config.getoption("--threads")
+    if threads is not None:
+        if threads < 1:
+            raise pytest.UsageError(f"--threads: expected 1 or more, got {threads}")
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,11 +65,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
+def chosen_device(config: pytest.Config) -> torch.device:
+    """Return the device to measure: a GPU where there is one, else the CPU, or ``--device``."""
+    name = config.getoption("--device")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def turns(config: pytest.Config) -> range:
+    """Return the turns of a benchmark that is measured in several; one where nothing is timed."""
+    return range(1 if config.getoption("benchmark_disable") else timing.TURNS)
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Device to measure: a GPU where there is one, else the CPU (``--device`` overrides)."""
-    name = request.config.getoption("--device")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Device to measure."""
+    return chosen_device(request.config)
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +101,8 @@ def measure(
     benchmark: Any, request: pytest.FixtureRequest, device: torch.device, roof: roofline.Roof
 ) -> Measure:
     """Time a call and record it; see ``benchmarks/README.md``. Returns the recorded row."""
+    rows, seconds = request.config.stash[ROWS], request.config.stash[SECONDS]
+    budget = 2.0 if request.config.getoption("--full") else 0.4
 
     def run(
         fn: Callable[[], object],
@@ -86,18 +116,24 @@ def measure(
         flops: float = 0,
         error: float | None = None,
         config: Mapping[str, object] | None = None,
+        in_turns: bool = False,
     ) -> report.Measurement | None:
         benchmark.group = f"{op} {mode} {case}"
-        seconds = _pedantic(benchmark, fn, device, full=request.config.getoption("--full"))
-        if not seconds:
+        parts = timing.TURNS if in_turns else 1
+        taken = timing.rounds_of(benchmark, fn, device, budget / parts, -(-5 // parts))
+        if not taken:
             return None
-        peak_mb = _peak_megabytes(fn, device)
         if device.type == "cuda":
-            seconds = _event_seconds(fn, rounds=len(seconds))
-        p20, p50, p80 = _percentiles(seconds)
+            taken = timing.event_seconds(fn, rounds=len(taken))
         name = str(dtype).removeprefix("torch.")
+        facts = report.facts(device)
+        key = (op, *report.key(case, mode, name, provider, facts))
+        pooled = seconds.setdefault(key, [])
+        pooled += taken
+        p20, p50, p80 = timing.percentiles(pooled)
         least = roof.seconds(bytes, flops, name)
-        row = report.Measurement(
+        earlier = rows.get(key)
+        rows[key] = row = report.Measurement(
             op=op,
             provider=provider,
             mode=mode,
@@ -109,12 +145,11 @@ def measure(
             gb_per_s=bytes / p50 / 1e9 if bytes else None,
             gflop_per_s=flops / p50 / 1e9 if flops else None,
             roof=least / p50 if least else None,
-            peak_mb=peak_mb,
+            peak_mb=earlier.peak_mb if earlier else memory.peak_megabytes(fn, device),
             error=error,
             config_json=report.config_json(config),
-            **report.facts(device),  # type: ignore[arg-type]
+            **facts,  # type: ignore[arg-type]
         )
-        request.config.stash[ROWS].append(row)
         benchmark.extra_info.update(
             provider=provider, gb_per_s=row.gb_per_s, gflop_per_s=row.gflop_per_s, roof=row.roof
         )
@@ -123,70 +158,9 @@ def measure(
     return run
 
 
-def _pedantic(
-    benchmark: Any, fn: Callable[[], object], device: torch.device, *, full: bool
-) -> list[float]:
-    """Run pytest-benchmark's pedantic rounds, sized to a time budget; [] when it is disabled."""
-    on_gpu = device.type == "cuda"
-
-    def call() -> None:
-        fn()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-
-    if benchmark.disabled:
-        benchmark.pedantic(call)
-        return []
-    call()
-    start = time.perf_counter()
-    call()
-    once = max(time.perf_counter() - start, 1e-7)
-    budget = 2.0 if full else 0.4
-    iterations = max(1, math.ceil(1e-4 / once))
-    rounds = min(200, max(5, int(budget / (once * iterations))))
-    benchmark.pedantic(
-        call, rounds=rounds, iterations=iterations, warmup_rounds=min(3, rounds // 5)
-    )
-    return list(benchmark.stats.stats.data)
-
-
-def _event_seconds(fn: Callable[[], object], rounds: int) -> list[float]:
-    """Time on the GPU by events, the L2 cache flushed before each call."""
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(rounds)
-    ]
-    for start, end in pairs:
-        flush.zero_()
-        start.record()
-        fn()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-
-
-def _peak_megabytes(fn: Callable[[], object], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    fn()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-
-def _percentiles(seconds: list[float]) -> tuple[float, float, float]:
-    if len(seconds) == 1:
-        return seconds[0], seconds[0], seconds[0]
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return fifths[0], statistics.median(seconds), fifths[3]
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the tables, the roof, and who was and was not there; save if asked to."""
-    rows = config.stash.get(ROWS, [])
+    rows = list(config.stash.get(ROWS, {}).values())
     if not rows:
         return
     terminalreporter.section("measurements")

@@ -16,8 +16,20 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-HEADERS = ("case", "mode", "dtype", "provider", "median", "p20-p80", "GB/s", "GFLOP/s", "roof")
+HEADERS = (
+    "case",
+    "mode",
+    "dtype",
+    "on",
+    "provider",
+    "median",
+    "p20-p80",
+    "GB/s",
+    "GFLOP/s",
+    "roof",
+)
 HEADERS_END = ("error", "peak MB")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class Measurement:
 
     Times are milliseconds, rates are per second in units of 1e9, ``roof`` is the least time
     possible on this machine (measured in the same run) over the median, ``error`` is relative to
-    float64, ``peak_mb`` (GPU only) is what the call allocated beyond its inputs in 1e6 bytes.
-    An empty field was not measured.
+    float64, ``peak_mb`` is what the call allocated beyond its inputs in 1e6 bytes, ``isa`` is the
+    instruction set of a CPU run (avx512, avx2). An empty field was not measured.
     """
 
     op: str
@@ -46,6 +58,7 @@ class Measurement:
     config_json: str
     device: str
     threads: int
+    isa: str
     torch: str
     triton: str
     commit: str
@@ -54,22 +67,50 @@ class Measurement:
     @property
     def key(self) -> tuple[str, ...]:
         """What a later run of the same measurement replaces."""
-        return (self.case, self.mode, self.dtype, self.provider)
+        facts = {"threads": self.threads, "isa": self.isa}
+        return key(self.case, self.mode, self.dtype, self.provider, facts)
+
+    @property
+    def on(self) -> str:
+        """Threads and instruction set in words; empty for a GPU."""
+        return f"{self.threads} x {self.isa}" if self.isa else ""
+
+
+def key(
+    case: str, mode: str, dtype: str, provider: str, facts: Mapping[str, object]
+) -> tuple[str, ...]:
+    """Return what tells one measurement of an operator on one device from another."""
+    threads = str(facts["threads"]) if facts["isa"] else ""  # of no meaning on a GPU
+    return (case, mode, dtype, str(facts["isa"]), threads, provider)
 
 
 COLUMNS = tuple(field.name for field in fields(Measurement))
 
 
-def device_name(device: torch.device) -> str:
-    """Name the device as its maker does, e.g. ``NVIDIA H200`` or ``AMD EPYC``."""
+def device_name(device: torch.device, cpuinfo: Path = CPUINFO) -> str:
+    """Name the device as its maker does, e.g. ``NVIDIA H200`` or ``AMD EPYC 9654``.
+
+    Virtual machines may leave the number out; the name then ends with the processor's family and
+    model, since such names stand for several generations: ``AMD EPYC family 25 model 17``.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if match:
-            return match.group(1).strip()
-    return platform.processor() or platform.machine()
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    pairs = re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", cpuinfo.read_text(), re.M)
+    found = dict(reversed(pairs))  # the first processor's stay
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbered = re.search(r"\d", name) is not None
+    if numbered or "cpu family" not in found or "model" not in found:
+        return name
+    return f"{name} family {found['cpu family']} model {found['model']}"
+
+
+def isa(device: torch.device | None = None) -> str:
+    """Return the widest instruction set that torch uses on the CPU; empty for a GPU."""
+    if device is not None and device.type != "cpu":
+        return ""
+    return str(torch.backends.cpu.get_cpu_capability()).lower()
 
 
 def facts(device: torch.device) -> dict[str, str | int]:
@@ -83,6 +124,7 @@ def facts(device: torch.device) -> dict[str, str | int]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "isa": isa(device),
         "torch": torch.__version__,
         "triton": triton_version,
         "commit": _commit(),
@@ -116,6 +158,7 @@ def _cells(row: Measurement) -> list[str]:
         row.case,
         row.mode,
         row.dtype,
+        row.on,
         row.provider,
         format_time(row.p50_ms),
         f"{format_time(row.p20_ms)} - {format_time(row.p80_ms)}",
@@ -129,8 +172,8 @@ def _cells(row: Measurement) -> list[str]:
 
 def markdown_table(rows: Sequence[Measurement]) -> str:
     """Lay the rows out as a table for page and terminal: by case, the fastest provider first."""
-    order = list(dict.fromkeys(row.key[:3] for row in rows))
-    ranked = sorted(rows, key=lambda row: (order.index(row.key[:3]), row.p50_ms))
+    order = list(dict.fromkeys(row.key[:-1] for row in rows))
+    ranked = sorted(rows, key=lambda row: (order.index(row.key[:-1]), row.p50_ms))
     lines = [[*HEADERS, *HEADERS_END], *(_cells(row) for row in ranked)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
@@ -163,7 +206,8 @@ def _parse(row: Mapping[str, str]) -> Measurement:
 def save(rows: Sequence[Measurement], root: Path = RESULTS) -> list[Path]:
     """Merge rows into ``<root>/<device>/<op>.csv`` and write ``<op>.md`` beside each.
 
-    A row replaces an older one of the same case, mode, dtype and provider.
+    A row replaces an older one of the same case, mode, dtype, provider, instruction set and number
+    of threads.
     """
     written: list[Path] = []
     groups: dict[tuple[str, str], list[Measurement]] = {}
