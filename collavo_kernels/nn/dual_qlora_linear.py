@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collavo_kernels._validation import REFERENCE_DTYPES, expect_choice, expect_tensor
-from collavo_kernels.nn import peft_exchange
+from collavo_kernels._validation import expect_choice
+from collavo_kernels.nn import layer_checks, peft_exchange
 from collavo_kernels.nn.nf4_base import NF4Base
 from collavo_kernels.ops.qlora_linear import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
-from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
 
 
 class LoRAFactor(nn.Module):
@@ -92,11 +91,11 @@ class DualQLoRALinear(NF4Base):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_options(adapters, rank, dropout)
+        layer_checks.check_options(adapters, rank, dropout)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if adapter_dtype is None:
             adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        _check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
+        layer_checks.check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
         self.in_features, self.out_features = in_features, out_features
         self.quantized, self.block_size, self.double_quant = quantized, block_size, double_quant
         self.base_dtype = dtype
@@ -131,7 +130,7 @@ class DualQLoRALinear(NF4Base):
             >>> layer.bias is not None, layer.scaling
             (True, {'image': 2.0, 'vl': 2.0})
         """
-        _check_linear(linear)
+        layer_checks.check_linear(linear)
         layer = cls._shell(linear.in_features, linear.out_features, linear.weight, options)
         if not layer.quantized:
             layer.weight = nn.Parameter(linear.weight, linear.weight.requires_grad)
@@ -259,7 +258,7 @@ class DualQLoRALinear(NF4Base):
     def _add_branches(
         self, out: Tensor, x: Tensor, adapters: list[LoRAAdapter], adapter_mask: Tensor | None
     ) -> Tensor:
-        _check_branches(x, adapters, adapter_mask, self.out_features)
+        layer_checks.check_branches(x, adapters, adapter_mask, self.out_features)
         # Each adapter sees a dropout mask of its own, as in PEFT.
         for i, (a, b, scaling) in enumerate(adapters):
             dropped = F.dropout(x, self.dropout)
@@ -363,48 +362,3 @@ class DualQLoRALinear(NF4Base):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.merged_weight = None
         super()._load_from_state_dict(*arguments)
-
-
-def _check_options(adapters: Sequence[str], rank: int, dropout: float) -> None:
-    if isinstance(adapters, str) or len(set(adapters)) != len(adapters):
-        raise ValueError(f"adapters: expected a tuple of distinct names, got {adapters!r}")
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-
-
-def _check_dtypes(**dtypes: torch.dtype) -> None:
-    for name, dtype in dtypes.items():
-        if dtype not in REFERENCE_DTYPES:
-            names = ", ".join(str(each).removeprefix("torch.") for each in REFERENCE_DTYPES)
-            raise TypeError(f"{name}: expected one of {names}, got {dtype}")
-
-
-def _check_linear(linear: nn.Module) -> None:
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
-    expect_tensor(
-        "linear.weight",
-        linear.weight,
-        shape=(linear.out_features, linear.in_features),
-        dtypes=REFERENCE_DTYPES,
-        hint="from_bitsandbytes() takes a 4-bit layer",
-    )
-
-
-def _check_branches(
-    x: Tensor, adapters: list[LoRAAdapter], mask: Tensor | None, out_features: int
-) -> None:
-    """Check what the fused operator checks where the branches run beside it."""
-    for i, (a, b, _) in enumerate(adapters):
-        expect_tensor(f"adapters[{i}].a", a, shape=("R", x.shape[-1]), device=x.device)
-        expect_tensor(f"adapters[{i}].b", b, shape=(out_features, a.shape[0]), device=x.device)
-    if mask is None:
-        return
-    expect_tensor("adapter_mask", mask, shape=x.shape[:-1], dtypes=(torch.uint8,), device=x.device)
-    if len(adapters) > MAX_MASKED_ADAPTERS:
-        raise ValueError(
-            f"adapters: expected at most {MAX_MASKED_ADAPTERS} beside adapter_mask (a bit each), "
-            f"got {len(adapters)}"
-        )

@@ -95,8 +95,8 @@ class NF4Base(nn.Module):
         return self
 
     def _pack_at_first_use(self) -> None:
-        # A compiler sees the first condition only.
-        if torch.compiler.is_compiling() or self.weight_scales is None or self._in_panels():
+        # The commonest answer first: this stands in every forward. A compiler goes no further.
+        if self._in_panels() or torch.compiler.is_compiling() or self.weight_scales is None:
             return
         shape = (self.out_features, self.in_features)
         if panels.waits(self.weight, shape, self.block_size) is None:
