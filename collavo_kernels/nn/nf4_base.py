@@ -88,8 +88,9 @@ class NF4Base(nn.Module):
                 action = "lie in panels" if in_panels else "leave its panels"
                 raise ValueError(f"weight: cannot {action}: {reason}")
             if base.in_panels != in_panels:
-                # What is made in a forward under inference_mode has to serve training as well.
-                with torch.inference_mode(False), torch.no_grad():
+                # A forward may run under inference_mode or another default device; its panels are
+                # on the CPU all the same, and serve training.
+                with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
                     codes = (base.to_panels() if in_panels else base.to_rows()).packed
                     self.weight = self._like_weight(codes)
         return self

@@ -224,6 +224,17 @@ def test_panels_made_under_inference_mode_serve_training() -> None:
 
 
 @needs_kernels
+def test_panels_made_under_another_default_device_are_on_the_cpu() -> None:
+    layer, x = make_layer(), torch.randn(X)
+    state, expected = entries(layer), copy.deepcopy(layer)(x)
+    with torch.device("meta"):
+        layer(x)
+    assert in_panels(layer) and layer.weight.device.type == "cpu"
+    assert torch.equal(layer(x), expected)
+    assert_equal_states(entries(layer), state)
+
+
+@needs_kernels
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_are_those_of_the_other_order(packed: bool) -> None:
     layer, x = make_layer(), torch.randn(5, K, requires_grad=True)
