@@ -57,7 +57,8 @@ def to_panels(packed: Tensor, scales: Tensor, shape: tuple[int, int], block_size
     head = out[:, :, : ROWS * 4].view(torch.float32)
     head.copy_(by_row.view(panels, ROWS, tiles).transpose(1, 2))
     codes = packed.reshape(shape[0], tiles, _LINES, _DWORD)
-    codes = F.pad(codes, (0, 0, 0, 0, 0, 0, 0, missing), value=_ZERO_CODES)
+    if missing:
+        codes = F.pad(codes, (0, 0, 0, 0, 0, 0, 0, missing), value=_ZERO_CODES)
     codes = codes.view(torch.int32).view(panels, ROWS, tiles, _LINES)
     tail = out[:, :, ROWS * 4 :].view(torch.int32)
     tail.view(panels, tiles, _LINES, ROWS).copy_(codes.permute(0, 2, 3, 1))
@@ -75,9 +76,9 @@ def to_rows(panels: Tensor, rows: int) -> Tensor:
 def _huge(size: int) -> Tensor:
     """Return uint8 ``[size]``, uninitialised, from the start of a huge page if it fills one."""
     if size < _HUGE_PAGE:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-    room = torch.empty(whole + _HUGE_PAGE, dtype=torch.uint8)
+    room = torch.empty(whole + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % _HUGE_PAGE
     module = native()
     if module is not None:

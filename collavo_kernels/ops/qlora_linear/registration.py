@@ -117,7 +117,8 @@ def _backward(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Te
     *call, flags = rest
     validate(x, *call)
     inputs = _bundle(x, *call)
-    validate_backward(grad, x, inputs.out_features, len(flags), len(inputs.a))
+    nf4 = inputs.scales is not None
+    validate_backward(grad, x, inputs.out_features, flags, len(inputs.a), nf4=nf4)
     mask = GradientMask.from_flags(flags, len(inputs.a))
     chosen = OPERATOR.select_backward(inputs, x.device.type, backend)
     if chosen.backward is None:

@@ -52,27 +52,33 @@ def validate(
         _validate_side("bias", bias, x, (out_features,))
 
 
-def validate_backward(grad: Tensor, x: Tensor, out_features: int, flags: int, count: int) -> None:
+def validate_backward(
+    grad: Tensor, x: Tensor, out_features: int, flags: Sequence[bool], count: int, *, nf4: bool
+) -> None:
     """Check what the backward takes beside the forward's arguments.
 
     Args:
         grad: The output's gradient.
         x: The forward's.
         out_features: The forward's.
-        flags: Entries of the output mask.
+        flags: The output mask.
         count: Adapters.
+        nf4: Whether the weight is in NF4.
 
     Raises:
         TypeError: if the gradient's dtype is wrong.
-        ValueError: if its shape or device, or the number of flags, is wrong.
+        ValueError: if its shape or device, or the number of flags, is wrong, or an NF4 weight is
+            asked for a gradient.
     """
     shape = (*x.shape[:-1], out_features)
     expect_tensor("grad", grad, shape=shape, dtypes=(x.dtype,), device=x.device)
-    if flags != 4 + 2 * count:
+    if len(flags) != 4 + 2 * count:
         raise ValueError(
             f"output_mask: expected {4 + 2 * count} entries (x, weight, row_table, bias, every a, "
-            f"every b), got {flags}"
+            f"every b), got {len(flags)}"
         )
+    if nf4 and flags[1]:
+        raise ValueError("output_mask: a 4-bit weight cannot get a gradient; train the adapters")
 
 
 def _validate_bytes(
@@ -138,4 +144,5 @@ def _validate_rows(x: Tensor, table: Tensor | None, index: Tensor | None, n: int
 
 
 def _validate_side(argument: str, value: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    expect_tensor(argument, value, shape=shape, dtypes=(x.dtype, torch.float32), device=x.device)
+    dtypes = (x.dtype,) if x.dtype == torch.float32 else (x.dtype, torch.float32)
+    expect_tensor(argument, value, shape=shape, dtypes=dtypes, device=x.device)
