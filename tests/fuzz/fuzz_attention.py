@@ -1,0 +1,190 @@
+"""Random calls of ``crayon_attention``, forward and backward, compared with its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from fuzz_support import DTYPES, ISAS, LAYOUTS, lay_out, machine, note
+from hypothesis import strategies as st
+from torch import Tensor
+
+_ROLES = ("q", "k", "v", "cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index", "grad")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call.
+
+    Attributes:
+        seed: Of all values.
+        isa: Instruction set.
+        threads: Of the loops.
+        dtype: Of q, k, v and the tables.
+        batch: B.
+        length: S.
+        heads: H over G.
+        groups: G.
+        size: D.
+        rows: T.
+        tables: Which of q, k and v have one.
+        bad_row: An index outside the tables, at some token; -1 for none.
+        wide_angles: Whether cosine and sine are float32 beside narrower values.
+        own_angles: Whether each sample has its own.
+        ranges: Whether there are key ranges.
+        window: 0 for none.
+        causal: As in the operator.
+        not_finite: Whether q, k and v hold NaN and infinities.
+        layouts: One of LAYOUTS for each of _ROLES.
+        wanted: Bits: which gradients the backward is asked for.
+    """
+
+    seed: int
+    isa: str
+    threads: int
+    dtype: str
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    size: int
+    rows: int
+    tables: str
+    bad_row: int
+    wide_angles: bool
+    own_angles: bool
+    ranges: bool
+    window: int
+    causal: bool
+    not_finite: bool
+    layouts: list[str]
+    wanted: int
+
+
+@st.composite
+def attention_calls(draw: Callable[[Any], Any]) -> AttentionCall:
+    """Draw head dims around the edges of vectors, few tokens, and every option."""
+    rows = draw(st.integers(0, 5))
+    return AttentionCall(
+        seed=draw(st.integers(0, 2**16)),
+        isa=draw(st.sampled_from(ISAS[::-1])),
+        threads=draw(st.sampled_from((1, 1, 2))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        batch=draw(st.integers(0, 3)),
+        length=draw(st.integers(0, 40)),
+        heads=draw(st.integers(1, 3)),
+        groups=draw(st.integers(1, 3)),
+        size=2 * draw(st.integers(1, 40) | st.sampled_from((8, 16, 32, 64))),
+        rows=rows,
+        tables=draw(st.sampled_from(("", "q", "k", "v", "qk", "kv", "qkv", "qkv"))),
+        bad_row=draw(st.sampled_from((-1, -1, -1, -2, rows, 2**31 - 1, -(2**31)))),
+        wide_angles=draw(st.booleans()),
+        own_angles=draw(st.booleans()),
+        ranges=draw(st.booleans()),
+        window=draw(st.sampled_from((0, 0, 1, 5, 70))),
+        causal=draw(st.booleans()),
+        not_finite=draw(st.sampled_from((False, False, True))),
+        layouts=[draw(st.sampled_from(LAYOUTS)) for _ in _ROLES],
+        wanted=draw(st.integers(0, 63)),
+    )
+
+
+def make_attention(case: AttentionCall) -> tuple[list[Tensor | None], Tensor]:
+    """Draw the operator's ten tensors and the gradient of its output."""
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype = getattr(torch, case.dtype)
+    layouts = dict(zip(_ROLES, case.layouts, strict=True))
+    groups, heads = case.groups, case.heads * case.groups
+
+    def draw(role: str, *shape: int, to: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator)
+        if case.not_finite and role in ("q", "k", "v") and values.numel():
+            place = int(torch.randint(0, values.numel(), (1,), generator=generator))
+            values.view(-1)[place] = float("nan") if case.seed % 2 else float("inf")
+        return lay_out(values.to(to), layouts[role])
+
+    tokens = (case.batch, case.length)
+    angles = (case.batch if case.own_angles else 1, case.length, case.size)
+    tensors: list[Tensor | None] = [
+        draw(role, *tokens, count, case.size)
+        for role, count in zip("qkv", (heads, groups, groups), strict=True)
+    ]
+    to = torch.float32 if case.wide_angles else dtype
+    tensors += [draw(role, *angles, to=to) for role in ("cos", "sin")]
+    for name, count in zip("qkv", (heads, groups, groups), strict=True):
+        wanted = name in case.tables
+        tensors.append(draw(f"crayon_{name}", case.rows, count, case.size) if wanted else None)
+    index = torch.randint(-1, case.rows, tokens, generator=generator, dtype=torch.int32)
+    if case.bad_row != -1 and index.numel():
+        place = int(torch.randint(0, index.numel(), (1,), generator=generator))
+        index.view(-1)[place] = case.bad_row
+    tensors.append(lay_out(index, layouts["row_index"]) if case.tables else None)
+    ranges = torch.randint(0, case.length + 1, (case.batch, 2), generator=generator).sort(1)[0]
+    tensors.append(ranges.int() if case.ranges else None)
+    return tensors, draw("grad", *tokens, heads, case.size)
+
+
+def run_attention(case: AttentionCall) -> None:
+    """Run a case forward and backward and check what came."""
+    note(case)
+    tensors, grad = make_attention(case)
+    options = (case.causal, case.window or None, None)
+    tokens = case.batch * case.length
+    bad_row = bool(case.tables) and tokens > 0 and not -1 <= case.bad_row < case.rows
+    op = torch.ops.collavo.crayon_attention
+    with machine(case.isa, case.threads):
+        if bad_row:
+            with pytest.raises(ValueError, match="row_index: "):
+                op(*tensors, *options, "cpu")
+            return
+        found = op(*tensors, *options, "cpu")
+        gradients = _backward(case, tensors, found, grad, options, "cpu")
+    wide = [x if x is None or not x.is_floating_point() else x.double() for x in tensors]
+    low = op(*tensors, *options, "reference")
+    exact = op(*wide, *options, "reference")
+    low_gradients = _backward(case, tensors, low, grad, options, "reference")
+    exact_gradients = _backward(case, wide, exact, grad.double(), options, "reference")
+    for one, two, three in zip(
+        (*found[:3], *gradients), (*low[:3], *low_gradients), (*exact[:3], *exact_gradients),
+        strict=True,
+    ):  # fmt: skip
+        assert one.shape == two.shape and one.dtype == two.dtype
+        if not case.not_finite:
+            _expect_close(one, two, three)
+
+
+def _expect_close(found: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Allow eight times plain PyTorch's error: of few values the largest error is a matter of luck.
+
+    What is wrong, and not only rounded, is off by far more than that.
+    """
+    if found.numel() < 64:
+        return
+    size = exact.abs().max()
+    honest = (low.double() - exact).abs().max() + torch.finfo(found.dtype).eps * size
+    error = (found.double() - exact).abs().max()
+    assert bool(error <= 8 * honest), f"error {error:.3e}, plain PyTorch's {honest:.3e}"
+
+
+def _backward(
+    case: AttentionCall,
+    tensors: list[Tensor | None],
+    results: tuple[Tensor, ...],
+    grad: Tensor,
+    options: tuple[Any, ...],
+    backend: str,
+) -> list[Tensor]:
+    out, key, value, lse = results
+    valued = tensors[7] is not None
+    prepared = [tensors[0], key, value if valued else tensors[2], *tensors[3:]]
+    flags = [
+        bool(case.wanted >> i & 1) and tensors[j] is not None
+        for i, j in enumerate((0, 1, 2, 5, 6, 7))
+    ]
+    extra = torch.ones_like(key) if case.seed % 3 else None
+    extra_value = torch.ones_like(value) if valued and case.seed % 2 else None
+    op = torch.ops.collavo.crayon_attention_backward
+    return list(op(grad, extra, extra_value, out, lse, flags, *prepared, *options, backend))

@@ -1,0 +1,103 @@
+"""A fuzzer that could not fail would be worthless: deliberate mistakes must stop the process."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzz_attention import AttentionCall, run_attention
+from fuzz_functions import (
+    DequantizeCase,
+    ProductCase,
+    RowsCase,
+    run_dequantize,
+    run_product,
+    run_rows,
+)
+from fuzz_linear import LinearCase, run_linear
+from fuzz_lookup import LookupCase, run_lookup
+from fuzz_support import SANITIZED, guarded, needs_native
+from torch import Tensor
+
+from collavo_kernels._native import native
+
+AGAIN = os.environ.get("COLLAVO_FUZZ_AGAIN", "")
+needs_sanitizers = pytest.mark.skipif(
+    not SANITIZED, reason="scripts/fuzz_native.sh builds with sanitizers"
+)
+RUNNERS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "LinearCase": (LinearCase, run_linear),
+    "DequantizeCase": (DequantizeCase, run_dequantize),
+    "ProductCase": (ProductCase, run_product),
+    "RowsCase": (RowsCase, run_rows),
+    "LookupCase": (LookupCase, run_lookup),
+    "AttentionCall": (AttentionCall, run_attention),
+}
+SURVIVED = 7
+
+
+def ends_of(act: Callable[[], None], report: Path) -> int:
+    """Do something in a process of its own, its errors in a file; returns how that ended."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()  # pytest's; it would print a trace
+        os.dup2(os.open(report, os.O_CREAT | os.O_WRONLY), 2)
+        act()
+        os._exit(SURVIVED)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def sum_rows(isa: int, short: str, kind: Callable[[Tensor], Tensor]) -> None:
+    """Sum grad [3, 16] into a row of 16, where one of them has a value less than it should."""
+    grad, table = (
+        kind(torch.ones(48 - (short == "grad"))),
+        kind(torch.ones(16 - (short == "table"))),
+    )
+    index = torch.zeros(3, dtype=torch.int32)
+    pointers = grad.data_ptr(), index.data_ptr(), table.data_ptr()
+    native().qlora_linear_sum_rows(isa, 0, *pointers, 3, 16, 1)
+
+
+@needs_native
+@pytest.mark.parametrize("short", ["nothing", "grad", "table"])
+def test_guarded_memory_stops_an_access_of_one_value_too_many(short: str, tmp_path: Path) -> None:
+    ended = ends_of(lambda: sum_rows(-1, short, guarded), tmp_path / "report")
+    assert (ended == SURVIVED) == (short == "nothing")
+
+
+@needs_native
+@needs_sanitizers
+@pytest.mark.parametrize("isa", [0, -1])
+@pytest.mark.parametrize(("short", "access"), [("grad", "READ"), ("table", "WRITE")])
+def test_sanitizers_see_one_value_too_many_in_torch_memory(
+    isa: int, short: str, access: str, tmp_path: Path
+) -> None:
+    report = tmp_path / "report"
+    assert ends_of(lambda: sum_rows(isa, short, torch.clone), report) != SURVIVED
+    # The report's kind differs: a vector's first byte is where it should be, its last one is not.
+    assert "ERROR: AddressSanitizer: " in report.read_text()
+    assert f"{access} of size" in report.read_text()
+
+
+@needs_native
+@needs_sanitizers
+def test_sanitizers_see_undefined_behaviour(tmp_path: Path) -> None:
+    """Row 2 of a would start 2 ** 63 values behind row 0, which no index holds."""
+    x = torch.ones(4)
+    a, b, c = (x.data_ptr(), 2**62, 1), (x.data_ptr(), 1, 1), (x.data_ptr(), 1)
+    product = native().qlora_linear_product
+    assert ends_of(lambda: product(0, a, b, c, (4, 1, 1)), tmp_path / "report") != SURVIVED
+    assert "runtime error: signed integer overflow" in (tmp_path / "report").read_text()
+
+
+@pytest.mark.skipif(not AGAIN, reason="for scripts/fuzz_native.sh --again FILE")
+def test_again() -> None:
+    noted = json.loads(Path(AGAIN).read_text())
+    kind, runner = RUNNERS[noted.pop("kind")]
+    runner(kind(**noted))
