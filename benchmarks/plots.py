@@ -1,7 +1,8 @@
 """Draw the kept results as SVG: one plot per operator and device, and one overview per device.
 
 ``python -m benchmarks.plots`` reads ``results/<device>/<op>.csv`` and writes
-``plots/<device>/<op>.svg`` and ``plots/<device>/overview.svg``. The colours are told apart by
+``plots/<device>/<op>.svg`` (one per mode, where one would be too long), what ``plots_qlora`` draws
+beside it, and ``plots/<device>/overview.svg``. The colours are told apart by
 colour-blind readers; the background is transparent and the text grey, for light and dark pages.
 """
 
@@ -10,53 +11,39 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import report
+from benchmarks import plots_qlora, report
+from benchmarks.plot_style import COLOURS, MARKERS, TEXT, pyplot, write
+from benchmarks.qlora_problem import BASE_ONLY
 
 PLOTS = Path(__file__).parent / "plots"
-TEXT = "#7d7d7d"
-# Okabe and Ito's palette without its black, which is lost on a dark page.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#999999")
 # They do other work (no crayon and RoPE, no adapters, a weight of 16 bits): the operator's own plot
 # and table show them, a speed over them would compare different things.
-OTHER_WORK = ("sdpa-alone", "bitsandbytes", "dense+lora")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
-STYLE = {
-    "svg.hashsalt": "collavo",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+OTHER_WORK = ("sdpa-alone", "dense+lora", *BASE_ONLY)
+# Longer plots are split; of a mode this many lines stand in the overview.
+MOST_LINES, OVERVIEW_LINES = 30, 6
 
 
 def is_ours(provider: str) -> bool:
-    """Whether the provider is this package (``ours``, ``ours:cpu``, ...)."""
-    return provider.split(":")[0] == "ours"
+    """Whether the provider is this package's whole operator (``ours``, ``ours:cpu``, ...)."""
+    return provider.split(":")[0] == "ours" and provider not in OTHER_WORK
 
 
 def is_peer(provider: str) -> bool:
     """Whether the provider is another way to do the operator's whole work."""
-    return not is_ours(provider) and provider != "reference" and provider not in OTHER_WORK
+    ours = provider.startswith("ours") or "reference" in provider
+    return not ours and provider not in OTHER_WORK
 
 
 def label(row: report.Measurement) -> str:
-    """Name a line of the plot: case, mode and dtype."""
-    return f"{row.case}, {row.mode}, {row.dtype}"
+    """Name a line of the plot: case, mode, dtype, and on a CPU threads and instruction set."""
+    return ", ".join(filter(None, (row.case, row.mode, row.dtype, row.on)))
 
 
 def providers(rows: Sequence[report.Measurement]) -> list[str]:
     """List the providers, ours first, else in the order of the file."""
     names = list(dict.fromkeys(row.provider for row in rows))
-    return sorted(names, key=lambda name: not is_ours(name))
+    return sorted(names, key=lambda name: not name.startswith("ours"))
 
 
 def speedups(rows: Sequence[report.Measurement]) -> dict[str, float]:
@@ -71,9 +58,28 @@ def speedups(rows: Sequence[report.Measurement]) -> dict[str, float]:
     return result
 
 
+def sheets(rows: Sequence[report.Measurement]) -> dict[str, list[report.Measurement]]:
+    """Split an operator's rows into plots of a readable length, by the end of their file's name."""
+    if len(set(map(label, rows))) <= MOST_LINES:
+        return {"": list(rows)}
+    parts: dict[str, list[report.Measurement]] = {}
+    for row in rows:
+        parts.setdefault("_" + report.slug(f"{row.mode} {row.on}"), []).append(row)
+    return parts
+
+
+def overview_lines(rows: Sequence[report.Measurement]) -> dict[str, float]:
+    """Return the first speedups of each mode, threads and instruction set."""
+    chosen: dict[str, float] = {}
+    for part in {(row.mode, row.on): None for row in rows}:
+        found = speedups([row for row in rows if (row.mode, row.on) == part])
+        chosen.update(list(found.items())[:OVERVIEW_LINES])
+    return chosen
+
+
 def draw_operator(rows: Sequence[report.Measurement], path: Path) -> None:
     """Draw the medians of one operator on one device, the roof as a tick on each line."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = list(dict.fromkeys(map(label, rows)))
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.32 * len(lines)))
     for index, name in enumerate(providers(rows)):
@@ -87,6 +93,7 @@ def draw_operator(rows: Sequence[report.Measurement], path: Path) -> None:
             ],
             fmt=MARKERS[index % len(MARKERS)],
             color=COLOURS[index % len(COLOURS)],
+            fillstyle="full" if index < len(COLOURS) else "none",
             markersize=6,
             elinewidth=1,
             label=name,
@@ -109,17 +116,19 @@ def draw_operator(rows: Sequence[report.Measurement], path: Path) -> None:
     axes.set_xlabel(f"median time, ms (p20 to p80 as a line; left is faster), {rows[0].device}")
     axes.set_title(rows[0].op, loc="left", fontweight="bold")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _write(figure, path)
+    write(figure, path)
 
 
 def draw_overview(groups: dict[str, list[report.Measurement]], path: Path) -> bool:
     """Draw the speed of the best of ours over the best peer's; False if nothing to draw."""
     bars = [
-        (op, name, value) for op, rows in groups.items() for name, value in speedups(rows).items()
+        (op, name, value)
+        for op, rows in groups.items()
+        for name, value in overview_lines(rows).items()
     ]
     if not bars:
         return False
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(bars)))
     operators = list(dict.fromkeys(op for op, _, _ in bars))
     for index, (op, _, value) in enumerate(bars):
@@ -140,24 +149,8 @@ def draw_overview(groups: dict[str, list[report.Measurement]], path: Path) -> bo
     axes.set_ylim(len(bars) - 0.5, -0.5)
     device = next(iter(groups.values()))[0].device
     axes.set_xlabel(f"speed over the best peer that does the same work (1 = equal), {device}")
-    _write(figure, path)
+    write(figure, path)
     return True
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    return plt
-
-
-def _write(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
-    _pyplot().close(figure)
 
 
 def draw_all(results: Path = report.RESULTS, plots: Path = PLOTS) -> list[Path]:
@@ -167,8 +160,11 @@ def draw_all(results: Path = report.RESULTS, plots: Path = PLOTS) -> list[Path]:
         groups = {path.stem: report.read_csv(path) for path in sorted(folder.glob("*.csv"))}
         groups = {op: rows for op, rows in groups.items() if rows}
         for op, rows in groups.items():
-            written.append(plots / folder.name / f"{op}.svg")
-            draw_operator(rows, written[-1])
+            for end, part in sheets(rows).items():
+                written.append(plots / folder.name / f"{op}{end}.svg")
+                draw_operator(part, written[-1])
+            if op == "qlora_linear":
+                written += plots_qlora.draw(rows, plots / folder.name)
         overview = plots / folder.name / "overview.svg"
         if groups and draw_overview(groups, overview):
             written.append(overview)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ from collavo.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import peers, plots, report  # noqa: E402
-from benchmarks.conftest import _percentiles  # noqa: E402
+from benchmarks import memory, peers, plots, report  # noqa: E402
 from benchmarks.roofline import Roof  # noqa: E402
+from benchmarks.timing import percentiles  # noqa: E402
 
 
 def measurement(**changes: Any) -> report.Measurement:
@@ -49,7 +50,8 @@ def test_saved_rows_are_read_back_and_replaced_by_later_ones(tmp_path: Path) -> 
     report.save([measurement(p50_ms=2.0)], tmp_path)
     assert [row.p50_ms for row in report.read_csv(path)] == [2.0, 1.0]
     table = path.with_suffix(".md").read_text()
-    assert "| decode | fwd  | bfloat16 | ours:cpu " in table and "50%" in table
+    on = measurement().on
+    assert f"| decode | fwd  | bfloat16 | {on} | ours:cpu " in table and "50%" in table
     assert table.index("bitsandbytes") < table.index("ours:cpu")  # the faster one first
     assert sorted(file.suffix for file in path.parent.iterdir()) == [".csv", ".md"]
 
@@ -70,7 +72,82 @@ def test_plots_are_drawn_from_the_files_and_are_the_same_each_time(tmp_path: Pat
     drawn = [plots.draw_all(tmp_path / "results", tmp_path / name) for name in ("a", "b")]
     assert [path.name for path in drawn[0]] == ["qlora_linear.svg", "overview.svg"]
     assert [p.read_text() for p in drawn[0]] == [p.read_text() for p in drawn[1]]
-    assert plots.speedups(rows) == {"decode, fwd, bfloat16": 2.5}
+    assert plots.speedups(rows) == {f"decode, fwd, bfloat16, {rows[0].on}": 2.5}
+
+
+def test_plots_over_tokens_are_drawn_and_long_plots_are_split(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        measurement(case=f"64x64/m{m}/r64", mode=mode, provider=provider)
+        for m in range(1, 20)
+        for mode in ("fwd", "fwd+bwd")
+        for provider in ("ours:cpu", "ours:int8", "bitsandbytes", "peft")
+    ]
+    report.save(rows, tmp_path / "results")
+    names = [path.stem for path in plots.draw_all(tmp_path / "results", tmp_path / "plots")]
+    parts = [report.slug(f"{mode} {rows[0].on}") for mode in ("fwd", "fwd+bwd")]
+    assert names == [
+        *(f"qlora_linear_{part}" for part in parts),
+        *(f"qlora_linear_tokens_{part}" for part in parts),
+        "overview",
+    ]
+
+
+def test_rows_of_other_threads_and_instruction_sets_stay(tmp_path: Path) -> None:
+    """A run with one thread must not replace one with two, nor an AVX2 run an AVX-512 one."""
+    rows = [measurement(threads=1, isa="avx512"), measurement(threads=2, isa="avx512")]
+    report.save(rows, tmp_path)
+    (path,) = report.save([measurement(threads=1, isa="avx2")], tmp_path)
+    assert [(row.threads, row.isa) for row in report.read_csv(path)] == [
+        (1, "avx512"),
+        (2, "avx512"),
+        (1, "avx2"),
+    ]
+    # The speed of one is not held against a peer of another.
+    peer = measurement(provider="peft", threads=2, isa="avx512", p50_ms=4.0)
+    assert plots.speedups([*rows, peer]) == {"decode, fwd, bfloat16, 2 x avx512": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        # Two generations under one name: family and model tell them apart.
+        (
+            "cpu family : 25\nmodel : 17\nmodel name : AMD EPYC\nstepping : 1\n",
+            "AMD EPYC family 25 model 17",
+        ),
+        ("cpu family : 6\nmodel : 85\nmodel name : Intel(R) Xeon(R) 8259CL\n", None),
+        ("model name : Virtual\n", "Virtual"),
+    ],
+)
+def test_a_processor_is_named_with_a_number(tmp_path: Path, lines: str, name: str | None) -> None:
+    (tmp_path / "cpuinfo").write_text(2 * f"processor : 0\n{lines}\n")
+    found = report.device_name(torch.device("cpu"), tmp_path / "cpuinfo")
+    assert found == (name or "Intel(R) Xeon(R) 8259CL")
+
+
+def test_the_last_level_cache_counts_each_instance_once(tmp_path: Path) -> None:
+    """Two cores on one 32 MiB cache rotate through 64 MiB, not 128."""
+    for cpu in range(os.cpu_count() or 1):
+        for index, (level, size, shared) in enumerate(
+            [("1", "32K", f"{cpu}"), ("3", "32M", "0-255"), ("2", "1024K", f"{cpu}")]
+        ):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+                (folder / name).write_text(text + "\n")
+    assert memory.last_level_cache(torch.device("cpu"), tmp_path) == 32 << 20
+    assert memory.last_level_cache(torch.device("cpu"), tmp_path / "none") == memory.UNKNOWN_CACHE
+    assert memory.copies_past_cache(1 << 40, torch.device("cpu")) == 2
+
+
+def test_peak_memory_on_a_cpu_is_what_lives_at_once() -> None:
+    """Two temporaries that live together count twice, one after the other once."""
+    x = torch.ones(1 << 20)
+    together = memory.peak_megabytes(lambda: (x + 1) * (x + 2), torch.device("cpu"))
+    in_turn = memory.peak_megabytes(lambda: [(x + 1).sum(), (x + 2).sum()], torch.device("cpu"))
+    assert together == pytest.approx(3 * x.nbytes / 1e6, rel=0.01)
+    assert in_turn == pytest.approx(x.nbytes / 1e6, rel=0.01)
 
 
 def test_the_roof_is_the_slower_of_memory_and_arithmetic() -> None:
@@ -81,8 +158,8 @@ def test_the_roof_is_the_slower_of_memory_and_arithmetic() -> None:
 
 
 def test_percentiles() -> None:
-    assert _percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
-    assert _percentiles([2.0]) == (2.0, 2.0, 2.0)
+    assert percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert percentiles([2.0]) == (2.0, 2.0, 2.0)
 
 
 def test_absent_peers_are_named() -> None:
@@ -95,9 +172,10 @@ def test_the_fixture_measures_and_the_table_is_printed(tmp_path: Path) -> None:
     """One benchmark file through pytest itself: quick selection, --full, and the summary."""
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    for name in ("__init__", "conftest", "peers", "report", "roofline"):
+    for name in ("__init__", "conftest", "memory", "peers", "report", "roofline", "timing"):
         text = (ROOT / "benchmarks" / f"{name}.py").read_text()
-        (folder / f"{name}.py").write_text(text.replace("1 << 28", "1 << 20").replace("1536", "64"))
+        text = text.replace("1 << 28", "1 << 20").replace("(512, 1024, 2048)", "(64,)")
+        (folder / f"{name}.py").write_text(text)
     (folder / "bench_sum.py").write_text(
         "import pytest, torch\n"
         "@pytest.mark.parametrize('n', [8, pytest.param(16, marks=pytest.mark.full)])\n"
@@ -105,13 +183,19 @@ def test_the_fixture_measures_and_the_table_is_printed(tmp_path: Path) -> None:
         "    x = torch.ones(n)\n"
         "    row = measure(x.sum, op='sum', provider='ours', case=f'n={n}', bytes=4 * n)\n"
         "    assert row is None or row.p20_ms <= row.p50_ms <= row.p80_ms\n"
+        "def pytest_generate_tests(metafunc):\n"
+        "    from benchmarks.conftest import turns\n"
+        "    if 'turn' in metafunc.fixturenames:\n"
+        "        metafunc.parametrize('turn', turns(metafunc.config))\n"
+        "def bench_turns(measure, turn):\n"
+        "    measure(torch.ones(8).sum, op='turns', provider='ours', case='c', in_turns=True)\n"
     )
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n"
     )
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--full"]
     result = subprocess.run(
-        [*command, "--device", "cpu", "--save-results", "-p", "no:cacheprovider"],
+        [*command, "--device=cpu", "--threads=1", "--save-results", "-p", "no:cacheprovider"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -120,7 +204,12 @@ def test_the_fixture_measures_and_the_table_is_printed(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "sum on " in result.stdout and "roof: read" in result.stdout
     (saved,) = (folder / "results").glob("*/sum.csv")
-    assert [row.case for row in report.read_csv(saved)] == ["n=8", "n=16"]
+    rows = report.read_csv(saved)
+    assert [(row.case, row.threads) for row in rows] == [("n=8", 1), ("n=16", 1)]
+    assert rows[0].peak_mb is not None and rows[0].peak_mb < 1e-3
+    # Turns are blocks of one measurement: one row.
+    (turned,) = (folder / "results").glob("*/turns.csv")
+    assert len(report.read_csv(turned)) == 1
 
 
 def test_bench_says_where_the_benchmarks_are_not(

@@ -1,0 +1,201 @@
+"""Hold kept results against the goals: ``python -m benchmarks.goals benchmarks/results/<device>``.
+
+A goal is a bound on one number from rows of one run on one device: how many times faster ours is
+than a peer, the fraction of the roof, or memory. Nothing here measures, and nothing asserts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.qlora_problem import BASE_ONLY
+
+NOT_MEASURED = "not measured here"
+SQUARE, WIDE, TALL = "4096x4096", "4096x11008", "11008x4096"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One bound.
+
+    Attributes:
+        what: In words, what ours is held against.
+        case: The rows' case.
+        mode: The rows' mode.
+        bound: ``speed``: peer's median over ours, at least; ``roof``: fraction, at least;
+            ``memory``: MB that ours allocates less than the peer, at least.
+        metric: ``speed``, ``roof`` or ``memory``.
+        peer: The peer's provider; empty for ``roof``.
+        ours: Our providers begin with this; the fastest counts. ``+graph`` at the end asks for
+            rows under CUDA graphs, else they are left out.
+        isa: The rows' instruction set; empty for a GPU.
+        threads: The rows' number of threads on a CPU.
+    """
+
+    what: str
+    case: str
+    mode: str
+    bound: float
+    metric: str = "speed"
+    peer: str = ""
+    ours: str = "ours"
+    isa: str = "avx512"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A goal, the number found (None: no such rows), and the row of ours that it came from."""
+
+    goal: Goal
+    found: float | None = None
+    row: report.Measurement | None = None
+
+    @property
+    def state(self) -> str:
+        """Met, not met or not measured here."""
+        if self.found is None:
+            return NOT_MEASURED
+        return "met" if self.found >= self.goal.bound else "not met"
+
+
+def _decode_cases(shape: str, counts: Iterable[int]) -> Iterator[str]:
+    return (f"{shape}/m{m}/r64" for m in counts)
+
+
+def _cpu_goals() -> Iterator[Goal]:
+    for m, bound in ((1, 1.6), (4, 1.4), (16, 1.4), (1024, 1.35)):
+        case = f"{SQUARE}/m{m}/r64"
+        yield Goal("bitsandbytes, base only", case, "fwd", bound, peer="bitsandbytes")
+    for case in _decode_cases(SQUARE, (1, 4, 16)):
+        yield Goal("PEFT + bitsandbytes", case, "fwd", 3.0, peer="peft")
+    for case in _decode_cases(SQUARE, (4, 16)):
+        what = "int8 activations, base, beside bitsandbytes, base"
+        yield Goal(what, case, "fwd", 2.2, peer="bitsandbytes", ours="ours:int8")
+    for m, bound in ((1, 50.0), (16, 12.0)):
+        case = f"{SQUARE}/m{m}/r64"
+        yield Goal("PEFT + bitsandbytes, gradients on", case, "fwd-grad", bound, peer="peft")
+    case = f"{SQUARE}/m1024/r64"
+    yield Goal("PEFT + bitsandbytes, a training step", case, "fwd+bwd", 1.25, peer="peft")
+    # At most 1.15 and 1.12 of the least possible time.
+    yield Goal("of the read bandwidth", f"{SQUARE}/m1/r64", "fwd", 0.87, "roof")
+    yield Goal("of the bfloat16 peak", case, "fwd", 0.89, "roof")
+    for m, bound in ((1, 20.0), (16, 3.8)):
+        case = f"{SQUARE}/m{m}/r64"
+        yield Goal("bitsandbytes, no AVX-512", case, "fwd", bound, peer="bitsandbytes", isa="avx2")
+
+
+def _gpu_goals() -> Iterator[Goal]:
+    graph = "ours+graph"
+    for shape, bound in ((SQUARE, 0.55), (WIDE, 0.75)):
+        for case in _decode_cases(shape, (1, 4, 16)):
+            yield Goal("of the read bandwidth", case, "fwd", bound, "roof", ours=graph, isa="")
+    for shape, m, bound in ((SQUARE, 1, 1.3), (WIDE, 1, 1.3), (SQUARE, 16, 2.5), (TALL, 16, 5.0)):
+        case = f"{shape}/m{m}/r64"
+        what, peer = "bitsandbytes, base only, both under CUDA graphs", "bitsandbytes+graph"
+        yield Goal(what, case, "fwd", bound, peer=peer, ours=graph, isa="")
+    for shape in (SQUARE, WIDE):
+        for case in _decode_cases(shape, (1, 4, 16)):
+            yield Goal("PEFT + bitsandbytes", case, "fwd", 10.0, peer="peft", isa="")
+            what = "PEFT + bitsandbytes, both under CUDA graphs"
+            yield Goal(what, case, "fwd", 4.0, peer="peft+graph", ours=graph, isa="")
+        case = f"{shape}/m2048/r64"
+        # At most 1.10 times as long.
+        yield Goal("bare bfloat16 F.linear", case, "fwd", 1 / 1.1, peer="dense", isa="")
+        yield Goal("PEFT + bitsandbytes", case, "fwd", 2.0, peer="peft", isa="")
+        by_hand = "dequantise, cuBLAS and LoRA apart, a training step"
+        yield Goal(by_hand, case, "fwd+bwd", 1.3, peer="dequantize+lora", isa="")
+        # A bfloat16 copy of the weight, which ours never makes.
+        size = 2e-6 * int(shape.split("x")[0]) * int(shape.split("x")[1])
+        memory = Goal(by_hand, case, "fwd+bwd", size, "memory", "dequantize+lora", isa="")
+        yield memory
+
+
+GOALS = {"qlora_linear": (*_cpu_goals(), *_gpu_goals())}
+
+
+def check(goal: Goal, rows: Sequence[report.Measurement]) -> Outcome:
+    """Find the goal's number in the rows of its operator."""
+    here = [row for row in rows if _fits(goal, row)]
+    ours = [row for row in here if _is_ours(goal, row.provider)]
+    peers = [row for row in here if row.provider == goal.peer]
+    if not ours or (goal.peer and not peers):
+        return Outcome(goal)
+    best = min(ours, key=lambda row: row.p50_ms)
+    if goal.metric == "roof":
+        return Outcome(goal, best.roof, best)
+    if goal.metric == "speed":
+        return Outcome(goal, peers[0].p50_ms / best.p50_ms, best)
+    if best.peak_mb is None or peers[0].peak_mb is None:
+        return Outcome(goal)
+    return Outcome(goal, peers[0].peak_mb - best.peak_mb, best)
+
+
+def _fits(goal: Goal, row: report.Measurement) -> bool:
+    on_cpu = bool(goal.isa)
+    there = row.isa == goal.isa and (not on_cpu or row.threads == goal.threads)
+    return there and (row.case, row.mode) == (goal.case, goal.mode)
+
+
+def _is_ours(goal: Goal, provider: str) -> bool:
+    graph = "+graph"
+    wanted, name = goal.ours.removesuffix(graph), provider.removesuffix(graph)
+    if goal.ours.endswith(graph) != provider.endswith(graph):
+        return False
+    return name == wanted or (name.startswith(wanted + ":") and name not in BASE_ONLY)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Lay the outcomes out as a markdown table, what was measured first."""
+    ranked = sorted(outcomes, key=lambda each: each.state == NOT_MEASURED)
+    lines = ["| case | mode | on | goal | measured | |", "|---|---|---|---|---|---|"]
+    for each in ranked:
+        goal = each.goal
+        on = f"{goal.threads} x {goal.isa}" if goal.isa else "GPU"
+        wanted = f"{_number(goal.bound, goal.metric)} {_words(goal)}"
+        found = "" if each.found is None else _number(each.found, goal.metric)
+        lines.append(f"| {goal.case} | {goal.mode} | {on} | {wanted} | {found} | {each.state} |")
+    return "\n".join(lines)
+
+
+def _number(value: float, metric: str) -> str:
+    if metric == "roof":
+        return f"{value:.0%}"
+    return f"{value:.2f}x" if metric == "speed" else f"{value:.0f} MB"
+
+
+def _words(goal: Goal) -> str:
+    if goal.metric == "memory":
+        return f"less than {goal.what}"
+    return goal.what if goal.metric == "roof" else f"the speed of {goal.what}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the goals of every operator whose results a folder keeps; 1 where it keeps none."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.goals", description=__doc__)
+    parser.add_argument("folder", type=Path, help="benchmarks/results/<device>")
+    folder = parser.parse_args(arguments).folder
+    found = False
+    for op, goals in GOALS.items():
+        path = folder / f"{op}.csv"
+        if not path.exists():
+            continue
+        found = True
+        rows = report.read_csv(path)
+        print(f"{op} on {rows[0].device if rows else folder.name}\n")
+        outcomes = [check(goal, rows) for goal in goals]
+        print(table(outcomes))
+        states = [each.state for each in outcomes]
+        counts = (f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+        print(f"\n{', '.join(counts)}")
+    if not found:
+        print(f"{folder}: no results of {', '.join(GOALS)}; run pytest with --save-results")
+    return 0 if found else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
