@@ -86,7 +86,7 @@ class Operator(Generic[Inputs]):
         Raises:
             ValueError: if ``requested`` (or ``COLLAVO_BACKEND``) is unknown, or cannot serve.
         """
-        requested = requested or _environment_choice(self.name)
+        requested = self.requested(requested)
         if requested:
             return self._named(inputs, device_type, requested)
         for backend in self.backends:
@@ -95,6 +95,10 @@ class Operator(Generic[Inputs]):
             if backend.declines(inputs) is None:
                 return backend
         return self.reference
+
+    def requested(self, name: str = "") -> str:
+        """Return the backend asked for: by name, else by the environment variable, else ``""``."""
+        return name or _environment_choice(self.name)
 
     def select_backward(
         self, inputs: Inputs, device_type: str, requested: str = ""

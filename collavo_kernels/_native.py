@@ -78,7 +78,9 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     if wanted != "best":
         if wanted not in module.isas():
             usable = ", ".join(module.isas())
-            return None, f"COLLAVO_ISA: expected one of {usable} on this machine, got {wanted!r}"
+            raise ValueError(
+                f"COLLAVO_ISA: expected best or one of {usable} on this machine, got {wanted!r}"
+            )
         module.use_isa(ISA_CODES[wanted])
     module.attach_thread_pool()
     return module, None

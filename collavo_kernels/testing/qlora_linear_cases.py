@@ -59,6 +59,7 @@ class QLoRACase:
 
 CASES = (
     QLoRACase("decode", "one token, the decoding path", (1,), 96, 128),
+    QLoRACase("decode_long", "more tiles than are gathered at once", (1,), 40, 1088),
     QLoRACase("few", "a token count that no tile divides, everything on", (7,), 70, 192, (3, 20),
               mask=True, rows=5, bias=True),
     QLoRACase("prefill", "batch and tokens, the strip path", (2, 33), 130, 256, mask=True, rows=9),
@@ -66,6 +67,7 @@ CASES = (
               mask=True, rows=5, bias=True),
     QLoRACase("halves", "tokens in two parts, a block of terms and a rank that are not whole",
               (530,), 70, 576, (3, 20), mask=True, rows=5, bias=True),
+    QLoRACase("thin", "sums that math libraries cut between threads", (70,), 24, 2048, (20, 17)),
     QLoRACase("wide_rank", "a rank of more than one block of terms", (70,), 48, 128, (515, 2)),
     QLoRACase("strips", "more rows than one strip holds", (40,), 1100, 320, (4, 8), bias=True),
     QLoRACase("plain_scales", "scales that are not double-quantised", (5,), 64, 128,

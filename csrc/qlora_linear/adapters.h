@@ -23,6 +23,10 @@ inline int64_t slots_of(int64_t rank) {
   return (rank + 1) / 2 * 2;
 }
 
+inline bool active(const ForwardArgs& args, int64_t index, int64_t token) {
+  return !args.adapter_mask || (args.adapter_mask[token] >> index & 1);
+}
+
 // Where one vector's worth of elements, or fewer behind the last, meets another.
 template <typename A, typename B>
 inline constexpr int64_t kStepOf = kLanes;
@@ -52,8 +56,8 @@ void shrink_tile(const ForwardArgs& args, int64_t index, const A* a, const X* x,
   for (auto& of_row : sums) {
     for (Vec& each : of_row) each = zeros();
   }
-  int64_t k = 0;
-  for (; k + kStepOf<A, X> <= columns; k += kStepOf<A, X>) {
+  // Columns are a multiple of 64.
+  for (int64_t k = 0; k < columns; k += kStepOf<A, X>) {
     for (int r = 0; r < kRows; ++r) {
       for (int m = 0; m < kTokens; ++m) {
         sums[r][m] = step(sums[r][m], a + r * columns + k, x + (token + m) * columns + k);
@@ -63,11 +67,7 @@ void shrink_tile(const ForwardArgs& args, int64_t index, const A* a, const X* x,
   for (int r = 0; r < kRows; ++r) {
     for (int m = 0; m < kTokens; ++m) {
       float value = sum(sums[r][m]);
-      for (int64_t i = k; i < columns; ++i) {
-        value += to_float(a[r * columns + i]) * to_float(x[(token + m) * columns + i]);
-      }
-      const bool active = !args.adapter_mask || (args.adapter_mask[token + m] >> index & 1);
-      value = active ? args.adapters[index].scaling * value : 0.0f;
+      value = active(args, index, token + m) ? args.adapters[index].scaling * value : 0.0f;
       const int64_t at = (token + m) * hidden.slots + slot + r;
       hidden.wide[at] = value;
       from_float(value, hidden.narrow + at);
@@ -165,8 +165,10 @@ inline Vec add_square(Vec sums, const Vec (&square)[kLanes],
 // sums[m][r] += B[row + r] . hidden[token + m] for the rows of a panel. A square of B is turned
 // once, so that rows are lanes, and serves all tokens.
 template <typename B>
-void expand_panel(const Adapter& adapter, const B* b, int64_t rows, int64_t row, int64_t token,
+void expand_panel(const ForwardArgs& args, int64_t index, const B* b, int64_t row, int64_t token,
                   int64_t tokens, int64_t slot, const Hidden& hidden, float* sums) {
+  const Adapter& adapter = args.adapters[index];
+  const int64_t rows = args.weight.rows;
   using E = Expansion<B>;
   constexpr int64_t kWidth = E::kPer * kLanes;
   for (int64_t r = 0; r < kPanel; r += kLanes) {
@@ -188,9 +190,16 @@ void expand_panel(const Adapter& adapter, const B* b, int64_t rows, int64_t row,
       const int64_t used = (some + E::kPer - 1) / E::kPer;
       for (int64_t m = 0; m < tokens; ++m) {
         const auto* value = E::values(hidden) + (token + m) * hidden.slots + slot + first;
+        // An idle adapter is nothing to a token, whatever its values are.
+        if (!active(args, index, token + m)) continue;
         float* to = sums + m * kPanel + r;
-        store(to, used == kLanes ? add_square<B, kLanes>(load(to), square, value, kLanes)
-                                 : add_square<B, 1>(load(to), square, value, used));
+        if (used == kLanes) {
+          store(to, add_square<B, kLanes>(load(to), square, value, used));
+        } else if (kLanes >= 8 && used % 4 == 0) {
+          store(to, add_square<B, kLanes / 2 < 4 ? 1 : 4>(load(to), square, value, used));
+        } else {
+          store(to, add_square<B, 1>(load(to), square, value, used));
+        }
       }
     }
   }
@@ -202,7 +211,7 @@ inline void expand(const ForwardArgs& args, int64_t row, int64_t token, int64_t 
   for (int64_t index = 0; index < args.num_adapters; ++index) {
     const Adapter& adapter = args.adapters[index];
     with_type(adapter.dtype, adapter.b, [&](const auto* b) {
-      expand_panel(adapter, b, args.weight.rows, row, token, tokens, slot, hidden, sums);
+      expand_panel(args, index, b, row, token, tokens, slot, hidden, sums);
     });
     slot += slots_of(adapter.rank);
   }

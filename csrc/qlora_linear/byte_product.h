@@ -5,7 +5,6 @@
 
 #if defined(__AVX512VNNI__)
 
-#include <algorithm>
 #include <cmath>
 
 #include "qlora_linear/panel_product.h"
@@ -39,17 +38,20 @@ struct ByteProduct {
       most = _mm512_max_ps(most, size);
     }
     const float largest = _mm512_reduce_max_ps(most);
-    const __m512 inverse = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+    // Below this the inverse is no number any more; such values count as zeros.
+    const bool usable = !invalid && largest > 1e-30f;
+    const __m512 inverse = _mm512_set1_ps(usable ? 127.0f / largest : 0.0f);
     __m512i bytes = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
     for (int i = 3; i >= 0; --i) {
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse));
+      const __m512i whole =
+          _mm512_maskz_cvtps_epi32(usable ? 0xffff : 0, _mm512_mul_ps(part[i], inverse));
       sum = _mm512_add_epi32(sum, whole);
       bytes = _mm512_alignr_epi64(bytes, bytes, 6);
       bytes = _mm512_inserti32x4(bytes, _mm512_cvtsepi32_epi8(whole), 0);
     }
     _mm512_storeu_si512(to->values, _mm512_permutexvar_epi8(byte_order(), bytes));
     // An infinity or NaN has no place on the grid: it makes every result of its token a NaN.
-    to->scale = invalid ? NAN : largest * (1.0f / 127.0f / 127.0f);
+    to->scale = invalid ? NAN : usable ? largest * (1.0f / 127.0f / 127.0f) : 0.0f;
     to->minus = -128 * _mm512_reduce_add_epi32(sum);
   }
 

@@ -16,8 +16,6 @@ namespace collavo::qlora_linear {
 
 namespace {
 
-constexpr int64_t kGathered = 8;  // tiles that are gathered at once from a weight in rows
-
 // Tokens in groups of almost equal size, none above 16.
 struct Groups {
   int64_t tokens, count;
@@ -29,19 +27,25 @@ struct Groups {
 // x in the order of the product: by group, chunk of 64 columns and token.
 template <typename Product, typename T>
 void arrange(const T* x, const Groups& groups, int64_t columns, typename Product::X* to) {
-  for (int64_t g = 0; g < groups.count; ++g) {
-    for (int64_t k = 0; k < columns; k += kChunk) {
-      for (int64_t m = groups.begin(g); m < groups.begin(g + 1); ++m, to += Product::kPerChunk) {
-        Product::arrange(x + m * columns + k, to);
+  const int64_t chunks = columns / kChunk;
+  const int64_t grain = std::max<int64_t>(1, 512 / groups.tokens);
+  parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t first = groups.begin(g), count = groups.begin(g + 1) - first;
+      for (int64_t i = begin; i < end; ++i) {
+        auto* chunk = to + (first * chunks + i * count) * Product::kPerChunk;
+        for (int64_t m = 0; m < count; ++m) {
+          Product::arrange(x + (first + m) * columns + i * kChunk, chunk + m * Product::kPerChunk);
+        }
       }
     }
-  }
+  });
 }
 
 template <typename Product, int kTokens>
 void run_panel(const Tiles& tiles, int64_t panel, const typename Product::X* x, float* sums) {
-  alignas(64) uint8_t room[kGathered * kTile];
-  const int64_t step = tiles.run(kGathered);
+  alignas(64) uint8_t room[kRun * kTile];
+  const int64_t step = tiles.run(kRun);
   for (int64_t first = 0; first < tiles.chunks(); first += step) {
     const int64_t count = std::min(step, tiles.chunks() - first);
     Product::template run<kTokens>(tiles.get(panel, first, count, room), count,

@@ -50,11 +50,9 @@ int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters, i
 }
 
 int64_t many_scratch(int64_t terms, const int64_t* ranks, int64_t num_adapters) {
-  // Blocks of 512 terms, each row of which has 32 more to spare.
-  constexpr int64_t kBlock = 512, kStride = kBlock + 32;
   int64_t blocks = (terms + kBlock - 1) / kBlock;
   for (int64_t i = 0; i < num_adapters; ++i) blocks += (ranks[i] + kBlock - 1) / kBlock;
-  return blocks * kMostTokensAtOnce * kStride;
+  return blocks * kMostTokensAtOnce * kLeftStride;
 }
 
 }  // namespace collavo::qlora_linear

@@ -8,6 +8,8 @@
 // of a tile.
 #pragma once
 
+#include <type_traits>
+
 #include "qlora_linear/panels.h"
 #include "qlora_linear/simd.h"
 
@@ -198,7 +200,14 @@ struct FloatProduct {
   static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
     const Planes planes;
     if constexpr (kTokens <= 2) {
-      for (int half = 0; half < 2; ++half) direct<kTokens>(planes, tiles, count, x, half, sums);
+      // By runs, so that sums are added up at the same places in either order of the weight.
+      for (int64_t first = 0; first < count; first += kRun) {
+        const int64_t some = count - first < kRun ? count - first : kRun;
+        const X* values = x + first * kTokens * kChunk;
+        for (int half = 0; half < 2; ++half) {
+          direct<kTokens>(planes, tiles + first * kTile, some, values, half, sums);
+        }
+      }
     } else {
       alignas(32) float buffer[kTiles * kTile4 * 8];
       for (int64_t first = 0; first < count; first += kTiles) {

@@ -28,6 +28,9 @@ constexpr int64_t kLines = 8;
 constexpr int64_t kScaleBytes = kPanel * sizeof(float);
 constexpr int64_t kTile = kScaleBytes + kLines * kLine;
 
+// Tiles that are gathered at once from a weight in rows.
+constexpr int64_t kRun = 8;
+
 inline int64_t panels_of(int64_t rows) {
   return (rows + kPanel - 1) / kPanel;
 }

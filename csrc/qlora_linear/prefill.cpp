@@ -19,7 +19,7 @@ namespace {
 
 // A block of the left side for so many tokens stays in the second-level cache while so many strips
 // use it.
-constexpr int64_t kMostStrips = 4;
+constexpr int64_t kMostStrips = 2;
 constexpr int64_t kBlockTiles = kBlock / kChunk;
 constexpr int64_t kBlockPanels = kBlock / kPanel;
 

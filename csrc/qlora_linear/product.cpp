@@ -1,5 +1,6 @@
-// Small float32 matrix products whose bits do not depend on the number of threads. Libraries cut
-// thin products along the sum when they have threads to spare; here every element is one sum.
+// Float32 matrix products whose bits do not depend on the number of threads. Libraries cut the sum
+// between threads where a product has few rows or columns; here a thread owns elements, and the
+// sum of each is cut at the same places for any number of them.
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -9,54 +10,90 @@ namespace collavo::qlora_linear {
 
 namespace {
 
-constexpr int64_t kPanel = 64;
 constexpr int64_t kVectors = 2;
+constexpr int64_t kWidth = kVectors * kLanes;
+// So many rows of sums fill the registers.
+constexpr int64_t kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+// Terms that are added up before they meet the rest: long sums lose digits. Copies of so many terms
+// of both factors stay in the first-level cache; a row is a little longer than a power of two.
+constexpr int64_t kTerms = 256;
+constexpr int64_t kStride = kTerms + 16;
 
-// c[i0 : i0 + kRows, j : j + kVectors * kLanes], b's columns side by side.
-template <int kRows>
-void block(const ProductArgs& args, int64_t i0, int64_t j) {
-  Vec sums[kRows][kVectors];
-  for (auto& line : sums) {
-    for (Vec& each : line) each = zeros();
-  }
-  for (int64_t p = 0; p < args.k; ++p) {
-    const float* b = args.b + p * args.b_row + j;
-    for (int r = 0; r < kRows; ++r) {
-      const Vec a = broadcast(args.a[(i0 + r) * args.a_row + p * args.a_column]);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(a, load(b + v * kLanes), sums[r][v]);
+struct Buffers {
+  alignas(64) float a[kRows * kStride];
+  alignas(64) float b[kTerms * kWidth];
+  alignas(64) float c[kRows * kWidth];
+};
+
+void copy_a(const ProductArgs& args, int64_t i, int64_t rows, int64_t first, int64_t terms,
+            float* to) {
+  for (int64_t r = 0; r < rows; ++r, to += kStride) {
+    const float* from = args.a + (i + r) * args.a_row + first * args.a_column;
+    if (args.a_column == 1) {
+      std::copy(from, from + terms, to);
+    } else {
+      for (int64_t p = 0; p < terms; ++p) to[p] = from[p * args.a_column];
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    float* c = args.c + (i0 + r) * args.c_row + j;
-    for (int v = 0; v < kVectors; ++v) store(c + v * kLanes, sums[r][v]);
-  }
 }
 
-void element(const ProductArgs& args, int64_t i, int64_t j) {
-  const float* a = args.a + i * args.a_row;
-  const float* b = args.b + j * args.b_column;
-  int64_t p = 0;
-  Vec sums = zeros();
-  if (args.a_column == 1 && args.b_row == 1) {
-    for (; p + kLanes <= args.k; p += kLanes) sums = fma(load(a + p), load(b + p), sums);
-  }
-  float rest = 0.0f;
-  for (; p < args.k; ++p) rest += a[p * args.a_column] * b[p * args.b_row];
-  args.c[i * args.c_row + j] = sum(sums) + rest;
-}
-
-void panel(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j_begin,
-           int64_t j_end) {
-  int64_t j = j_begin;
+void copy_b(const ProductArgs& args, int64_t j, int64_t width, int64_t first, int64_t terms,
+            float* to) {
+  const float* from = args.b + first * args.b_row + j * args.b_column;
+  if (width < kWidth) std::fill(to, to + terms * kWidth, 0.0f);
   if (args.b_column == 1) {
-    for (; j + kVectors * kLanes <= j_end; j += kVectors * kLanes) {
-      int64_t i = i_begin;
-      for (; i + 4 <= i_end; i += 4) block<4>(args, i, j);
-      for (; i < i_end; ++i) block<1>(args, i, j);
+    for (int64_t p = 0; p < terms; ++p) {
+      std::copy(from + p * args.b_row, from + p * args.b_row + width, to + p * kWidth);
+    }
+    return;
+  }
+  for (int64_t w = 0; w < width; ++w) {
+    for (int64_t p = 0; p < terms; ++p) {
+      to[p * kWidth + w] = from[w * args.b_column + p * args.b_row];
     }
   }
-  for (int64_t i = i_begin; i < i_end; ++i) {
-    for (int64_t rest = j; rest < j_end; ++rest) element(args, i, rest);
+}
+
+// c [kRows, kWidth] = a b for one copy of each.
+void multiply(const float* a, const float* b, int64_t terms, float* c) {
+  Vec sums[kRows][kVectors];
+  for (auto& row : sums) {
+    for (Vec& each : row) each = zeros();
+  }
+  for (int64_t p = 0; p < terms; ++p, b += kWidth) {
+    Vec right[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < kRows; ++r) {
+      const Vec left = broadcast(a[r * kStride + p]);
+      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = fma(left, right[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) store(c + r * kWidth + v * kLanes, sums[r][v]);
+  }
+}
+
+void add_block(const ProductArgs& args, int64_t i, int64_t rows, int64_t j, int64_t width,
+               bool first, const float* from) {
+  for (int64_t r = 0; r < rows; ++r, from += kWidth) {
+    float* to = args.c + (i + r) * args.c_row + j;
+    for (int64_t w = 0; w < width; ++w) to[w] = first ? from[w] : to[w] + from[w];
+  }
+}
+
+void panel(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j, Buffers& buffers) {
+  const int64_t width = std::min(kWidth, args.n - j);
+  for (int64_t first = 0; first < args.k || first == 0; first += kTerms) {
+    const int64_t terms = std::min(kTerms, args.k - first);
+    copy_b(args, j, width, first, terms, buffers.b);
+    for (int64_t i = i_begin; i < i_end; i += kRows) {
+      const int64_t rows = std::min(kRows, i_end - i);
+      copy_a(args, i, rows, first, terms, buffers.a);
+      multiply(buffers.a, buffers.b, terms, buffers.c);
+      add_block(args, i, rows, j, width, first == 0, buffers.c);
+    }
   }
 }
 
@@ -65,18 +102,16 @@ void panel(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j_be
 namespace COLLAVO_ISA {
 
 void product(const ProductArgs& args) {
-  const int64_t work = 65536;
-  if (args.m > args.n) {
-    const int64_t grain = std::max<int64_t>(4, work / std::max<int64_t>(1, args.n * args.k));
-    parallel_for(args.m, grain,
-                 [&](int64_t begin, int64_t end) { panel(args, begin, end, 0, args.n); });
-    return;
-  }
-  // Panels start where vectors do, so an element is summed the same way in any of them.
-  const int64_t grain = std::max<int64_t>(1, work / std::max<int64_t>(1, args.m * args.k * kPanel));
-  parallel_for((args.n + kPanel - 1) / kPanel, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      panel(args, 0, args.m, p * kPanel, std::min(args.n, (p + 1) * kPanel));
+  const int64_t panels = (args.n + kWidth - 1) / kWidth;
+  const int64_t tiles = (args.m + kRows - 1) / kRows;
+  const int64_t work = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, args.k * kWidth * kRows));
+  const bool by_rows = tiles > panels;
+  parallel_for(by_rows ? tiles : panels, work, [&](int64_t begin, int64_t end) {
+    Buffers buffers = {};  // rows that a tile lacks stay zero or what they were: they are not kept
+    for (int64_t p = by_rows ? 0 : begin; p < (by_rows ? panels : end); ++p) {
+      const int64_t i_begin = by_rows ? begin * kRows : 0;
+      const int64_t i_end = by_rows ? std::min(args.m, end * kRows) : args.m;
+      panel(args, i_begin, i_end, p * kWidth, buffers);
     }
   });
 }

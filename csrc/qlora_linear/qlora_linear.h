@@ -15,7 +15,7 @@ namespace collavo::qlora_linear {
 // Codes two a byte, the first of two neighbours in the high half, in blocks over the flattened
 // matrix. Scales: float32 per block, or with double_quant one blob of
 //   offset float32 | outer float32 [ceil(blocks / 256)] | code float32 [256] | uint8 [blocks].
-// In panels (panels.h) the codes lie beside float32 scales; the blob is not read then.
+// In panels (panels.h) the codes lie beside float32 scales, which are read in place of the blob's.
 struct NF4 {
   const uint8_t* packed;
   const uint8_t* scales;
@@ -65,6 +65,9 @@ struct ForwardArgs {
 
 // Tokens that forward_many() and grad_x_many() take at once.
 constexpr int64_t kMostTokensAtOnce = 512;
+// They cut sums into blocks of so many terms. A block's row of x is a little longer in memory: rows
+// a power of two apart would fall into the same lines of the cache.
+constexpr int64_t kBlock = 512, kLeftStride = kBlock + 32;
 
 // Many tokens in bfloat16, on processors with bfloat16 products (avx512).
 //   forward_many: out = [x, hidden] [W, B]^T + row_table[row_index] + bias    [tokens, rows]

@@ -74,17 +74,8 @@ inline void store(T* to, Vec values) {
   store16(to, values);
 }
 
-// kLanes bytes to 2 * kLanes weights: those of the high halves, and those of the low halves.
 struct Decoder {
   Vec table = _mm512_load_ps(kNF4Code);
-
-  void split(const uint8_t* bytes, Vec scale, Vec* high, Vec* low) const {
-    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-    const __m512i index = _mm512_cvtepu8_epi32(raw);
-    *high = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table), scale);
-    // The permutation reads the low four bits of an index.
-    *low = _mm512_mul_ps(_mm512_permutexvar_ps(index, table), scale);
-  }
 
   // kLanes / 2 bytes to kLanes weights in their own order.
   Vec ordered(const uint8_t* bytes, Vec scale) const {
@@ -153,13 +144,6 @@ struct Decoder {
     const Vec choose = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index),
                             _mm256_permutevar8x32_ps(upper, index), choose);
-  }
-
-  void split(const uint8_t* bytes, Vec scale, Vec* high, Vec* low) const {
-    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-    const __m256i index = _mm256_cvtepu8_epi32(raw);
-    *high = _mm256_mul_ps(find(_mm256_srli_epi32(index, 4)), scale);
-    *low = _mm256_mul_ps(find(index), scale);
   }
 
   Vec ordered(const uint8_t* bytes, Vec scale) const {

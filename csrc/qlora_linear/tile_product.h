@@ -18,10 +18,7 @@ namespace collavo::qlora_linear {
 
 namespace {
 
-constexpr int64_t kStrip = 32;   // outputs
-constexpr int64_t kBlock = 512;  // terms of the sum
-// Not a power of two: rows of it must not fall into the same lines of the cache.
-constexpr int64_t kLeftStride = kBlock + 32;
+constexpr int64_t kStrip = 32;       // outputs
 constexpr int64_t kTileTokens = 12;  // 24 registers of sums
 
 inline __m512bh pairs_of(const void* from) {
@@ -32,6 +29,7 @@ template <int kTokens>
 void tile_product(const BFloat16* left, const uint32_t* right, int64_t pairs, bool first,
                   float* sums) {
   __m512 tile[kTokens][2];
+#pragma GCC unroll 12
   for (int m = 0; m < kTokens; ++m) {
     for (int half = 0; half < 2; ++half) {
       tile[m][half] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + m * kStrip + 16 * half);
@@ -48,6 +46,7 @@ void tile_product(const BFloat16* left, const uint32_t* right, int64_t pairs, bo
       tile[m][1] = _mm512_dpbf16_ps(tile[m][1], high, pair);
     }
   }
+#pragma GCC unroll 12
   for (int m = 0; m < kTokens; ++m) {
     _mm512_storeu_ps(sums + m * kStrip, tile[m][0]);
     _mm512_storeu_ps(sums + m * kStrip + 16, tile[m][1]);

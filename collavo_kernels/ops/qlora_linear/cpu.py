@@ -9,6 +9,7 @@ products are native too; elsewhere PyTorch's matrix product runs on the strips.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -27,9 +28,6 @@ from collavo_kernels.ops.qlora_linear.reference import checked_rows
 
 FEW_TOKENS = 64
 _CHUNK = 64
-# The math library cuts float32 products thinner than this along the sum, so their bits would depend
-# on the number of threads.
-_THIN = 16
 _STRIP_BYTES = 1 << 20
 _BEST = -1
 
@@ -61,7 +59,8 @@ def _int8_declines(inputs: QLoRAInputs) -> str | None:
 
 def forward(inputs: QLoRAInputs) -> Tensor:
     """Return ``[M, N]`` in x's dtype."""
-    checked_rows(inputs)
+    if inputs.row_index is not None:
+        inputs = replace(inputs, row_index=checked_rows(inputs))
     in_tiles = cannot_pack(inputs.shape, inputs.block_size) is None
     if in_tiles and inputs.x.shape[0] <= FEW_TOKENS:
         return _forward_few(_module(), inputs)
@@ -222,9 +221,10 @@ def _forward_many(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    (m, k), n = a.shape, b.shape[1]
-    if min(m, n, k) > _THIN or a.dtype != torch.float32:
+    # PyTorch's float32 product gives other bits with other numbers of threads.
+    if a.dtype != torch.float32:
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    (m, k), n = a.shape, b.shape[1]
     if out is None:
         out = a.new_empty((m, n))
     left = (a.data_ptr(), *a.stride())
@@ -289,8 +289,10 @@ def _grad_x(
 def _grad_row_table(module: ModuleType, inputs: QLoRAInputs, grad: Tensor) -> Tensor:
     if inputs.row_table is None or inputs.row_index is None:
         raise ValueError("row_table: a gradient was asked for, but there is none")
-    checked_rows(inputs)
-    grad, index = grad.contiguous(), inputs.row_index.contiguous()
+    index = checked_rows(inputs)
+    if index is None:
+        raise ValueError("row_index: a gradient of row_table was asked for, but there is none")
+    grad, index = grad.contiguous(), index.contiguous()
     table = grad.new_empty(inputs.row_table.shape, dtype=torch.float32)
     pointers = (grad.data_ptr(), index.data_ptr(), table.data_ptr())
     shape = (*grad.shape, table.shape[0])

@@ -228,7 +228,7 @@ class NF4Weight:
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """Return the weight on another device, in bitsandbytes' order; the same bytes."""
-        rows = self.to_rows() if torch.device(device) != self.device else self
+        rows = self.to_rows() if torch.device(device).type != self.device.type else self
         return replace(rows, packed=rows.packed.to(device), scales=rows.scales.to(device))
 
     def to_panels(self) -> NF4Weight:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from collavo_kernels._backends import Backend, Operator
@@ -14,6 +15,10 @@ from collavo_kernels.ops.qlora_linear import cpu, cuda, reference
 from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
 from collavo_kernels.ops.qlora_linear.validation import validate, validate_backward
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? scales, SymInt out_features, int block_size, "
     "bool double_quant, Tensor[] a, Tensor[] b, float[] scaling, Tensor? adapter_mask, "
@@ -98,8 +103,9 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
 def _forward(x: Tensor, *rest: Any, int8_activations: bool = False, backend: str = "") -> Tensor:
     validate(x, *rest)
     inputs = _bundle(x, *rest, int8_activations=int8_activations)
-    if int8_activations:
+    if int8_activations and x.numel() and inputs.out_features:
         # Asked for by name like a backend: nothing else serves in its place.
+        backend = OPERATOR.requested(backend)
         if backend not in ("", "cpu"):
             raise ValueError(f"int8_activations: backend {backend!r} does not round x to 8 bits")
         backend = "cpu"
@@ -123,7 +129,9 @@ def _backward(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Te
     chosen = OPERATOR.select_backward(inputs, x.device.type, backend)
     if chosen.backward is None:
         raise RuntimeError(f"qlora_linear: backend {chosen.name!r} has no backward")
-    found = chosen.backward(inputs, grad.reshape(-1, inputs.out_features), mask)
+    # A backward inside an autocast region has the same bits as one outside.
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        found = chosen.backward(inputs, grad.reshape(-1, inputs.out_features), mask)
     grad_x = None if found.x is None else found.x.view(x.shape)
     every = [grad_x, found.weight, found.row_table, found.bias, *found.a, *found.b]
     return [x.new_empty(0) if each is None else each for each in every]
@@ -223,6 +231,25 @@ def _call(
     return op(*head, *call, *branches, *epilogue, *tail, backend=backend)
 
 
+def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    if forward_ad._current_level >= 0:
+        return True  # a tangent: the Function says that there is no such derivative
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _nobody_listens(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Say whether no dispatch key below autograd would do anything: no mode, subclass or lazy view.
+
+    Only then may the operator's own code be called in place of the dispatcher.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return all(
+        t is None or (type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor())
+        for t in tensors
+    )
+
+
 def _autograd(
     x: Tensor,
     weight: Tensor,
@@ -242,12 +269,12 @@ def _autograd(
     backend: str = "",
 ) -> Tensor:
     tensors = (x, weight, scales, adapter_mask, row_table, row_index, bias, *a, *b)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    if not _wants_gradient(tensors):
         facts = (out_features, block_size, double_quant, a, b, scaling)
         call = (x, weight, scales, *facts, adapter_mask, row_table, row_index, bias)
         options: Any = {"int8_activations": int8_activations, "backend": backend}
-        if type(x) is Tensor and not torch._C._len_torch_dispatch_stack():
-            # Nobody listens below, and dispatching again costs as much as the checks.
+        if _nobody_listens(tensors):
+            # Dispatching again costs as much as all checks.
             return _forward(*call, **options)
         with torch._C._AutoDispatchBelowAutograd():
             plain: Tensor = torch.ops.collavo.qlora_linear.default(*call, **options)

@@ -94,6 +94,8 @@ def _validate_bytes(
         raise ValueError(f"block_size: expected one of {choices}, got {block_size}")
     if packed.dim() == 3:
         reason = nf4_panels.cannot_pack(shape, block_size)
+        if reason is None and packed.device.type not in ("cpu", "meta"):
+            reason = f"it is on {packed.device}, and panels are for CPU kernels; use to_rows()"
         if reason is not None:
             raise ValueError(f"weight: cannot lie in panels: {reason}")
         expect_tensor("weight", packed, shape=nf4_panels.panels_shape(shape))

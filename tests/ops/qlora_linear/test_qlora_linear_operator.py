@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from collavo_kernels import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
@@ -248,3 +249,58 @@ def test_weights_that_cannot_be() -> None:
         quantize_nf4(torch.randn(0, 64))
     with pytest.raises(TypeError, match="dtype: expected one of"):
         W.dequantize(torch.int32)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_lazy_signs_and_zeros_are_seen(backend: str) -> None:
+    # A view that only says "negated" or "zero" must not reach code that reads memory.
+    call = make_call(BY_NAME["few"])
+    with torch.no_grad():
+        for name in ("x", "bias", "row_table"):
+            value = getattr(call, name)
+            lazy = torch._neg_view(value)
+            out = replace(call, **{name: lazy}).run(backend)
+            torch.testing.assert_close(out, replace(call, **{name: -value}).run(backend))
+        first, second = call.adapters
+        a = first._replace(a=torch._neg_view(first.a))
+        expected = replace(call, adapters=(first._replace(a=-first.a), second)).run(backend)
+        torch.testing.assert_close(replace(call, adapters=(a, second)).run(backend), expected)
+        nothing = torch._efficientzerotensor(second.b.shape)
+        out = replace(call, adapters=(first, second._replace(b=nothing))).run(backend)
+        zeros = second._replace(b=torch.zeros_like(second.b))
+        torch.testing.assert_close(out, replace(call, adapters=(first, zeros)).run(backend))
+
+
+def test_subclasses_are_dispatched() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    call = make_call(BY_NAME["few"])
+    bias = call.bias.detach()
+    with torch.no_grad():
+        out = replace(call, bias=TwoTensor(bias, bias)).run()
+        assert isinstance(out, TwoTensor)
+        torch.testing.assert_close(out.a, call.run())
+
+
+def test_a_tangent_is_refused_not_dropped() -> None:
+    x = torch.randn(2, 64)
+    weight = quantize_nf4(torch.randn(8, 64))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        qlora_linear(forward_ad.make_dual(x, torch.ones_like(x)), weight)
+
+
+def test_backward_inside_autocast_has_the_same_bits() -> None:
+    call = make_call(BY_NAME["prefill"])
+    grad = torch.randn(2, 33, 130)
+    _, expected = call.gradients(grad)
+    out = call.run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, call.leaves(), grad)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_an_nf4_weight_gets_no_gradient_from_the_backward_operator() -> None:
+    call = make_call(BY_NAME["no_adapters"])
+    op = torch.ops.collavo.qlora_linear_backward.default
+    with pytest.raises(ValueError, match="output_mask: a 4-bit weight cannot get a gradient"):
+        op(torch.randn(6, 48), *flat(call), [True, True, False, False])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from collavo_kernels import NF4Weight, qlora_linear, quantize_nf4
-from collavo_kernels._native import best_isa, native
+from collavo_kernels._native import ISA_CODES, best_isa, native
 from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE
 from collavo_kernels.testing import relative_error
 from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACase, make_call
@@ -78,8 +78,18 @@ def test_panels_of_another_weight_are_refused() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("case", IN_TILES, ids=lambda c: c.name)
-def test_same_bits_in_either_order(case: QLoRACase) -> None:
+def test_same_bits_in_either_order(
+    case: QLoRACase, isa: str, request: pytest.FixtureRequest
+) -> None:
+    module = native()
+    assert module is not None
+    if isa not in module.isas():
+        pytest.skip(f"this processor or build has no {isa}")
+    best = ISA_CODES[module.best_isa()]
+    request.addfinalizer(lambda: module.use_isa(best))
+    module.use_isa(ISA_CODES[isa])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         call = make_call(case, dtype)
         grad = torch.randn(*case.tokens, case.n).to(dtype)
@@ -157,6 +167,14 @@ def test_bytes_keep_a_bad_token_to_itself() -> None:
     assert torch.equal(out[[0, 3]], good[[0, 3]])
     assert out[1:3].isnan().all()
     assert (qlora_linear(torch.zeros(2, 128), weight, int8_activations=True) == 0).all()
+
+
+@needs_bytes
+def test_bytes_of_nothing_and_of_next_to_nothing() -> None:
+    weight = quantize_nf4(torch.randn(32, 64))
+    assert qlora_linear(torch.empty(0, 64), weight, int8_activations=True).shape == (0, 32)
+    tiny = qlora_linear(torch.full((1, 64), 1e-38), weight, int8_activations=True)
+    assert (tiny == 0).all()
 
 
 @needs_native
