@@ -12,8 +12,9 @@ from benchmarks.plot_style import COLOURS, MARKERS, TEXT, pyplot, write
 RANK = "r64"
 MODES = ("fwd", "fwd+bwd")
 LEFT_OUT = ("reference", "compile(reference)", "dequantize+lora", "dense+lora")
-# Ours first: the operator, then its base alone with 8-bit activations; peers by what they do.
+# What ours is held against, bar by bar.
 RATIOS = ("peft", "bitsandbytes", "dense")
+SPEEDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 Rows = Sequence[report.Measurement]
 
 
@@ -111,36 +112,39 @@ def _token_axis(axes: Any, rows: Rows) -> None:
 
 
 def _speed(axes: Any, rows: Rows) -> None:
-    """Peers' medians over ours as bars; a tick where a kernel at the roof would be."""
+    """Peers' medians over ours as bars from 1; a tick where a kernel at the roof would be."""
     ours = _best(rows)
-    width = 0.8 / len(RATIOS)
-    for index, peer in enumerate(RATIOS):
+    peers = [peer for peer in RATIOS if any(row.provider == peer for row in rows)]
+    width = 0.8 / max(len(peers), 1)
+    for index, peer in enumerate(peers):
         theirs = {_tokens(row): row for row in rows if row.provider == peer}
-        pairs = [
-            (i, row, theirs[_tokens(row)]) for i, row in enumerate(ours) if _tokens(row) in theirs
+        pairs = [(i, row, theirs.get(_tokens(row))) for i, row in enumerate(ours)]
+        bars = [
+            (i + (index - (len(peers) - 1) / 2) * width, other.p50_ms / row.p50_ms, row.roof)
+            for i, row, other in pairs
+            if other is not None
         ]
-        if not pairs:
-            continue
-        places = [i + (index - (len(RATIOS) - 1) / 2) * width for i, _, _ in pairs]
-        values = [other.p50_ms / row.p50_ms for _, row, other in pairs]
-        axes.bar(places, values, width * 0.9, color=COLOURS[index], label=f"speed over {peer}")
+        places, values = [bar[0] for bar in bars], [bar[1] for bar in bars]
+        heights = [value - 1 for value in values]
+        colour = COLOURS[RATIOS.index(peer)]
+        axes.bar(places, heights, 0.9 * width, 1, color=colour, label=f"speed over {peer}")
         for place, value in zip(places, values, strict=True):
             axes.annotate(
                 f"{value:.1f}",
-                (place, value),
+                (place, max(value, 1.0)),
                 xytext=(0, 2),
                 textcoords="offset points",
                 ha="center",
                 fontsize=7,
             )
-        roofs = [
-            v / row.roof if row.roof else v for v, (_, row, _) in zip(values, pairs, strict=True)
-        ]
+        roofs = [value / roof if roof else value for _, value, roof in bars]
         axes.plot(places, roofs, "_", color=TEXT, markersize=9, label="at the roof")
     axes.axhline(1.0, color=TEXT, linewidth=1)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    marks = [mark for mark in SPEEDS if low <= mark <= high]
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.minorticks_off()
     axes.set_xticks(range(len(ours)), [str(_tokens(row)) for row in ours])
     axes.set_xlabel("tokens")
     if axes.get_subplotspec().is_first_col():
