@@ -147,24 +147,27 @@ def run_attention(case: AttentionCall) -> None:
     exact = op(*wide, *options, "reference")
     low_gradients = _backward(case, tensors, low, grad, options, "reference")
     exact_gradients = _backward(case, wide, exact, grad.double(), options, "reference")
+    largest = float(exact[3].nan_to_num(0.0, 0.0, 0.0).abs().amax()) if exact[3].numel() else 0.0
     for one, two, three in zip(
         (*found[:3], *gradients), (*low[:3], *low_gradients), (*exact[:3], *exact_gradients),
         strict=True,
     ):  # fmt: skip
         assert one.shape == two.shape and one.dtype == two.dtype
         if not case.not_finite:
-            _expect_close(one, two, three)
+            _expect_close(one, two, three, largest)
 
 
-def _expect_close(found: Tensor, low: Tensor, exact: Tensor) -> None:
+def _expect_close(found: Tensor, low: Tensor, exact: Tensor, score: float) -> None:
     """Allow eight times plain PyTorch's error: of few values the largest error is a matter of luck.
 
-    What is wrong, and not only rounded, is off by far more than that.
+    And a rounding of the largest score, which is as much of the weight that comes of it, on values
+    of at least unit size, as the inputs have: with a single key plain PyTorch hits a weight of 1
+    and a gradient of 0 exactly. What is wrong, not only rounded, is off by far more.
     """
     if found.numel() < 64:
         return
-    size = exact.abs().max()
-    honest = (low.double() - exact).abs().max() + torch.finfo(found.dtype).eps * size
+    band = torch.finfo(found.dtype).eps * (1 + score) * exact.abs().max().clamp_min(1.0)
+    honest = (low.double() - exact).abs().max() + band
     error = (found.double() - exact).abs().max()
     assert bool(error <= 8 * honest), f"error {error:.3e}, plain PyTorch's {honest:.3e}"
 
