@@ -70,14 +70,15 @@ if ! CXX="g++ -fsanitize=address,undefined" COLLAVO_BUILD_CUDA=0 \
 fi
 echo "fuzz_native: built after $SECONDS s; fuzzing with seed $seed, $examples examples of each kind"
 
-# Leaks are Python's own, and its allocator would hide an object's ends. An abort leaves a trace.
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:strict_init_order=1:allocator_may_return_null=1
+# Leaks are Python's own, and its allocator would hide an object's ends.
+export ASAN_OPTIONS=detect_leaks=0:exitcode=99:strict_init_order=1:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1
 export COLLAVO_FUZZ_EXAMPLES=$examples COLLAVO_FUZZ_SANITIZED=1
 export COLLAVO_FUZZ_NOTE=$PWD/case.json COLLAVO_FUZZ_AGAIN=$again
 export COLLAVO_BACKEND= PYTHONPATH=$PWD PYTHONMALLOC=malloc OMP_WAIT_POLICY=passive
 rm -f "$COLLAVO_FUZZ_NOTE"
-LD_PRELOAD=$preload "$python" -X faulthandler -m pytest tests/fuzz -p no:cacheprovider -q -rs \
+# Not captured: a sanitizer's report would be lost with the process.
+LD_PRELOAD=$preload "$python" -m pytest tests/fuzz -p no:cacheprovider -p no:faulthandler -q -rs -s \
   --hypothesis-seed="$seed" ${again:+-k again}
 status=$?
 if [ $status -ne 0 ]; then

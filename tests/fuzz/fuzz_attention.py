@@ -67,20 +67,20 @@ class AttentionCall:
 @st.composite
 def attention_calls(draw: Callable[[Any], Any]) -> AttentionCall:
     """Draw head dims around the edges of vectors, few tokens, and every option."""
-    rows = draw(st.integers(0, 5))
+    rows = draw(st.sampled_from((1, 2, 3, 4, 5, 0)))
     return AttentionCall(
         seed=draw(st.integers(0, 2**16)),
         isa=draw(st.sampled_from(ISAS[::-1])),
         threads=draw(st.sampled_from((1, 1, 2))),
         dtype=draw(st.sampled_from(DTYPES)),
-        batch=draw(st.integers(0, 3)),
+        batch=draw(st.sampled_from((1, 2, 3, 2, 1, 0))),
         length=draw(st.integers(0, 40)),
         heads=draw(st.integers(1, 3)),
         groups=draw(st.integers(1, 3)),
         size=2 * draw(st.integers(1, 40) | st.sampled_from((8, 16, 32, 64))),
         rows=rows,
         tables=draw(st.sampled_from(("", "q", "k", "v", "qk", "kv", "qkv", "qkv"))),
-        bad_row=draw(st.sampled_from((-1, -1, -1, -2, rows, 2**31 - 1, -(2**31)))),
+        bad_row=draw(st.sampled_from((*[-1] * 30, -2, rows, 2**31 - 1, -(2**31)))),
         wide_angles=draw(st.booleans()),
         own_angles=draw(st.booleans()),
         ranges=draw(st.booleans()),

@@ -97,38 +97,45 @@ class LinearCase:
 
 @st.composite
 def linear_cases(draw: Callable[[Any], Any]) -> LinearCase:
-    """Draw shapes around the edges of tiles, panels, groups, strips and blocks of terms."""
+    """Draw shapes around the edges of tiles, panels, groups, strips and blocks of terms.
+
+    The best instruction set, bfloat16 and guarded ends come twice as often: only they meet masked
+    loads, which sanitizers do not see.
+    """
     mask = draw(st.booleans())
     adapters = draw(st.integers(0, 4) | (st.just(8) if mask else st.nothing()))
     rank = st.integers(0, 9) | st.sampled_from((16, 17, 31, 32, 33, 65))
-    rows = draw(st.integers(-1, 5))
-    tiles = st.integers(1, 11).map(lambda x: 64 * x)
+    rows = draw(st.sampled_from((-1, 0, 1, 2, 3, 4, 5)))
     sizes = st.sampled_from((1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129))
+    any_k, tiles = st.integers(1, 140) | sizes, st.integers(1, 11).map(lambda x: 64 * x)
     batches = draw(st.sampled_from((0, 0, 0, 1, 2)))
-    tokens = draw(st.integers(1, 70) | st.sampled_from((1, 16, 64, 65, 128, 300, 513)))
+    many = st.integers(65, 140) | st.sampled_from((64, 65, 128, 300, 513))
+    tokens = draw(st.integers(1, 70) | many)
     return LinearCase(
         seed=draw(st.integers(0, 2**16)),
-        isa=draw(st.sampled_from(ISAS[::-1])),
+        isa=draw(st.sampled_from((*ISAS[::-1], ISAS[-1]))),
         threads=draw(st.sampled_from((1, 1, 1, 2))),
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=draw(st.sampled_from((*DTYPES, "bfloat16"))),
         batches=batches,
         tokens=-(-tokens // max(batches, 1)),
         n=draw(st.integers(1, 140) | sizes),
-        k=draw(tiles | tiles | st.integers(1, 140) | sizes),
+        k=draw(
+            st.sampled_from((True, True, False)).flatmap(lambda tiled: tiles if tiled else any_k)
+        ),
         block_size=draw(st.sampled_from((64, *BLOCK_SIZES))),
         double_quant=draw(st.booleans()),
         panels=draw(st.booleans()),
-        garbage=draw(st.sampled_from((False, False, True))),
+        garbage=draw(st.sampled_from((False, False, False, True))),
         ranks=[draw(rank) for _ in range(adapters)],
         wide=draw(st.sampled_from((0, 0, 2**16 - 1)) | st.integers(0, 2**16 - 1)),
         sides_wide=draw(st.booleans()),
         mask=mask,
         rows=rows,
-        bad_row=draw(st.sampled_from((-1, -1, -1, -2, rows, rows + 1, 2**31 - 1, -(2**31)))),
+        bad_row=draw(st.sampled_from((*[-1] * 30, -2, rows, rows + 1, 2**31 - 1, -(2**31)))),
         bias=draw(st.booleans()),
         odd_values=draw(st.lists(st.sampled_from(("x", "a", "b", "table", "bias")), max_size=1)),
-        layouts=[draw(st.sampled_from(LAYOUTS)) for _ in _ROLES],
-        int8=draw(st.sampled_from((False, False, False, True))),
+        layouts=[draw(st.sampled_from((*LAYOUTS, "end"))) for _ in _ROLES],
+        int8=draw(st.sampled_from((*[False] * 9, True))),
         wanted=draw(st.integers(0, 2**20 - 1)),
     )
 
