@@ -59,6 +59,8 @@ void shrink_tile(const ForwardArgs& args, int64_t index, const A* a, const X* x,
   // Columns are a multiple of 64.
   for (int64_t k = 0; k < columns; k += kStepOf<A, X>) {
     for (int r = 0; r < kRows; ++r) {
+      // The rows that come next. Behind the last one it is a hint that comes to nothing.
+      fetch(a + (kRows + r) * columns + k);
       for (int m = 0; m < kTokens; ++m) {
         sums[r][m] = step(sums[r][m], a + r * columns + k, x + (token + m) * columns + k);
       }

@@ -88,7 +88,8 @@ void forward_with(const ForwardArgs& args, const T* x, T* out) {
   int64_t slots = 0;
   for (int64_t i = 0; i < args.num_adapters; ++i) slots += slots_of(args.adapters[i].rank);
   X* arranged = reinterpret_cast<X*>(args.scratch);
-  float* wide = args.scratch + args.tokens * columns;
+  float* sums = args.scratch + args.tokens * columns;  // by panel and token
+  float* wide = sums + args.tokens * panels_of(args.weight.rows) * kPanel;
   const Hidden hidden{wide, reinterpret_cast<BFloat16*>(wide + args.tokens * slots), slots};
   const Groups groups(args.tokens);
   arrange<Product>(x, groups, columns, arranged);
@@ -97,17 +98,22 @@ void forward_with(const ForwardArgs& args, const T* x, T* out) {
   const int64_t width = columns / kChunk * Product::kPerChunk;
   const int64_t grain = std::max<int64_t>(1, 65536 / (kPanel * columns));
   parallel_for(panels_of(args.weight.rows), grain, [&](int64_t begin, int64_t end) {
+    // Nothing but codes is read until all of them are: a stream from memory that is interrupted
+    // takes long to come up to speed again.
+    const int64_t stride = args.tokens * kPanel;
+    std::fill(sums + begin * stride, sums + end * stride, 0.0f);
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t g = 0; g < groups.count; ++g) {
         const int64_t first = groups.begin(g), count = groups.begin(g + 1) - first;
-        // Only what is used is cleared: more stores between two panels slow the stream of codes.
-        alignas(64) float sums[kMostTokens * kPanel];
-        std::fill(sums, sums + count * kPanel, 0.0f);
-        kRunners[count - 1](tiles, panel, arranged + first * width, sums);
-        expand(args, panel * kPanel, first, count, hidden, sums);
-        for (int64_t m = 0; m < count; ++m) {
-          finish(args, panel * kPanel, first + m, sums + m * kPanel, out);
-        }
+        kRunners[count - 1](tiles, panel, arranged + first * width,
+                            sums + panel * stride + first * kPanel);
+      }
+    }
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float* of_panel = sums + panel * stride;
+      expand(args, panel * kPanel, 0, args.tokens, hidden, of_panel);
+      for (int64_t m = 0; m < args.tokens; ++m) {
+        finish(args, panel * kPanel, m, of_panel + m * kPanel, out);
       }
     }
   });

@@ -43,10 +43,11 @@ void product(int isa, const ProductArgs& args) {
   COLLAVO_RETURN_PER_ISA(isa, product(args));
 }
 
-int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters, int64_t total_rank) {
-  // x as float32 in the order of the products, and the hidden values, an even number per adapter,
-  // as float32 and as bfloat16.
-  return tokens * (columns + 2 * (total_rank + num_adapters));
+int64_t forward_scratch(int64_t tokens, int64_t rows, int64_t columns, int64_t num_adapters,
+                        int64_t total_rank) {
+  // x as float32 in the order of the products, the sums of whole panels, and the hidden values, an
+  // even number per adapter, as float32 and as bfloat16.
+  return tokens * (columns + (rows + 15) / 16 * 16 + 2 * (total_rank + num_adapters));
 }
 
 int64_t many_scratch(int64_t terms, const int64_t* ranks, int64_t num_adapters) {

@@ -135,7 +135,8 @@ void sum_rows(int isa, const SumRowsArgs& args);
 void product(int isa, const ProductArgs& args);
 
 // float32 values that forward() needs as scratch.
-int64_t forward_scratch(int64_t tokens, int64_t columns, int64_t num_adapters, int64_t total_rank);
+int64_t forward_scratch(int64_t tokens, int64_t rows, int64_t columns, int64_t num_adapters,
+                        int64_t total_rank);
 
 // bfloat16 values that forward_many() (terms: columns) and grad_x_many() (terms: rows) need.
 int64_t many_scratch(int64_t terms, const int64_t* ranks, int64_t num_adapters);

@@ -194,6 +194,15 @@ struct Decoder {
 
 #endif
 
+// Asks for a line of memory; a hint, for any address.
+inline void fetch(const void* line) {
+#if defined(__AVX2__)
+  _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1);
+#else
+  (void)line;
+#endif
+}
+
 // Calls function(pointer of the dtype's type).
 template <typename Function>
 inline void with_type(DType dtype, const void* pointer, const Function& function) {
