@@ -39,18 +39,28 @@ RUNNERS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "LookupCase": (LookupCase, run_lookup),
     "AttentionCall": (AttentionCall, run_attention),
 }
-SURVIVED = 7
+SURVIVED, RAISED = 7, 8
 
 
-def ends_of(act: Callable[[], None], report: Path) -> int:
-    """Do something in a process of its own, its errors in a file; returns how that ended."""
+def survives(act: Callable[[], None], report: Path) -> bool:
+    """Do something in a process of its own, its errors in a file; say whether it came to its end.
+
+    Raises:
+        RuntimeError: if it raised, which is neither.
+    """
     child = os.fork()
     if child == 0:
         faulthandler.disable()  # pytest's; it would print a trace
         os.dup2(os.open(report, os.O_CREAT | os.O_WRONLY), 2)
-        act()
-        os._exit(SURVIVED)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            act()
+            os._exit(SURVIVED)
+        finally:
+            os._exit(RAISED)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if ended == RAISED:
+        raise RuntimeError("raised instead of reaching the wrong access")
+    return ended == SURVIVED
 
 
 def sum_rows(isa: int, short: str, kind: Callable[[Tensor], Tensor]) -> None:
@@ -67,8 +77,8 @@ def sum_rows(isa: int, short: str, kind: Callable[[Tensor], Tensor]) -> None:
 @needs_native
 @pytest.mark.parametrize("short", ["nothing", "grad", "table"])
 def test_guarded_memory_stops_an_access_of_one_value_too_many(short: str, tmp_path: Path) -> None:
-    ended = ends_of(lambda: sum_rows(-1, short, guarded), tmp_path / "report")
-    assert (ended == SURVIVED) == (short == "nothing")
+    ended_well = survives(lambda: sum_rows(-1, short, guarded), tmp_path / "report")
+    assert ended_well == (short == "nothing")
 
 
 @needs_native
@@ -79,7 +89,7 @@ def test_sanitizers_see_one_value_too_many_in_torch_memory(
     isa: int, short: str, access: str, tmp_path: Path
 ) -> None:
     report = tmp_path / "report"
-    assert ends_of(lambda: sum_rows(isa, short, torch.clone), report) != SURVIVED
+    assert not survives(lambda: sum_rows(isa, short, torch.clone), report)
     # The report's kind differs: a vector's first byte is where it should be, its last one is not.
     assert "ERROR: AddressSanitizer: " in report.read_text()
     assert f"{access} of size" in report.read_text()
@@ -92,7 +102,7 @@ def test_sanitizers_see_undefined_behaviour(tmp_path: Path) -> None:
     x = torch.ones(4)
     a, b, c = (x.data_ptr(), 2**62, 1), (x.data_ptr(), 1, 1), (x.data_ptr(), 1)
     product = native().qlora_linear_product
-    assert ends_of(lambda: product(0, a, b, c, (4, 1, 1)), tmp_path / "report") != SURVIVED
+    assert not survives(lambda: product(0, a, b, c, (4, 1, 1)), tmp_path / "report")
     assert "runtime error: signed integer overflow" in (tmp_path / "report").read_text()
 
 
