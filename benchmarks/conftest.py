@@ -122,9 +122,8 @@ def measure(
     ) -> report.Measurement | None:
         benchmark.group = f"{op} {mode} {case}"
         parts = timing.TURNS if in_turns else 1
-        share = budget / parts
-        if device.type == "cuda":
-            share /= 4  # the rounds only say how many events to time
+        # On a GPU the rounds only say how many events to time.
+        share = budget / parts / (4 if device.type == "cuda" else 1)
         taken = timing.rounds_of(benchmark, fn, device, share, -(-5 // parts))
         if not taken:
             return None

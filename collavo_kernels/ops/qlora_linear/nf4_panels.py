@@ -68,7 +68,9 @@ def to_panels(packed: Tensor, scales: Tensor, shape: tuple[int, int], block_size
 def to_rows(panels: Tensor, rows: int) -> Tensor:
     """Return the codes of the first ``rows`` rows in bitsandbytes' order, uint8 ``[bytes, 1]``."""
     count, tiles, _ = panels.shape
-    lines = panels[:, :, ROWS * 4 :].contiguous().view(torch.int32).view(count, tiles, _LINES, ROWS)
+    # A copy, since bytes of any alignment are no dwords.
+    bytes_ = panels[:, :, ROWS * 4 :].clone(memory_format=torch.contiguous_format)
+    lines = bytes_.view(torch.int32).view(count, tiles, _LINES, ROWS)
     codes = lines.permute(0, 3, 1, 2).reshape(count * ROWS, tiles * _LINES)[:rows]
     return codes.contiguous().view(torch.uint8).view(-1, 1)
 

@@ -131,7 +131,7 @@ def _backward(grad: Tensor, x: Tensor, *rest: Any, backend: str = "") -> list[Te
         raise RuntimeError(f"qlora_linear: backend {chosen.name!r} has no backward")
     # A backward inside an autocast region has the same bits as one outside.
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        found = chosen.backward(inputs, grad.reshape(-1, inputs.out_features), mask)
+        found = chosen.backward(inputs, grad.reshape(inputs.x.shape[0], inputs.out_features), mask)
     grad_x = None if found.x is None else found.x.view(x.shape)
     every = [grad_x, found.weight, found.row_table, found.bias, *found.a, *found.b]
     return [x.new_empty(0) if each is None else each for each in every]
