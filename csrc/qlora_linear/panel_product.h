@@ -27,8 +27,7 @@ inline void arrange_floats(const int (&order)[8], const T* from, float* to) {
   }
 }
 
-// Sums that run side by side, so that one need not wait for another: `ready` products a cycle of
-// latency `ready` are in flight.
+// Sums of one token that run side by side: with few tokens a product would else wait for the last.
 constexpr int chains(int tokens) {
   return tokens <= 2 ? 4 : tokens <= 5 ? 2 : 1;
 }
@@ -49,6 +48,30 @@ inline void add_scaled(__m512 (&parts)[kTokens][kChains], const uint8_t* tile,
     for (int c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, parts[m][c]);
     totals[m] = _mm512_fmadd_ps(sum, scale, totals[m]);
   }
+}
+
+// What all products of float32 sums share: tiles and their scales. Product adds a line of codes.
+template <typename Product, int kTokens>
+inline void run_tiles(const uint8_t* tiles, int64_t count, const typename Product::X* x,
+                      float* sums) {
+  constexpr int kChains = chains(kTokens);
+  const auto table = Product::table();
+  __m512 totals[kTokens];
+  for (int m = 0; m < kTokens; ++m) totals[m] = _mm512_loadu_ps(sums + m * kPanel);
+  for (int64_t t = 0; t < count; ++t, tiles += kTile, x += kTokens * kChunk) {
+    __m512 parts[kTokens][kChains];
+    for (auto& of_token : parts) {
+      for (__m512& part : of_token) part = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < kLines; ++line) {
+      const uint8_t* codes = tiles + kScaleBytes + line * kLine;
+      fetch_ahead(codes);
+      Product::add_line(_mm512_loadu_si512(codes), table, x + line * 8, parts);
+    }
+    add_scaled<kTokens, kChains>(parts, tiles, totals);
+  }
+  for (int m = 0; m < kTokens; ++m) _mm512_storeu_ps(sums + m * kPanel, totals[m]);
 }
 
 #endif
@@ -75,29 +98,11 @@ struct PairProduct {
 
   template <int kTokens>
   static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
-    constexpr int kChains = chains(kTokens);
-    const __m512i table = code_table();
-    __m512 totals[kTokens];
-    for (int m = 0; m < kTokens; ++m) totals[m] = _mm512_loadu_ps(sums + m * kPanel);
-    for (int64_t t = 0; t < count; ++t, tiles += kTile, x += kTokens * kChunk) {
-      __m512 parts[kTokens][kChains];
-      for (auto& of_token : parts) {
-        for (__m512& part : of_token) part = _mm512_setzero_ps();
-      }
-#pragma GCC unroll 8
-      for (int64_t line = 0; line < kLines; ++line) {
-        const uint8_t* codes = tiles + kScaleBytes + line * kLine;
-        fetch_ahead(codes);
-        add_line<kTokens, kChains>(_mm512_loadu_si512(codes), table, x + line * 8, parts);
-      }
-      add_scaled<kTokens, kChains>(parts, tiles, totals);
-    }
-    for (int m = 0; m < kTokens; ++m) _mm512_storeu_ps(sums + m * kPanel, totals[m]);
+    run_tiles<PairProduct, kTokens>(tiles, count, x, sums);
   }
 
- private:
   // Twice the sixteen codes: a look-up reads five bits of its lane, and the fifth does not matter.
-  static __m512i code_table() {
+  static __m512i table() {
     alignas(64) BFloat16 codes[32];
     for (int i = 0; i < 32; ++i) from_float(kNF4Code[i % 16], codes + i);
     return _mm512_load_si512(codes);
@@ -119,6 +124,7 @@ struct PairProduct {
     }
   }
 
+ private:
   static __m512bh look_up(__m512i codes, __m512i table) {
     return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(codes, table));
   }
@@ -146,33 +152,24 @@ struct FloatProduct {
 
   template <int kTokens>
   static void run(const uint8_t* tiles, int64_t count, const X* x, float* sums) {
-    constexpr int kChains = chains(kTokens);
-    const __m512 table = _mm512_load_ps(kNF4Code);
-    __m512 totals[kTokens];
-    for (int m = 0; m < kTokens; ++m) totals[m] = _mm512_loadu_ps(sums + m * kPanel);
-    for (int64_t t = 0; t < count; ++t, tiles += kTile, x += kTokens * kChunk) {
-      __m512 parts[kTokens][kChains];
-      for (auto& of_token : parts) {
-        for (__m512& part : of_token) part = _mm512_setzero_ps();
-      }
-      for (int64_t line = 0; line < kLines; ++line) {
-        const uint8_t* codes = tiles + kScaleBytes + line * kLine;
-        fetch_ahead(codes);
-        __m512i index = _mm512_loadu_si512(codes);
+    run_tiles<FloatProduct, kTokens>(tiles, count, x, sums);
+  }
+
+  static __m512 table() { return _mm512_load_ps(kNF4Code); }
+
+  template <int kTokens, int kChains>
+  static inline void add_line(__m512i codes, __m512 table, const X* x,
+                              __m512 (&parts)[kTokens][kChains]) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i, index = _mm512_srli_epi32(index, 4)) {
-          // The permutation reads the low four bits of an index.
-          const __m512 weight = _mm512_permutexvar_ps(index, table);
+    for (int i = 0; i < 8; ++i, codes = _mm512_srli_epi32(codes, 4)) {
+      // The permutation reads the low four bits of an index.
+      const __m512 weight = _mm512_permutexvar_ps(codes, table);
 #pragma GCC unroll 16
-          for (int m = 0; m < kTokens; ++m) {
-            const __m512 value = _mm512_set1_ps(x[m * kChunk + line * 8 + i]);
-            parts[m][i % kChains] = _mm512_fmadd_ps(weight, value, parts[m][i % kChains]);
-          }
-        }
+      for (int m = 0; m < kTokens; ++m) {
+        const __m512 value = _mm512_set1_ps(x[m * kChunk + i]);
+        parts[m][i % kChains] = _mm512_fmadd_ps(weight, value, parts[m][i % kChains]);
       }
-      add_scaled<kTokens, kChains>(parts, tiles, totals);
     }
-    for (int m = 0; m < kTokens; ++m) _mm512_storeu_ps(sums + m * kPanel, totals[m]);
   }
 };
 
