@@ -145,7 +145,8 @@ def _forward_few(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
     epilogue = [0 if each is None else each.data_ptr() for each in (mask, table, index, bias)]
     ranks = sum(a.shape[0] for a in inputs.a)
     scratch = x.new_empty(
-        module.qlora_linear_scratch(m, inputs.out_features, k, len(adapters), ranks), dtype=torch.float32
+        module.qlora_linear_scratch(m, inputs.out_features, k, len(adapters), ranks),
+        dtype=torch.float32,
     )
     arguments = (_weight(inputs), DTYPE_CODES[x.dtype], x.data_ptr(), m, adapters, epilogue)
     pointers = (scratch.data_ptr(), out.data_ptr())
