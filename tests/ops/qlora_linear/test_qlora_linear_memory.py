@@ -1,4 +1,4 @@
-"""What a call allocates: never a dense copy of the weight, in neither order, forward or backward."""
+"""What a call allocates: never a dense weight, in either order, forward or backward."""
 
 from __future__ import annotations
 
