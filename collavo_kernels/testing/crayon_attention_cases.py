@@ -30,6 +30,7 @@ class AttentionCase:
         scale: As in the operator.
         tables: Which of q, k and v get a table.
         own_angles: Whether each sample has its own angles.
+        rotated: Whether q and k are rotated; False leaves cos and sin out.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AttentionCase:
     scale: float | None = None
     tables: str = "qkv"
     own_angles: bool = False
+    rotated: bool = True
 
     def make(
         self, dtype: torch.dtype, *, seed: int = 0, gradients: bool = False
@@ -76,8 +78,8 @@ class AttentionCase:
             q,
             k,
             v,
-            angles.cos().to(dtype),
-            angles.sin().to(dtype),
+            angles.cos().to(dtype) if self.rotated else None,
+            angles.sin().to(dtype) if self.rotated else None,
             crayon_q,
             crayon_k,
             crayon_v,
@@ -136,6 +138,9 @@ CASES = (
     AttentionCase(
         "own_angles", "positions differ by sample, as with left padding", own_angles=True
     ),
+    AttentionCase("no_rotation", "q and k come rotated, or are never", rotated=False),
+    AttentionCase("attention_alone", "nothing but attention", rotated=False, tables=""),
+    AttentionCase("negative_scale", "the largest score comes of the smallest product", scale=-0.3),
     AttentionCase("scale", "a scale that is not the default", scale=0.7),
     AttentionCase("one_token", "a sequence of one", length=1, images=((0, 1),)),
     AttentionCase("no_tokens", "S = 0", length=0, images=()),
@@ -158,6 +163,8 @@ def eager(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         return x + dense
 
     def rotate(x: Tensor) -> Tensor:
+        if inputs.cos is None or inputs.sin is None:
+            return x
         low, high = x.chunk(2, -1)
         turned = torch.cat((-high, low), -1)
         return x * inputs.cos[:, :, None] + turned * inputs.sin[:, :, None]

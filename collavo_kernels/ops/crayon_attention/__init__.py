@@ -20,7 +20,8 @@ class CrayonAttentionOutput(NamedTuple):
 
     Attributes:
         out: ``[B, S, H, D]``, q's dtype: the attention's output, zeros outside ``key_range``.
-        key: ``[B, S, G, D]``, k's dtype: crayon added and rotated, ready for a key/value cache.
+        key: ``[B, S, G, D]``, k's dtype: crayon added and rotated, ready for a key/value cache; k
+            itself where neither is asked for.
         value: ``[B, S, G, D]``, v's dtype: crayon added; v itself where no ``crayon_v`` is given.
     """
 
@@ -34,8 +35,8 @@ def crayon_attention(
     k: Tensor,
     v: Tensor,
     *,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     crayon_q: Tensor | None = None,
     crayon_k: Tensor | None = None,
     crayon_v: Tensor | None = None,
@@ -61,8 +62,9 @@ def crayon_attention(
         k: ``[B, S, G, D]``, q's dtype; H is a multiple of G.
         v: ``[B, S, G, D]``, q's dtype.
         cos: ``[B or 1, S, D]`` any float dtype: cosines of the rotation angles (radians), as
-            Hugging Face's rotary embedding returns them. No gradient.
-        sin: ``[B or 1, S, D]``, cos's dtype: the sines. No gradient.
+            Hugging Face's rotary embedding returns them; no gradient. None, with sin: q and k are
+            not rotated (they are already, or the model has no rotary embedding).
+        sin: ``[B or 1, S, D]``, cos's dtype: the sines; no gradient.
         crayon_q: ``[T, H, D]``, q's dtype: the query projection of every crayon row, without bias.
         crayon_k: ``[T, G, D]``, q's dtype: the same of the key projection.
         crayon_v: ``[T, G, D]``, q's dtype: the same of the value projection.
@@ -112,13 +114,14 @@ def crayon_attention(
         key_range=key_range,
     )
     for name, angle in (("cos", cos), ("sin", sin)):
-        if angle.requires_grad and torch.is_grad_enabled():
+        if angle is not None and angle.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: gradients are not computed for it; detach it")
     tables = (crayon_q, crayon_k, crayon_v)
     out, key, value, _ = torch.ops.collavo.crayon_attention(
         q, k, v, cos, sin, *tables, row_index, key_range, causal, window, scale, backend
     )
-    return CrayonAttentionOutput(out, key, v if crayon_v is None else value)
+    changes_key = cos is not None or crayon_k is not None
+    return CrayonAttentionOutput(out, key if changes_key else k, v if crayon_v is None else value)
 
 
 def prepare(
@@ -126,8 +129,8 @@ def prepare(
     k: Tensor,
     v: Tensor,
     *,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     crayon_q: Tensor | None = None,
     crayon_k: Tensor | None = None,
     crayon_v: Tensor | None = None,
@@ -142,7 +145,7 @@ def prepare(
         q: ``[B, S, H, D]`` float32 / bfloat16 / float16 / float64.
         k: ``[B, S, G, D]``, q's dtype.
         v: ``[B, S, G, D]``, q's dtype.
-        cos: ``[B or 1, S, D]`` any float dtype.
+        cos: ``[B or 1, S, D]`` any float dtype; None, with sin: no rotation.
         sin: ``[B or 1, S, D]``, cos's dtype.
         crayon_q: ``[T, H, D]``, q's dtype.
         crayon_k: ``[T, G, D]``, q's dtype.

@@ -31,6 +31,8 @@ unavailable = native_reason
 
 def declines(inputs: AttentionInputs) -> str | None:
     """Say why these inputs are not taken, or None."""
+    if inputs.cos is None:
+        return "rotates q and k; without cos and sin the reference serves"
     if inputs.q.dtype not in DTYPE_CODES:
         return "takes float32, bfloat16 and float16; float64 is the reference's"
     return None

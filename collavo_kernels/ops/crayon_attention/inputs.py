@@ -14,8 +14,8 @@ class AttentionInputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
     crayon_q: Tensor | None
     crayon_k: Tensor | None
     crayon_v: Tensor | None
@@ -24,6 +24,16 @@ class AttentionInputs(NamedTuple):
     causal: bool
     window: int | None
     scale: float | None
+
+    @property
+    def changes_key(self) -> bool:
+        """Whether the prepared key is another tensor than k."""
+        return self.cos is not None or self.crayon_k is not None
+
+    @property
+    def changes_value(self) -> bool:
+        """Whether the prepared value is another tensor than v."""
+        return self.crayon_v is not None
 
     @property
     def softmax_scale(self) -> float:
@@ -36,7 +46,8 @@ class ForwardResult(NamedTuple):
 
     Attributes:
         out: ``[B, S, H, D]``, q's dtype.
-        key: ``[B, S, G, D]``, k's dtype: crayon added, rotated.
+        key: ``[B, S, G, D]``, k's dtype: crayon added, rotated; empty ``[0]`` where neither is
+            asked for.
         value: ``[B, S, G, D]``, v's dtype: crayon added; empty ``[0]`` without ``crayon_v``.
         lse: ``[B, H, S]`` float32 (float64 for float64 inputs): natural logarithm of the sum of
             exponentials of the scaled scores; minus infinity for query rows with no key.
@@ -53,7 +64,7 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
         grad_out: ``[B, S, H, D]``.
-        grad_key: ``[B, S, G, D]`` or None.
+        grad_key: ``[B, S, G, D]`` or None; always None where the forward returned no key.
         grad_value: ``[B, S, G, D]`` or None; always None without ``crayon_v``.
         inputs: The forward's bundle. ``inputs.k`` holds the *prepared* key and ``inputs.v`` the
             prepared value: the backward needs no more of k and v than that.

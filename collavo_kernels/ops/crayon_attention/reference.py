@@ -34,8 +34,13 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     key = prepared(inputs.k, inputs.crayon_k, rows, inputs.cos, inputs.sin)
     value = with_rows(inputs.v, inputs.crayon_v, rows)
     out, lse = _attend(query, key, value, ranges, inputs)
-    owned = inputs.v.new_empty(0) if inputs.crayon_v is None else value.contiguous()
-    return ForwardResult(out, key.contiguous(), owned, lse)
+    empty = inputs.v.new_empty(0)
+    return ForwardResult(
+        out,
+        _owned(key, inputs.k) if inputs.changes_key else empty,
+        _owned(value, inputs.v) if inputs.changes_value else empty.clone(),
+        lse,
+    )
 
 
 def backward(given: BackwardInputs) -> Gradients:
@@ -70,7 +75,11 @@ def backward(given: BackwardInputs) -> Gradients:
 
 
 def prepared(
-    x: Tensor, table: Tensor | None, rows: Tensor | None, cos: Tensor, sin: Tensor
+    x: Tensor,
+    table: Tensor | None,
+    rows: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> Tensor:
     """Add each token's table row, rotate, and round to x's dtype once.
 
@@ -78,9 +87,11 @@ def prepared(
         x: ``[B, S, N, D]``.
         table: ``[T, N, D]`` or None.
         rows: ``[B, S]``, -1 = no row.
-        cos: ``[B or 1, S, D]``.
-        sin: ``[B or 1, S, D]``.
+        cos: ``[B or 1, S, D]``, or None: no rotation.
+        sin: ``[B or 1, S, D]``, or None beside it.
     """
+    if cos is None or sin is None:
+        return with_rows(x, table, rows)
     y = x.to(_compute_dtype(x))
     if table is not None and rows is not None:
         y = add_rows(y, table, rows)
@@ -96,8 +107,10 @@ def with_rows(x: Tensor, table: Tensor | None, rows: Tensor | None) -> Tensor:
     return add_rows(x.to(_compute_dtype(x)), table, rows).to(x.dtype)
 
 
-def unrotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unrotate(y: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Apply the rotation's transpose to ``[B, S, N, D]``: what a gradient goes through."""
+    if cos is None or sin is None:
+        return y
     c, s = cos.to(y.dtype).unsqueeze(2), sin.to(y.dtype).unsqueeze(2)
     low, high = (y * s).chunk(2, dim=-1)
     return y * c + torch.cat((high, -low), dim=-1)
@@ -139,6 +152,11 @@ def checked_ranges(inputs: AttentionInputs) -> Tensor | None:
             f"[{int(first[sample])}, {int(end[sample])}] at sample {sample}"
         )
     return ranges
+
+
+def _owned(x: Tensor, given: Tensor) -> Tensor:
+    """Return x contiguous and never the tensor it was made from: no output aliases an input."""
+    return x.clone(memory_format=torch.contiguous_format) if x is given else x.contiguous()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

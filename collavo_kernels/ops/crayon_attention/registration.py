@@ -20,7 +20,7 @@ from collavo_kernels.ops.crayon_attention.inputs import (
 from collavo_kernels.ops.crayon_attention.validation import lse_dtype, validate, validate_backward
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? crayon_q, Tensor? crayon_k, "
+    "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? crayon_q, Tensor? crayon_k, "
     "Tensor? crayon_v, Tensor? row_index, Tensor? key_range, bool causal=True, int? window=None, "
     'float? scale=None, str backend=""'
 )
@@ -119,8 +119,8 @@ def _fake_forward(*arguments: Any) -> _Outputs:
     batch, length, heads, _size = q.shape
     return (
         q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(0) if inputs.crayon_v is None else v.new_empty(v.shape),
+        k.new_empty(k.shape if inputs.changes_key else 0),
+        v.new_empty(v.shape if inputs.changes_value else 0),
         q.new_empty((batch, heads, length), dtype=lse_dtype(q)),
     )
 
@@ -151,15 +151,19 @@ class _CrayonAttention(Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, key, value, lse = torch.ops.collavo.crayon_attention(*arguments)
         values, backend = _without_backend(arguments)
-        q, _, v, cos, sin, *rest = values
-        used_value = v if rest[2] is None else value
-        ctx.save_for_backward(q, key, used_value, cos, sin, *rest[:5], out, lse)
-        ctx.options = (*rest[5:], backend)
+        inputs = AttentionInputs(*values)
+        used_key = key if inputs.changes_key else inputs.k
+        used_value = value if inputs.changes_value else inputs.v
+        ctx.save_for_backward(inputs.q, used_key, used_value, *inputs[3:10], out, lse)
+        ctx.options = (*inputs[10:], backend)
         ctx.arguments = len(arguments)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
-        if rest[2] is None:
-            ctx.mark_non_differentiable(value)
+        absent = [
+            x
+            for x, changed in ((key, inputs.changes_key), (value, inputs.changes_value))
+            if not changed
+        ]
+        ctx.mark_non_differentiable(lse, *absent)
         return out, key, value, lse
 
     @staticmethod

@@ -250,6 +250,8 @@ def attend_kernel(
 
 def declines(inputs: AttentionInputs) -> str | None:
     """Say why these inputs are not taken, or None."""
+    if inputs.cos is None:
+        return "rotates q and k; without cos and sin the reference serves"
     if inputs.q.dtype == torch.float64:
         return "takes float32, bfloat16 and float16; float64 is the reference's"
     if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:

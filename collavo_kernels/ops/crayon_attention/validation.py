@@ -14,13 +14,13 @@ from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs, Backwar
 
 
 def expect_tensors(**arguments: Tensor | None) -> None:
-    """Check that every argument is a tensor; those named ``crayon_*`` and after may be None.
+    """Check that every argument is a tensor; all but q, k and v may be None.
 
     Raises:
         TypeError: naming the first one that is not.
     """
     for name, value in arguments.items():
-        optional = name.startswith("crayon_") or name in ("row_index", "key_range")
+        optional = name not in ("q", "k", "v")
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
 
@@ -80,6 +80,14 @@ def lse_dtype(q: Tensor) -> torch.dtype:
 
 def _validate_angles(inputs: AttentionInputs) -> None:
     q, cos, sin = inputs.q, inputs.cos, inputs.sin
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        given, missing = ("sin", "cos") if cos is None else ("cos", "sin")
+        raise ValueError(
+            f"{missing}: expected a tensor beside {given}, got None; give both, or neither where q "
+            "and k are rotated already"
+        )
     batch, length, _, size = q.shape
     shared = cos.dim() == 3 and cos.shape[0] == 1
     hint = "pass the angles of exactly these S tokens, for one sample or for all"
