@@ -69,15 +69,6 @@ inline void strip_product(const BFloat16* left, const uint32_t* right, int64_t p
   }
 }
 
-// Two vectors of float32 as pairs: value i of each, rounded to bfloat16, the first one low.
-inline __m512i round_pairs(__m512 low, __m512 high) {
-  alignas(64) static constexpr uint16_t kZip[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kZip), both);
-}
-
 }  // namespace
 
 }  // namespace collavo::qlora_linear
