@@ -80,27 +80,40 @@ void bind_common(py::module_& module) {
              "Ask for huge pages under a large buffer; a hint.");
 }
 
-// [address, batch stride, token stride, head stride]; address 0 for an absent tensor.
-using HeadsArray = std::array<int64_t, 4>;
-
-crayon_attention::Heads heads_of(const HeadsArray& x) {
-  return {reinterpret_cast<void*>(x[0]), x[1], x[2], x[3]};
-}
-
 template <typename T>
 T* pointer_of(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// [cos, sin, batch stride of both, row_index]
-crayon_attention::Tokens tokens_of(const std::array<int64_t, 4>& x) {
-  return {pointer_of<const float>(x[0]), pointer_of<const float>(x[1]), x[2],
-          pointer_of<const int32_t>(x[3])};
+// [address, batch stride, token stride, head stride]; address 0 for an absent tensor.
+using HeadsArray = std::array<int64_t, 4>;
+
+crayon_attention::Heads heads_of(const HeadsArray& x) {
+  return {pointer_of<void>(x[0]), x[1], x[2], x[3]};
 }
 
-// [batch, length, query heads, key heads, head dim, rows]
-crayon_attention::Shape shape_of(const std::array<int64_t, 6>& x) {
-  return {x[0], x[1], x[2], x[3], x[4], x[5]};
+// [dtype, batch, length, query heads, key heads, head dim, rows], [cos, sin, their batch stride,
+// row index, key range], causal, window, scale
+using ProblemTuple =
+    std::tuple<std::array<int64_t, 7>, std::array<int64_t, 5>, bool, int64_t, float>;
+
+crayon_attention::Problem problem_of(const ProblemTuple& x) {
+  const auto& [sizes, tokens, causal, window, scale] = x;
+  return {static_cast<DType>(sizes[0]),
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          sizes[4],
+          sizes[5],
+          sizes[6],
+          pointer_of<const float>(tokens[0]),
+          pointer_of<const float>(tokens[1]),
+          tokens[2],
+          pointer_of<const int32_t>(tokens[3]),
+          pointer_of<const int32_t>(tokens[4]),
+          causal,
+          window,
+          scale};
 }
 
 void bind_crayon_attention(py::module_& module) {
@@ -112,40 +125,70 @@ void bind_crayon_attention(py::module_& module) {
       },
       "Position of the first row index outside the tables, or -1.");
   module.def(
-      "crayon_attention_prepare",
-      [](int isa, int dtype, const std::array<int64_t, 6>& shape,
-         const std::array<int64_t, 4>& tokens, const std::array<HeadsArray, 3>& from,
-         const std::array<int64_t, 3>& tables, const std::array<HeadsArray, 3>& to) {
-        const op::PrepareArgs args{static_cast<DType>(dtype),
-                                   shape_of(shape),
-                                   tokens_of(tokens),
-                                   heads_of(from[0]),
-                                   heads_of(from[1]),
-                                   heads_of(from[2]),
-                                   pointer_of<const void>(tables[0]),
-                                   pointer_of<const void>(tables[1]),
-                                   pointer_of<const void>(tables[2]),
-                                   heads_of(to[0]),
-                                   heads_of(to[1]),
-                                   heads_of(to[2])};
-        py::gil_scoped_release unlocked;
-        op::prepare(isa, args);
+      "crayon_attention_first_bad_range",
+      [](int64_t key_range, int64_t batch, int64_t length) {
+        return op::first_bad_range(pointer_of<const int32_t>(key_range), batch, length);
       },
-      "Add table rows to q, k, v and rotate q, k.");
+      "The first sample whose key range is inverted or leaves the sequence, or -1.");
   module.def(
-      "crayon_attention_finish",
-      [](int isa, int dtype, const std::array<int64_t, 6>& shape,
-         const std::array<int64_t, 4>& tokens, const std::array<HeadsArray, 3>& gradients,
-         const std::array<HeadsArray, 2>& extra, const std::array<int64_t, 3>& sums) {
-        const op::FinishArgs args{
-            static_cast<DType>(dtype),  shape_of(shape),           tokens_of(tokens),
-            heads_of(gradients[0]),     heads_of(gradients[1]),    heads_of(gradients[2]),
-            heads_of(extra[0]),         heads_of(extra[1]),        pointer_of<float>(sums[0]),
-            pointer_of<float>(sums[1]), pointer_of<float>(sums[2])};
-        py::gil_scoped_release unlocked;
-        op::finish(isa, args);
+      "crayon_attention_number_slots",
+      [](int64_t row_index, int64_t batch, int64_t length, int64_t rows, int64_t slots) {
+        return op::number_slots(pointer_of<const int32_t>(row_index), batch, length, rows,
+                                pointer_of<int32_t>(slots));
       },
-      "Rotate dq, dk back in place and sum the gradients of each table row.");
+      "Number the pairs of a sample and a row that a token has; how many there are.");
+  module.def(
+      "crayon_attention_forward",
+      [](int isa, int64_t threads, int64_t scratch, const ProblemTuple& problem,
+         const std::array<HeadsArray, 6>& heads, const std::array<int64_t, 4>& others) {
+        const op::ForwardArgs args{problem_of(problem),
+                                   heads_of(heads[0]),
+                                   heads_of(heads[1]),
+                                   heads_of(heads[2]),
+                                   pointer_of<const void>(others[0]),
+                                   pointer_of<const void>(others[1]),
+                                   pointer_of<const void>(others[2]),
+                                   heads_of(heads[3]),
+                                   heads_of(heads[4]),
+                                   heads_of(heads[5]),
+                                   pointer_of<float>(others[3])};
+        if (scratch == 0) return op::forward_scratch(isa, args, threads);
+        py::gil_scoped_release unlocked;
+        op::forward(isa, args, threads, pointer_of<void>(scratch));
+        return int64_t{0};
+      },
+      "q, k, v to key, value, out with table_q, table_k, table_v, lse; without scratch: its "
+      "bytes.");
+  module.def(
+      "crayon_attention_backward",
+      [](int isa, int64_t threads, int64_t scratch, const ProblemTuple& problem,
+         const std::array<HeadsArray, 10>& heads, const std::array<int64_t, 7>& others) {
+        const op::BackwardArgs args{problem_of(problem),
+                                    heads_of(heads[0]),
+                                    heads_of(heads[1]),
+                                    heads_of(heads[2]),
+                                    pointer_of<const void>(others[0]),
+                                    heads_of(heads[3]),
+                                    heads_of(heads[4]),
+                                    heads_of(heads[5]),
+                                    heads_of(heads[6]),
+                                    pointer_of<const float>(others[1]),
+                                    heads_of(heads[7]),
+                                    heads_of(heads[8]),
+                                    heads_of(heads[9]),
+                                    pointer_of<void>(others[2]),
+                                    pointer_of<void>(others[3]),
+                                    pointer_of<void>(others[4]),
+                                    pointer_of<const int32_t>(others[5]),
+                                    others[6]};
+        if (scratch == 0) return op::backward_scratch(isa, args, threads);
+        py::gil_scoped_release unlocked;
+        op::backward(isa, args, threads, pointer_of<void>(scratch));
+        return int64_t{0};
+      },
+      "q, key, value, out, three gradients to dq, dk, dv with table_q, lse, the tables' sums, "
+      "slots "
+      "and their count; without scratch: its bytes.");
 }
 
 void bind_panoptic_lookup(py::module_& module) {

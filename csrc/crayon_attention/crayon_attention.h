@@ -1,5 +1,4 @@
-// The passes around attention: add the crayon rows and rotate before it, and the transpose of both
-// after its backward. Attention itself is not here.
+// Attention with the Crayon Prompt inside, forward and backward.
 #pragma once
 
 #include <cstdint>
@@ -16,53 +15,70 @@ struct Heads {
   int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
 };
 
-struct Shape {
-  int64_t batch, length;
-  int64_t q_heads, kv_heads;
-  int64_t size;  // head dim, even
-  int64_t rows;  // of the tables
-};
-
-// What both passes know of positions and rows. Angles are [1 or batch, length, size]; a batch
-// stride of 0 shares them. row_index is a contiguous [batch, length], or null: no token has a row.
-struct Tokens {
-  const float* cos;
-  const float* sin;
-  int64_t angle_batch_stride;
-  const int32_t* row_index;
-};
-
-// q' = R (q + table_q[row]), k' = R (k + table_k[row]), v' = v + table_v[row]. Tables are
-// contiguous [rows, heads, size] or null. An output that is null is not computed.
-struct PrepareArgs {
+// What forward and backward share. q_heads is a multiple of kv_heads, size is even.
+//
+// Angles are contiguous [1 or batch, length, size], or null: no rotation; a batch stride of 0
+// shares them. row_index is a contiguous [batch, length], or null: no token has a row. key_range is
+// a contiguous [batch, 2], or null: all tokens are valid. Query i sees key j if both are valid, j
+// <= i (causal), and |i - j| < window.
+struct Problem {
   DType dtype;
-  Shape shape;
-  Tokens tokens;
+  int64_t batch, length, q_heads, kv_heads, size, rows;
+  const float *cos, *sin;
+  int64_t angle_batch_stride;
+  const int32_t *row_index, *key_range;
+  bool causal;
+  int64_t window;
+  float scale;
+};
+
+// Tables are contiguous [rows, heads, size] or null. key and value are null where they would equal
+// k and v. lse is a contiguous [batch, q_heads, length].
+struct ForwardArgs {
+  Problem problem;
   Heads q, k, v;
   const void *table_q, *table_k, *table_v;
-  Heads q_out, k_out, v_out;
+  Heads key, value, out;
+  float* lse;
 };
 
-// In place: dq = R^T dq, dk = R^T (dk + grad_key), dv = dv + grad_value. Then sum_q[t] is the sum
-// of dq over the tokens of row t in token order, in float32, and so on: contiguous
-// [rows, heads, size], or null where it is not wanted.
-struct FinishArgs {
-  DType dtype;
-  Shape shape;
-  Tokens tokens;
+// key and value are prepared, q is not. dq, dk, dv and the tables' gradients sum_* are null where
+// they are not wanted; sum_* are contiguous [rows, heads, size] of the problem's dtype. slots is
+// what number_slots() wrote, and slot_count what it returned; null and 0 where no sum is wanted.
+struct BackwardArgs {
+  Problem problem;
+  Heads q, key, value;
+  const void* table_q;
+  Heads out, grad_out, grad_key, grad_value;
+  const float* lse;
   Heads dq, dk, dv;
-  Heads grad_key, grad_value;
-  float *sum_q, *sum_k, *sum_v;
+  void *sum_q, *sum_k, *sum_v;
+  const int32_t* slots;
+  int64_t slot_count;
 };
 
-// The position in row_index of the first entry outside [-1, rows), or -1. The passes below must
-// not see an index that this rejects.
+// The first row index outside [-1, rows), and the first sample whose key range is not
+// 0 <= first <= end <= length; -1 where there is none. The kernels must not see such values.
 int64_t first_bad_row(const int32_t* row_index, int64_t count, int64_t rows);
+int64_t first_bad_range(const int32_t* key_range, int64_t batch, int64_t length);
 
-void prepare(int isa, const PrepareArgs& args);
-void finish(int isa, const FinishArgs& args);
+// Numbers the pairs of a sample and a row that any of its tokens has: slots is [batch, rows], -1
+// where there is no such token. Each has a sum of its own, so samples can be summed side by side.
+// Returns how many there are.
+int64_t number_slots(const int32_t* row_index, int64_t batch, int64_t length, int64_t rows,
+                     int32_t* slots);
 
-COLLAVO_DECLARE_PER_ISA(void prepare(const PrepareArgs& args))
-COLLAVO_DECLARE_PER_ISA(void finish(const FinishArgs& args))
+// Bytes of scratch that a call needs with this many threads at most.
+int64_t forward_scratch(int isa, const ForwardArgs& args, int64_t threads);
+int64_t backward_scratch(int isa, const BackwardArgs& args, int64_t threads);
+
+// The same threads and instruction set as for the scratch.
+void forward(int isa, const ForwardArgs& args, int64_t threads, void* scratch);
+void backward(int isa, const BackwardArgs& args, int64_t threads, void* scratch);
+
+COLLAVO_DECLARE_PER_ISA(int64_t forward_scratch(const ForwardArgs& args, int64_t threads))
+COLLAVO_DECLARE_PER_ISA(int64_t backward_scratch(const BackwardArgs& args, int64_t threads))
+COLLAVO_DECLARE_PER_ISA(void forward(const ForwardArgs& args, int64_t threads, void* scratch))
+COLLAVO_DECLARE_PER_ISA(void backward(const BackwardArgs& args, int64_t threads, void* scratch))
 
 }  // namespace collavo::crayon_attention

@@ -1,0 +1,268 @@
+// Forward: one pass prepares keys and values and packs them, then panels of queries attend.
+
+#include <cmath>
+
+#include "common/arena.h"
+#include "common/parallel.h"
+#include "crayon_attention/crayon_attention.h"
+#include "crayon_attention/operands.h"
+#include "crayon_attention/softmax.h"
+
+namespace collavo::crayon_attention {
+
+namespace {
+
+// Multiply-adds that make another thread worth its start.
+constexpr int64_t kGrain = 1 << 20;
+
+// Where everything lies. Packed keys are [batch * kv_heads][keys][width], values
+// [batch * kv_heads][blocks][width][kBlock].
+template <typename P>
+struct Scratch {
+  using Element = typename P::Element;
+  struct Worker {
+    Element *queries, *weights;
+    float *scores, *mixed;
+  };
+
+  Element *keys, *values;
+  Arena arena;
+  int64_t workers;
+
+  Scratch(const Problem& problem, int64_t threads, void* buffer) : arena(buffer) {
+    const int64_t pairs = problem.batch * problem.kv_heads, width = width_of(problem);
+    const int64_t panels = round_up(problem.length, kPanel) / kPanel;
+    const int64_t work = problem.batch * problem.q_heads * problem.length * problem.length * width;
+    workers = most(1, least(threads, least(pairs * panels, work / kGrain)));
+    keys = arena.take<Element>(pairs * per_head(problem));
+    values = arena.take<Element>(pairs * per_head(problem));
+  }
+
+  static int64_t per_head(const Problem& problem) {
+    return round_up(problem.length, kBlock) * width_of(problem);
+  }
+
+  Worker take_worker(const Problem& problem) {
+    const int64_t width = width_of(problem);
+    return {arena.take<Element>(width * kPanel), arena.take<Element>(kBlock * kPanel),
+            arena.take<float>(kBlock * kPanel), arena.take<float>(width * kPanel)};
+  }
+};
+
+// A token outside its sample's valid range has no attention.
+template <typename T>
+void leave_empty(const ForwardArgs& args, int64_t batch, int64_t token) {
+  const Problem& problem = args.problem;
+  for (int64_t head = 0; head < problem.q_heads; ++head) {
+    clear(at<T>(args.out, batch, token, head), problem.size);
+    args.lse[(batch * problem.q_heads + head) * problem.length + token] = -INFINITY;
+  }
+}
+
+// One head of a strip of keys or values: prepared into the strip, and into the output where there
+// is one.
+template <typename T>
+void prepare_strip(const ForwardArgs& args, const Span& span, int64_t batch, int64_t head,
+                   int64_t position, bool is_key, T* strip) {
+  const Problem& problem = args.problem;
+  const Heads &from = is_key ? args.k : args.v, &to = is_key ? args.key : args.value;
+  const void* table = is_key ? args.table_k : args.table_v;
+  const int64_t width = width_of(problem);
+  for (int64_t i = 0; i < kLanes; ++i, ++position, strip += width) {
+    if (position < problem.length) {
+      const int64_t token = token_of(span, position);
+      const T* x = at<const T>(from, batch, token, head);
+      const T* row = row_of<T>(problem, table, batch, token, problem.kv_heads, head);
+      is_key ? rotate(problem, batch, token, x, row, strip) : add_row(x, row, problem.size, strip);
+      if (to.data) {
+        std::memcpy(at<T>(to, batch, token, head), strip,
+                    static_cast<size_t>(problem.size) * sizeof(T));
+      }
+    }
+    if (position >= span.length()) clear(strip, width);
+  }
+}
+
+template <typename P, typename T>
+void prepare(const ForwardArgs& args, const Scratch<P>& scratch, int64_t batch, int64_t position) {
+  const Problem& problem = args.problem;
+  const Span span = span_of(problem, batch);
+  const int64_t width = width_of(problem);
+  alignas(64) T strip[kLanes * kMostWidth];
+  clear(strip, kLanes * width);
+  const bool packed = position < round_up(span.length(), kRows);
+  for (int64_t head = 0; head < problem.kv_heads; ++head) {
+    const int64_t start = (batch * problem.kv_heads + head) * Scratch<P>::per_head(problem);
+    prepare_strip(args, span, batch, head, position, true, strip);
+    if (packed) pack_left<P>(strip, width, scratch.keys + start + position * width);
+    prepare_strip(args, span, batch, head, position, false, strip);
+    if (!packed) continue;
+    const int64_t within = position % kBlock;
+    pack_left_turned<P>(strip, width, scratch.values + start + (position - within) * width + within,
+                        kBlock);
+  }
+  for (int64_t i = position; i < least(position + kLanes, problem.length); ++i) {
+    if (i >= span.length()) leave_empty<T>(args, batch, token_of(span, i));
+  }
+}
+
+template <typename P, typename T>
+void prepare_all(const ForwardArgs& args, const Scratch<P>& scratch) {
+  const Problem& problem = args.problem;
+  const int64_t strips = round_up(problem.length, most(kLanes, kRows)) / kLanes;
+  const int64_t per_strip = kLanes * problem.kv_heads * width_of(problem);
+  parallel_for(problem.batch * strips, (1 << 15) / per_strip + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      prepare<P, T>(args, scratch, i / strips, i % strips * kLanes);
+    }
+  });
+}
+
+// A panel of one head's queries over the keys it reaches.
+template <typename P>
+void attend(const Problem& problem, const Sight& sight, const typename P::Element* keys,
+            const typename P::Element* values, int64_t position, int64_t count,
+            const typename Scratch<P>::Worker& worker, Running* running) {
+  const int64_t width = width_of(problem), lanes = round_up(count, kLanes);
+  const float scale = exponent_scale(problem.scale);
+  const Reach reach(sight, position, count);
+  alignas(64) float shrink[kPanel];
+  bool fresh = true;
+  for (int64_t block = reach.first / kBlock; block * kBlock < reach.end; ++block) {
+    const int64_t first = reach.first_row(block), end = reach.end_row(block);
+    const int64_t rows = end - first;
+    product<P>(keys + first * width, width, rows, worker.queries, kPanel, lanes, width, true,
+               worker.scores, kPanel);
+    hide(sight, reach, position, lanes, first, end, -INFINITY, worker.scores);
+    bool changed = false;
+    over_vectors(lanes, [&](int64_t lane, auto some) {
+      changed |= fold_vectors<P, decltype(some)::value>(
+          worker.scores + lane, rows, scale, running->top + lane, running->total + lane,
+          worker.weights + lane * P::kDepth, shrink + lane);
+    });
+    if (changed && !fresh) shrink_rows(shrink, lanes, width, worker.mixed);
+    product<P>(values + block * kBlock * width + first % kBlock, kBlock, width, worker.weights,
+               kPanel, lanes, rows, fresh, worker.mixed, kPanel);
+    fresh = false;
+  }
+}
+
+// Divides by the sums of weights and writes the panel's rows and log-sum-exps.
+template <typename T>
+void write_out(const ForwardArgs& args, int64_t batch, int64_t head, int64_t token, int64_t count,
+               const float* mixed, const Running& running, T* strip) {
+  const Problem& problem = args.problem;
+  const int64_t width = width_of(problem);
+  const float scale = exponent_scale(problem.scale);
+  float* lse = args.lse + (batch * problem.q_heads + head) * problem.length + token;
+  alignas(64) float inverse[kPanel];
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    const float total = running.total[lane];
+    inverse[lane] = total == 0 ? 0.0f : 1.0f / total;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    lse[i] = (running.top[i] * scale + std::log2(running.total[i])) * 0.693147181f;
+  }
+  for (int64_t lane = 0; lane < count; lane += kLanes) {
+    Vec square[kLanes];
+    const Vec factor = load(inverse + lane);
+    for (int64_t d = 0; d < width; d += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        square[i] = multiply(load(mixed + (d + i) * kPanel + lane), factor);
+      }
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) store(strip + i * width + d, square[i]);
+    }
+    for (int64_t i = 0; i < least(kLanes, count - lane); ++i) {
+      std::memcpy(at<T>(args.out, batch, token + lane + i, head), strip + i * width,
+                  static_cast<size_t>(problem.size) * sizeof(T));
+    }
+  }
+}
+
+// One panel of positions, for all query heads of a key head.
+template <typename P, typename T>
+void attend_heads(const ForwardArgs& args, const Scratch<P>& scratch, int64_t pair,
+                  int64_t position, const typename Scratch<P>::Worker& worker) {
+  const Problem& problem = args.problem;
+  const int64_t batch = pair / problem.kv_heads, width = width_of(problem);
+  const Span span = span_of(problem, batch);
+  if (position >= span.length()) return;
+  const int64_t count = least(kPanel, span.length() - position);
+  const int64_t start = pair * Scratch<P>::per_head(problem);
+  const int64_t shared = problem.q_heads / problem.kv_heads;
+  alignas(64) T strip[kLanes * kMostWidth];
+  for (int64_t i = 0; i < shared; ++i) {
+    const int64_t head = pair % problem.kv_heads * shared + i;
+    clear(strip, kLanes * width);
+    for (int64_t lane = 0; lane < count; lane += kLanes) {
+      query_strip(problem, args.q, args.table_q, span, batch, head, position + lane, strip);
+      pack_right_turned<P>(strip, width, worker.queries + lane * P::kDepth, kPanel);
+    }
+    Running running(exponent_scale(problem.scale));
+    attend<P>(problem, Sight(problem, span), scratch.keys + start, scratch.values + start, position,
+              count, worker, &running);
+    write_out(args, batch, head, span.first + position, count, worker.mixed, running, strip);
+  }
+}
+
+template <typename P, typename T>
+void run(const ForwardArgs& args, int64_t threads, void* buffer) {
+  const Problem& problem = args.problem;
+  Scratch<P> scratch(problem, threads, buffer);
+  prepare_all<P, T>(args, scratch);
+  const int64_t panels = round_up(problem.length, kPanel) / kPanel;
+  const int64_t items = problem.batch * problem.kv_heads * panels;
+  const Scratch<P>& shared = scratch;
+  parallel_for(scratch.workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      Scratch<P> own = shared;
+      typename Scratch<P>::Worker worker;
+      for (int64_t skip = 0; skip <= w; ++skip) worker = own.take_worker(problem);
+      for (int64_t i = items * w / shared.workers; i < items * (w + 1) / shared.workers; ++i) {
+        // A causal head's panels from both ends in turn: any run of them is an average share.
+        const int64_t turn = i % panels;
+        const int64_t panel = turn % 2 ? panels - 1 - turn / 2 : turn / 2;
+        attend_heads<P, T>(args, shared, i / panels, panel * kPanel, worker);
+      }
+    }
+  });
+}
+
+template <typename P>
+int64_t scratch_bytes(const Problem& problem, int64_t threads) {
+  Scratch<P> scratch(problem, threads, nullptr);
+  for (int64_t w = 0; w < scratch.workers; ++w) scratch.take_worker(problem);
+  return scratch.arena.bytes();
+}
+
+}  // namespace
+
+namespace COLLAVO_ISA {
+
+int64_t forward_scratch(const ForwardArgs& args, int64_t threads) {
+  switch (args.problem.dtype) {
+    case DType::float32:
+      return scratch_bytes<ProductOf<float>>(args.problem, threads);
+    case DType::bfloat16:
+      return scratch_bytes<ProductOf<BFloat16>>(args.problem, threads);
+    case DType::float16:
+      return scratch_bytes<ProductOf<Float16>>(args.problem, threads);
+  }
+  return 0;
+}
+
+void forward(const ForwardArgs& args, int64_t threads, void* scratch) {
+  switch (args.problem.dtype) {
+    case DType::float32:
+      return run<ProductOf<float>, float>(args, threads, scratch);
+    case DType::bfloat16:
+      return run<ProductOf<BFloat16>, BFloat16>(args, threads, scratch);
+    case DType::float16:
+      return run<ProductOf<Float16>, Float16>(args, threads, scratch);
+  }
+}
+
+}  // namespace COLLAVO_ISA
+
+}  // namespace collavo::crayon_attention

@@ -1,0 +1,177 @@
+// Rows of tokens packed as the operands of product.h. A strip is kLanes tokens, [kLanes][width]
+// values of the tensors' dtype; width is the head dim padded with zeros.
+#pragma once
+
+#include "crayon_attention/product.h"
+#include "crayon_attention/rotation.h"
+
+namespace collavo::crayon_attention {
+
+namespace {
+
+// Head dims are padded to this, which whole tiles and vectors of every instruction set divide.
+constexpr int64_t kWidthUnit = 16;
+
+// Keys that are taken together; a multiple of kRows, and of every strip.
+constexpr int64_t kBlock = 128;
+
+constexpr int64_t kMostWidth = 256;
+
+inline int64_t round_up(int64_t count, int64_t unit) {
+  return (count + unit - 1) / unit * unit;
+}
+
+inline int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+inline int64_t most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+inline void clear(T* to, int64_t count) {
+  std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+// A square of the strip with tokens in lanes: vector i holds value d + i of every token.
+template <typename T>
+inline void turn(const T* strip, int64_t width, int64_t d, Vec (&square)[kLanes]) {
+  for (int64_t i = 0; i < kLanes; ++i) square[i] = load(strip + i * width + d);
+  transpose(square);
+}
+
+// Left operand with a row per token: [kLanes][width].
+template <typename P, typename T>
+inline void pack_left(const T* strip, int64_t width, typename P::Element* to) {
+  convert(strip, kLanes * width, to);
+}
+
+// Left operand with a row per value: [width][stride], the strip's tokens side by side in a row.
+template <typename P, typename T>
+inline void pack_left_turned(const T* strip, int64_t width, typename P::Element* to,
+                             int64_t stride) {
+  Vec square[kLanes];
+  for (int64_t d = 0; d < width; d += kLanes) {
+    turn(strip, width, d, square);
+    for (int64_t i = 0; i < kLanes; ++i) store(to + (d + i) * stride, square[i]);
+  }
+}
+
+// Right operand with a lane per value, k the tokens: [kLanes / kDepth][width][kDepth].
+template <typename P, typename T>
+inline void pack_right(const T* strip, int64_t width, typename P::Element* to) {
+  constexpr int64_t kDepth = P::kDepth;
+  for (int64_t i = 0; i < kLanes; i += kDepth) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Vec k[kDepth];
+      for (int64_t j = 0; j < kDepth; ++j) k[j] = load(strip + (i + j) * width + d);
+      P::put(to + i * width + d * kDepth, k);
+    }
+  }
+}
+
+// Right operand with a lane per token, k the values: [width / kDepth][lanes][kDepth]; `to` is where
+// the strip's lanes start.
+template <typename P, typename T>
+inline void pack_right_turned(const T* strip, int64_t width, typename P::Element* to,
+                              int64_t lanes) {
+  constexpr int64_t kDepth = P::kDepth;
+  Vec square[kLanes];
+  for (int64_t d = 0; d < width; d += kLanes) {
+    turn(strip, width, d, square);
+    for (int64_t i = 0; i < kLanes; i += kDepth) {
+      Vec k[kDepth];
+      for (int64_t j = 0; j < kDepth; ++j) k[j] = square[i + j];
+      P::put(to + (d + i) * lanes, k);
+    }
+  }
+}
+
+// The valid tokens of a sample: [first, end). Kernels count positions from the first.
+struct Span {
+  int64_t first, end;
+  int64_t length() const { return end - first; }
+};
+
+inline Span span_of(const Problem& problem, int64_t batch) {
+  if (!problem.key_range) return {0, problem.length};
+  return {problem.key_range[2 * batch], problem.key_range[2 * batch + 1]};
+}
+
+inline int64_t width_of(const Problem& problem) {
+  return round_up(problem.size, kWidthUnit);
+}
+
+// Which keys of a span a query sees; both are positions in the span.
+struct Sight {
+  int64_t length;
+  bool causal;
+  int64_t window;
+
+  Sight(const Problem& problem, const Span& span)
+      : length(span.length()), causal(problem.causal), window(problem.window) {}
+
+  int64_t first(int64_t query) const { return most(0, query - window + 1); }
+  int64_t end(int64_t query) const {
+    return causal ? least(length, query + 1) : least(length, query + window);
+  }
+  // The queries that see a key.
+  int64_t first_query(int64_t key) const { return causal ? key : most(0, key - window + 1); }
+  int64_t end_query(int64_t key) const { return least(length, key + window); }
+};
+
+// A negative scale's sign goes into the queries: then a larger product is a larger score.
+template <typename T>
+inline void negate(T* x, int64_t size) {
+  for (int64_t d = 0; d < size; ++d) from_float(-to_float(x[d]), x + d);
+}
+
+// From products to the exponents of two. Never zero: hidden scores are minus infinity.
+inline float exponent_scale(float scale) {
+  const float magnitude = (scale < 0 ? -scale : scale) * 1.44269504f;
+  return magnitude > 1e-30f ? magnitude : 1e-30f;
+}
+
+// The token at a position: the span's tokens come first, those around it after them.
+inline int64_t token_of(const Span& span, int64_t position) {
+  if (position < span.length()) return span.first + position;
+  const int64_t around = position - span.length();
+  return around < span.first ? around : around - span.first + span.end;
+}
+
+// A strip of one head's tokens as they are; rows behind the span and values behind the head dim are
+// zeros, which the caller has put there once.
+template <typename T>
+inline void token_strip(const Problem& problem, const Heads& x, const Span& span, int64_t batch,
+                        int64_t head, int64_t position, T* strip) {
+  const int64_t width = width_of(problem);
+  for (int64_t i = 0; i < kLanes; ++i, ++position, strip += width) {
+    if (position >= span.length()) {
+      clear(strip, width);
+    } else {
+      add_row<T>(at<const T>(x, batch, span.first + position, head), nullptr, problem.size, strip);
+    }
+  }
+}
+
+// The same of queries, prepared.
+template <typename T>
+inline void query_strip(const Problem& problem, const Heads& q, const void* table, const Span& span,
+                        int64_t batch, int64_t head, int64_t position, T* strip) {
+  const int64_t width = width_of(problem);
+  for (int64_t i = 0; i < kLanes; ++i, ++position, strip += width) {
+    if (position >= span.length()) {
+      clear(strip, width);
+      continue;
+    }
+    const int64_t token = span.first + position;
+    rotate(problem, batch, token, at<const T>(q, batch, token, head),
+           row_of<T>(problem, table, batch, token, problem.q_heads, head), strip);
+    if (problem.scale < 0) negate(strip, problem.size);
+  }
+}
+
+}  // namespace
+
+}  // namespace collavo::crayon_attention

@@ -1,0 +1,207 @@
+// Backward of one query head over the keys of its key head: the products and their sums.
+//
+//   P = 2^(scale * products - lse)          recomputed
+//   dS = P * (dOut V^T - delta)             delta = rowsum(dOut * out)
+//   dV += P^T dOut,  dK += dS^T Q,  dQ += dS K
+//
+// Factors that all terms share are left to whoever reads the sums: dK and dQ lack the scale.
+#pragma once
+
+#include "crayon_attention/operands.h"
+#include "crayon_attention/softmax.h"
+
+namespace collavo::crayon_attention {
+
+namespace {
+
+// Panels whose queries are one sum in dK and dV.
+constexpr int64_t kPanels = 4;
+constexpr int64_t kGroup = kPanels * kPanel;
+
+// Buffers of one worker. Positions are padded to whole panels and blocks.
+template <typename P>
+struct Work {
+  using Element = typename P::Element;
+
+  Element *keys, *keys_turned,
+      *values;  // left: [keys][width], [blocks][width][kBlock], [keys][width]
+  Element *queries, *queries_by_value;  // right: panels of lanes, [positions][width]
+  Element *grads, *grads_by_value;      // the same of dOut
+  float *lse, *delta;                   // [positions], lse in powers of two
+  float* dq;                            // [panels][width][kPanel]
+  float *products, *slopes;             // [kBlock][kPanel]
+  Element *weights, *d_products;        // left: [kBlock][kGroup]
+  Element* d_products_right;            // [kBlock][kPanel]
+
+  Work(const Problem& problem, Arena* arena) {
+    const int64_t width = width_of(problem);
+    const int64_t keys_count = round_up(problem.length, kBlock);
+    const int64_t positions = round_up(problem.length, kPanel);
+    for (Element** buffer : {&keys, &keys_turned, &values}) {
+      *buffer = arena->take<Element>(keys_count * width);
+    }
+    for (Element** buffer : {&queries, &queries_by_value, &grads, &grads_by_value}) {
+      *buffer = arena->take<Element>(positions * width);
+    }
+    for (float** buffer : {&lse, &delta}) *buffer = arena->take<float>(positions);
+    dq = arena->take<float>(positions * width);
+    for (float** buffer : {&products, &slopes}) *buffer = arena->take<float>(kBlock * kPanel);
+    for (Element** buffer : {&weights, &d_products}) {
+      *buffer = arena->take<Element>(kBlock * kGroup);
+    }
+    d_products_right = arena->take<Element>(kBlock * kPanel);
+  }
+};
+
+template <typename T>
+inline float dot(const T* a, const T* b, int64_t size) {
+  Vec sums = zeros();
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) sums = fma(load(a + d), load(b + d), sums);
+  float total = sum(sums);
+  for (; d < size; ++d) total += to_float(a[d]) * to_float(b[d]);
+  return total;
+}
+
+template <typename P, typename T>
+void pack_keys(const BackwardArgs& args, const Span& span, int64_t batch, int64_t head,
+               const Work<P>& work, T* strip) {
+  const int64_t width = width_of(args.problem);
+  clear(strip, kLanes * width);
+  for (int64_t i = 0; i < round_up(span.length(), most(kRows, kLanes)); i += kLanes) {
+    token_strip(args.problem, args.key, span, batch, head, i, strip);
+    pack_left<P>(strip, width, work.keys + i * width);
+    const int64_t within = i % kBlock;
+    pack_left_turned<P>(strip, width, work.keys_turned + (i - within) * width + within, kBlock);
+    token_strip(args.problem, args.value, span, batch, head, i, strip);
+    pack_left<P>(strip, width, work.values + i * width);
+  }
+}
+
+// Positions behind the last query get zeros everywhere: their weights meet gradients of zero.
+template <typename P, typename T>
+void pack_queries(const BackwardArgs& args, const Span& span, int64_t batch, int64_t head,
+                  const Work<P>& work, T* strip) {
+  const Problem& problem = args.problem;
+  const int64_t width = width_of(problem);
+  const float* lse = args.lse + (batch * problem.q_heads + head) * problem.length + span.first;
+  clear(strip, kLanes * width);
+  for (int64_t i = 0; i < round_up(span.length(), kPanel); i += kLanes) {
+    const int64_t panel = i / kPanel * kPanel * width + i % kPanel * P::kDepth;
+    query_strip(problem, args.q, args.table_q, span, batch, head, i, strip);
+    pack_right_turned<P>(strip, width, work.queries + panel, kPanel);
+    pack_right<P>(strip, width, work.queries_by_value + i * width);
+    token_strip(problem, args.grad_out, span, batch, head, i, strip);
+    pack_right_turned<P>(strip, width, work.grads + panel, kPanel);
+    pack_right<P>(strip, width, work.grads_by_value + i * width);
+    for (int64_t j = i; j < i + kLanes; ++j) {
+      const bool inside = j < span.length();
+      const float log_sum = inside ? lse[j] * 1.44269504f : 0.0f;
+      work.lse[j] = log_sum == -INFINITY ? 0.0f : log_sum;
+      work.delta[j] = inside ? dot(strip + (j - i) * width,
+                                   at<const T>(args.out, batch, span.first + j, head), problem.size)
+                             : 0.0f;
+    }
+  }
+}
+
+// Rows of a block that a panel of queries sees, from whole tile to whole tile.
+struct Rows {
+  int64_t first = 0, end = 0;
+};
+
+// Products to weights, and slopes to the products' gradients, each as left operands at the panel's
+// place in the group, the gradients as a right operand too.
+template <typename P>
+void weigh(int64_t rows, float scale, const float* lse, const float* delta, const float* products,
+           const float* slopes, typename P::Element* weights, typename P::Element* d_products,
+           typename P::Element* d_products_right) {
+  using Power = PowerOf<P>;
+  constexpr int64_t kDepth = P::kDepth;
+  const Vec factor = broadcast(scale);
+  for (int64_t v = 0; v < kPanel; v += kLanes) {
+    const Vec base = subtract(zeros(), load(lse + v)), shift = load(delta + v);
+    for (int64_t r = 0; r < rows; r += kDepth) {
+      Vec pair[kDepth];
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kDepth; ++j) {
+        const int64_t at = (r + j) * kPanel + v, to = (r + j) * kGroup + v;
+        const Vec weight = power_of_two<Power>(fma(load(products + at), factor, base));
+        pair[j] = multiply(weight, subtract(load(slopes + at), shift));
+        P::put_left(weights + to, weight);
+        P::put_left(d_products + to, pair[j]);
+      }
+      P::put(d_products_right + r * kPanel + v * kDepth, pair);
+    }
+  }
+}
+
+// A block of keys and one panel of queries: weights and gradients of the products, and dQ.
+template <typename P>
+Rows block_and_panel(const Problem& problem, const Sight& sight, const Work<P>& work, int64_t block,
+                     int64_t position, int64_t column) {
+  if (position >= sight.length) return {};
+  const Reach reach(sight, position, least(kPanel, sight.length - position));
+  const Rows rows{reach.first_row(block), reach.end_row(block)};
+  if (rows.first >= rows.end) return {};
+  const int64_t width = width_of(problem), count = rows.end - rows.first;
+  product<P>(work.keys + rows.first * width, width, count, work.queries + position * width, kPanel,
+             kPanel, width, true, work.products, kPanel);
+  product<P>(work.values + rows.first * width, width, count, work.grads + position * width, kPanel,
+             kPanel, width, true, work.slopes, kPanel);
+  hide(sight, reach, position, kPanel, rows.first, rows.end, -INFINITY, work.products);
+  const int64_t within = rows.first % kBlock, left = within * kGroup + column;
+  weigh<P>(count, exponent_scale(problem.scale), work.lse + position, work.delta + position,
+           work.products, work.slopes, work.weights + left, work.d_products + left,
+           work.d_products_right);
+  product<P>(work.keys_turned + block * kBlock * width + within, kBlock, width,
+             work.d_products_right, kPanel, kPanel, count, false, work.dq + position * width,
+             kPanel);
+  return rows;
+}
+
+// to[key] += sum over the group's queries of left[key][query] * right[query], for a block's keys.
+template <typename P>
+void sum_over_queries(const Rows (&rows)[kPanels], int64_t block, int64_t width,
+                      const typename P::Element* left, const typename P::Element* right,
+                      float* to) {
+  over_vectors(width, [&](int64_t lane, auto count) {
+    for (int64_t r = 0; r < kBlock; r += kRows) {
+      const int64_t row = block * kBlock + r;
+      int64_t first = 0, end = kPanels;
+      while (first < end && (row < rows[first].first || row >= rows[first].end)) ++first;
+      while (first < end && (row < rows[end - 1].first || row >= rows[end - 1].end)) --end;
+      if (first == end) continue;
+      tile<P, decltype(count)::value>(left + r * kGroup + first * kPanel, kGroup,
+                                      right + first * kPanel * width + lane * P::kDepth,
+                                      width * P::kDepth, (end - first) * kPanel / P::kDepth, false,
+                                      to + row * width + lane, width);
+    }
+  });
+}
+
+// All of one query head: dq of the worker is written, dk and dv [keys][width] are added to.
+template <typename P>
+void head_slopes(const Problem& problem, const Sight& sight, const Work<P>& work, float* dk,
+                 float* dv) {
+  const int64_t width = width_of(problem);
+  clear(work.dq, round_up(sight.length, kPanel) * width);
+  for (int64_t block = 0; block * kBlock < sight.length; ++block) {
+    const int64_t last = least(sight.length, (block + 1) * kBlock) - 1;
+    int64_t group = sight.first_query(block * kBlock) / kGroup * kGroup;
+    for (; group < sight.end_query(last); group += kGroup) {
+      Rows rows[kPanels];
+      for (int64_t i = 0; i < kPanels; ++i) {
+        rows[i] = block_and_panel<P>(problem, sight, work, block, group + i * kPanel, i * kPanel);
+      }
+      sum_over_queries<P>(rows, block, width, work.weights, work.grads_by_value + group * width,
+                          dv);
+      sum_over_queries<P>(rows, block, width, work.d_products,
+                          work.queries_by_value + group * width, dk);
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace collavo::crayon_attention
