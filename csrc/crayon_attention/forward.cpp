@@ -60,27 +60,28 @@ void leave_empty(const ForwardArgs& args, int64_t batch, int64_t token) {
 }
 
 // One head of a strip of keys or values: prepared into the strip, and into the output where there
-// is one.
+// is one; then what lies behind the span is zeros.
 template <typename T>
 void prepare_strip(const ForwardArgs& args, const Span& span, int64_t batch, int64_t head,
                    int64_t position, bool is_key, T* strip) {
   const Problem& problem = args.problem;
   const Heads &from = is_key ? args.k : args.v, &to = is_key ? args.key : args.value;
   const void* table = is_key ? args.table_k : args.table_v;
-  const int64_t width = width_of(problem);
-  for (int64_t i = 0; i < kLanes; ++i, ++position, strip += width) {
-    if (position < problem.length) {
-      const int64_t token = token_of(span, position);
-      const T* x = at<const T>(from, batch, token, head);
-      const T* row = row_of<T>(problem, table, batch, token, problem.kv_heads, head);
-      is_key ? rotate(problem, batch, token, x, row, strip) : add_row(x, row, problem.size, strip);
-      if (to.data) {
-        std::memcpy(at<T>(to, batch, token, head), strip,
-                    static_cast<size_t>(problem.size) * sizeof(T));
-      }
-    }
-    if (position >= span.length()) clear(strip, width);
+  const int64_t width = width_of(problem), size = problem.size;
+  const int64_t count = least(kLanes, problem.length - position);
+  for (int64_t i = 0; i < count; ++i) {
+    const T* x = at<const T>(from, batch, token_of(span, position + i), head);
+    copy(x, size, strip + i * width);
   }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = token_of(span, position + i);
+    T* x = strip + i * width;
+    const T* row = row_of<T>(problem, table, batch, token, problem.kv_heads, head);
+    is_key ? rotate(problem, batch, token, x, row) : add_row(x, row, size);
+    if (to.data) copy(x, size, at<T>(to, batch, token, head));
+  }
+  const int64_t inside = most(0, least(kLanes, span.length() - position));
+  clear(strip + inside * width, (kLanes - inside) * width);
 }
 
 template <typename P, typename T>
@@ -174,56 +175,70 @@ void write_out(const ForwardArgs& args, int64_t batch, int64_t head, int64_t tok
       for (int64_t i = 0; i < kLanes; ++i) store(strip + i * width + d, square[i]);
     }
     for (int64_t i = 0; i < least(kLanes, count - lane); ++i) {
-      std::memcpy(at<T>(args.out, batch, token + lane + i, head), strip + i * width,
-                  static_cast<size_t>(problem.size) * sizeof(T));
+      copy(strip + i * width, problem.size, at<T>(args.out, batch, token + lane + i, head));
     }
   }
 }
 
-// One panel of positions, for all query heads of a key head.
-template <typename P, typename T>
-void attend_heads(const ForwardArgs& args, const Scratch<P>& scratch, int64_t pair,
-                  int64_t position, const typename Scratch<P>::Worker& worker) {
-  const Problem& problem = args.problem;
-  const int64_t batch = pair / problem.kv_heads, width = width_of(problem);
-  const Span span = span_of(problem, batch);
-  if (position >= span.length()) return;
-  const int64_t count = least(kPanel, span.length() - position);
-  const int64_t start = pair * Scratch<P>::per_head(problem);
-  const int64_t shared = problem.q_heads / problem.kv_heads;
-  alignas(64) T strip[kLanes * kMostWidth];
-  for (int64_t i = 0; i < shared; ++i) {
-    const int64_t head = pair % problem.kv_heads * shared + i;
-    clear(strip, kLanes * width);
-    for (int64_t lane = 0; lane < count; lane += kLanes) {
-      query_strip(problem, args.q, args.table_q, span, batch, head, position + lane, strip);
-      pack_right_turned<P>(strip, width, worker.queries + lane * P::kDepth, kPanel);
-    }
-    Running running(exponent_scale(problem.scale));
-    attend<P>(problem, Sight(problem, span), scratch.keys + start, scratch.values + start, position,
-              count, worker, &running);
-    write_out(args, batch, head, span.first + position, count, worker.mixed, running, strip);
+// Panels of query heads in the order in which workers take them: all heads of a key head's panel
+// one after the other, then its next panel.
+struct Order {
+  int64_t panels, shared, kv_heads, count;
+
+  explicit Order(const Problem& problem)
+      : panels(round_up(problem.length, kPanel) / kPanel),
+        shared(problem.q_heads / problem.kv_heads),
+        kv_heads(problem.kv_heads),
+        count(problem.batch * problem.q_heads * panels) {}
+
+  struct Place {
+    int64_t batch, head, pair, position;
+  };
+
+  Place operator[](int64_t i) const {
+    const int64_t item = i / shared, pair = item / panels, turn = item % panels;
+    // A causal head's panels from both ends in turn: any run of them is an average share.
+    const int64_t panel = turn % 2 ? panels - 1 - turn / 2 : turn / 2;
+    const int64_t head = pair % kv_heads * shared + i % shared;
+    return {pair / kv_heads, head, pair, panel * kPanel};
   }
+};
+
+template <typename P, typename T>
+void attend_panel(const ForwardArgs& args, const Scratch<P>& scratch, const Order::Place& place,
+                  const typename Scratch<P>::Worker& worker) {
+  const Problem& problem = args.problem;
+  const int64_t batch = place.batch, head = place.head, width = width_of(problem);
+  const Span span = span_of(problem, batch);
+  if (place.position >= span.length()) return;
+  const int64_t count = least(kPanel, span.length() - place.position);
+  const int64_t start = place.pair * Scratch<P>::per_head(problem);
+  alignas(64) T strip[kLanes * kMostWidth];
+  clear(strip, kLanes * width);
+  for (int64_t lane = 0; lane < count; lane += kLanes) {
+    query_strip(problem, args.q, args.table_q, span, batch, head, place.position + lane, strip);
+    pack_right_turned<P>(strip, width, worker.queries + lane * P::kDepth, kPanel);
+  }
+  Running running(exponent_scale(problem.scale));
+  attend<P>(problem, Sight(problem, span), scratch.keys + start, scratch.values + start,
+            place.position, count, worker, &running);
+  write_out(args, batch, head, span.first + place.position, count, worker.mixed, running, strip);
 }
 
 template <typename P, typename T>
 void run(const ForwardArgs& args, int64_t threads, void* buffer) {
   const Problem& problem = args.problem;
-  Scratch<P> scratch(problem, threads, buffer);
+  const Scratch<P> scratch(problem, threads, buffer);
   prepare_all<P, T>(args, scratch);
-  const int64_t panels = round_up(problem.length, kPanel) / kPanel;
-  const int64_t items = problem.batch * problem.kv_heads * panels;
-  const Scratch<P>& shared = scratch;
+  const Order order(problem);
   parallel_for(scratch.workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
-      Scratch<P> own = shared;
+      Scratch<P> own = scratch;
       typename Scratch<P>::Worker worker;
       for (int64_t skip = 0; skip <= w; ++skip) worker = own.take_worker(problem);
-      for (int64_t i = items * w / shared.workers; i < items * (w + 1) / shared.workers; ++i) {
-        // A causal head's panels from both ends in turn: any run of them is an average share.
-        const int64_t turn = i % panels;
-        const int64_t panel = turn % 2 ? panels - 1 - turn / 2 : turn / 2;
-        attend_heads<P, T>(args, shared, i / panels, panel * kPanel, worker);
+      const int64_t last = order.count * (w + 1) / scratch.workers;
+      for (int64_t i = order.count * w / scratch.workers; i < last; ++i) {
+        attend_panel<P, T>(args, scratch, order[i], worker);
       }
     }
   });

@@ -34,6 +34,11 @@ inline void clear(T* to, int64_t count) {
   std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
+template <typename T>
+inline void copy(const T* from, int64_t count, T* to) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+}
+
 // A square of the strip with tokens in lanes: vector i holds value d + i of every token.
 template <typename T>
 inline void turn(const T* strip, int64_t width, int64_t d, Vec (&square)[kLanes]) {
@@ -150,24 +155,22 @@ inline void token_strip(const Problem& problem, const Heads& x, const Span& span
     if (position >= span.length()) {
       clear(strip, width);
     } else {
-      add_row<T>(at<const T>(x, batch, span.first + position, head), nullptr, problem.size, strip);
+      copy(at<const T>(x, batch, span.first + position, head), problem.size, strip);
     }
   }
 }
 
-// The same of queries, prepared.
+// The same of queries, prepared. They are copied first: a copy has all its rows on the way at once.
 template <typename T>
 inline void query_strip(const Problem& problem, const Heads& q, const void* table, const Span& span,
                         int64_t batch, int64_t head, int64_t position, T* strip) {
+  token_strip(problem, q, span, batch, head, position, strip);
   const int64_t width = width_of(problem);
-  for (int64_t i = 0; i < kLanes; ++i, ++position, strip += width) {
-    if (position >= span.length()) {
-      clear(strip, width);
-      continue;
-    }
-    const int64_t token = span.first + position;
-    rotate(problem, batch, token, at<const T>(q, batch, token, head),
-           row_of<T>(problem, table, batch, token, problem.q_heads, head), strip);
+  const int64_t count = least(kLanes, span.length() - position);
+  for (int64_t i = 0; i < count; ++i, strip += width) {
+    const int64_t token = span.first + position + i;
+    rotate(problem, batch, token, strip,
+           row_of<T>(problem, table, batch, token, problem.q_heads, head));
     if (problem.scale < 0) negate(strip, problem.size);
   }
 }

@@ -1,4 +1,4 @@
-"""The operator's C++ kernels: preparation and attention in one call, and its backward in another."""
+"""The operator in C++: preparation and attention in one call, the backward in another."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _rows(inputs: AttentionInputs) -> Tensor | None:
 
 
 def _slots(inputs: AttentionInputs, rows: Tensor | None) -> tuple[Tensor | None, int]:
-    """Return int32 ``[B, T]``, which numbers the pairs of a sample and a row it uses, and how many."""
+    """Return int32 ``[B, T]`` that numbers the pairs of a sample and a row in use, and how many."""
     if rows is None:
         return None, 0
     batch, length = rows.shape
