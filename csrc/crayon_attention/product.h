@@ -36,7 +36,14 @@ struct Floats {
   using Factor = Vec;
 
   static Factor left(const float* at) { return broadcast(*at); }
-  static Factor right(const float* at) { return load(at); }
+  static Factor right(const float* at) {
+    Factor value = load(at);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // In a register of its own: GCC would load it again for every row.
+    __asm__("" : "+v"(value));
+#endif
+    return value;
+  }
   static Vec step(Factor left, Factor right, Vec sum) { return fma(left, right, sum); }
 
   // A vector of each k to the right operand; a vector of k to a row of the left one.
