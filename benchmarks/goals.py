@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import report
@@ -26,10 +26,12 @@ class Goal:
         what: In words, what ours is held against.
         case: The rows' case.
         mode: The rows' mode.
-        bound: ``speed``: peer's median over ours, at least; ``roof``: fraction, at least;
-            ``memory``: MB that ours allocates less than the peer, at least.
-        metric: ``speed``, ``roof`` or ``memory``.
-        peer: The peer's provider; empty for ``roof``.
+        bound: ``speed``: peer's median over ours, at least; ``price``: ours over the peer's, at
+            most; ``roof``: fraction, at least; ``memory``: MB that ours allocates less than the
+            peer, at least.
+        metric: ``speed``, ``price``, ``roof`` or ``memory``.
+        peer: The peer's provider, or what several begin with before a colon, of which the fastest
+            counts; empty for ``roof``.
         ours: Our providers begin with this; the fastest counts. ``+graph`` at the end asks for
             rows under CUDA graphs, else they are left out.
         isa: The rows' instruction set; empty for a GPU.
@@ -60,7 +62,9 @@ class Outcome:
         """Met, not met or not measured here."""
         if self.found is None:
             return NOT_MEASURED
-        return "met" if self.found >= self.goal.bound else "not met"
+        most = self.goal.metric == "price"
+        enough = self.found <= self.goal.bound if most else self.found >= self.goal.bound
+        return "met" if enough else "not met"
 
 
 def _decode_cases(shape: str, counts: Iterable[int]) -> Iterator[str]:
@@ -114,24 +118,54 @@ def _gpu_goals() -> Iterator[Goal]:
         yield memory
 
 
-GOALS = {"qlora_linear": (*_cpu_goals(), *_gpu_goals())}
+def _attention_goals() -> Iterator[Goal]:
+    long, eager = "7b/s1325/g8/b1", "eager adds, RoPE and SDPA"
+    price = Goal("our own attention without crayon and RoPE", long, "fwd", 1.05, "price")
+    yield replace(price, peer="ours-alone", ours="ours:cpu")
+    for mode, low, full in (("fwd", 3.0, 1.5), ("fwd+bwd", 2.0, 1.3)):
+        yield Goal(eager, long, mode, low, peer="eager")
+        yield Goal(eager, f"{long}/fp32", mode, full, peer="eager", isa="avx2")
+    yield Goal("of the bfloat16 peak", long, "fwd", 0.45, "roof")
+
+
+def _attention_gpu_goals() -> Iterator[Goal]:
+    cases = ("7b/s1325/g8/b1", "7b/s2048/g8/b1")
+    best, eager = "the best attention without crayon and RoPE", "eager adds, RoPE and SDPA"
+    for case in cases:
+        for mode, bound in (("fwd", 2.5), ("fwd+bwd", 2.0)):
+            yield Goal(eager, case, mode, bound, peer="eager", isa="")
+        own = Goal(best, case, "fwd", 1.15, "price", "sdpa-alone", "ours:triton", isa="")
+        yield own
+        yield replace(own, bound=1.35, ours="ours:cuda")
+        yield replace(own, mode="fwd+bwd")
+        yield replace(own, metric="speed", bound=0.85, ours="ours-alone:triton")
+    yield Goal(best, "7b/s8192/g8/b1", "fwd", 1.06, "price", "sdpa-alone", isa="")
+
+
+GOALS = {
+    "qlora_linear": (*_cpu_goals(), *_gpu_goals()),
+    "crayon_attention": (*_attention_goals(), *_attention_gpu_goals()),
+}
 
 
 def check(goal: Goal, rows: Sequence[report.Measurement]) -> Outcome:
     """Find the goal's number in the rows of its operator."""
     here = [row for row in rows if _fits(goal, row)]
     ours = [row for row in here if _is_ours(goal, row.provider)]
-    peers = [row for row in here if row.provider == goal.peer]
+    peers = [row for row in here if goal.peer in (row.provider, row.provider.split(":")[0])]
     if not ours or (goal.peer and not peers):
         return Outcome(goal)
     best = min(ours, key=lambda row: row.p50_ms)
     if goal.metric == "roof":
         return Outcome(goal, best.roof, best)
+    peer = min(peers, key=lambda row: row.p50_ms)
     if goal.metric == "speed":
-        return Outcome(goal, peers[0].p50_ms / best.p50_ms, best)
-    if best.peak_mb is None or peers[0].peak_mb is None:
+        return Outcome(goal, peer.p50_ms / best.p50_ms, best)
+    if goal.metric == "price":
+        return Outcome(goal, best.p50_ms / peer.p50_ms, best)
+    if best.peak_mb is None or peer.peak_mb is None:
         return Outcome(goal)
-    return Outcome(goal, peers[0].peak_mb - best.peak_mb, best)
+    return Outcome(goal, peer.peak_mb - best.peak_mb, best)
 
 
 def _fits(goal: Goal, row: report.Measurement) -> bool:
@@ -155,7 +189,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for each in ranked:
         goal = each.goal
         on = f"{goal.threads} x {goal.isa}" if goal.isa else "GPU"
-        wanted = f"{_number(goal.bound, goal.metric)} {_words(goal)}"
+        most = "at most " if goal.metric == "price" else ""
+        wanted = f"{most}{_number(goal.bound, goal.metric)} {_words(goal)}"
         found = "" if each.found is None else _number(each.found, goal.metric)
         lines.append(f"| {goal.case} | {goal.mode} | {on} | {wanted} | {found} | {each.state} |")
     return "\n".join(lines)
@@ -164,13 +199,16 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def _number(value: float, metric: str) -> str:
     if metric == "roof":
         return f"{value:.0%}"
-    return f"{value:.2f}x" if metric == "speed" else f"{value:.0f} MB"
+    if metric == "memory":
+        return f"{value:.0f} MB"
+    return f"{value:.2f}x"
 
 
 def _words(goal: Goal) -> str:
     if goal.metric == "memory":
         return f"less than {goal.what}"
-    return goal.what if goal.metric == "roof" else f"the speed of {goal.what}"
+    kinds = {"roof": "", "speed": "the speed of ", "price": "the time of "}
+    return kinds[goal.metric] + goal.what
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

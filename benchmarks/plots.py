@@ -19,7 +19,7 @@ from benchmarks.qlora_problem import BASE_ONLY
 PLOTS = Path(__file__).parent / "plots"
 # They do other work (no crayon and RoPE, no adapters, a weight of 16 bits): the operator's own plot
 # and table show them, a speed over them would compare different things.
-OTHER_WORK = ("sdpa-alone", "dense+lora", *BASE_ONLY)
+OTHER_WORK = ("sdpa-alone", "ours-alone", "dense+lora", *BASE_ONLY)
 # Longer plots are split; of a mode this many lines stand in the overview.
 MOST_LINES, OVERVIEW_LINES = 30, 6
 
@@ -32,7 +32,7 @@ def is_ours(provider: str) -> bool:
 def is_peer(provider: str) -> bool:
     """Whether the provider is another way to do the operator's whole work."""
     ours = provider.startswith("ours") or "reference" in provider
-    return not ours and provider not in OTHER_WORK
+    return not ours and provider not in OTHER_WORK and provider.split(":")[0] not in OTHER_WORK
 
 
 def label(row: report.Measurement) -> str:

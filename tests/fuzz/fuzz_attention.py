@@ -34,9 +34,11 @@ class AttentionCall:
         bad_row: An index outside the tables, at some token; -1 for none.
         wide_angles: Whether cosine and sine are float32 beside narrower values.
         own_angles: Whether each sample has its own.
+        rotated: Whether there are angles at all.
         ranges: Whether there are key ranges.
         window: 0 for none.
         causal: As in the operator.
+        scale: 0 for the default.
         not_finite: Whether q, k and v hold NaN and infinities.
         layouts: One of LAYOUTS for each of _ROLES.
         wanted: Bits: which gradients the backward is asked for.
@@ -56,9 +58,11 @@ class AttentionCall:
     bad_row: int
     wide_angles: bool
     own_angles: bool
+    rotated: bool
     ranges: bool
     window: int
     causal: bool
+    scale: float
     not_finite: bool
     layouts: list[str]
     wanted: int
@@ -66,7 +70,7 @@ class AttentionCall:
 
 @st.composite
 def attention_calls(draw: Callable[[Any], Any]) -> AttentionCall:
-    """Draw head dims around the edges of vectors, few tokens, and every option."""
+    """Draw sizes around the edges of vectors, panels and blocks, and every option."""
     rows = draw(st.sampled_from((1, 2, 3, 4, 5, 0)))
     return AttentionCall(
         seed=draw(st.integers(0, 2**16)),
@@ -74,18 +78,20 @@ def attention_calls(draw: Callable[[Any], Any]) -> AttentionCall:
         threads=draw(st.sampled_from((1, 1, 2))),
         dtype=draw(st.sampled_from(DTYPES)),
         batch=draw(st.sampled_from((1, 2, 3, 2, 1, 0))),
-        length=draw(st.integers(0, 40)),
+        length=draw(st.integers(0, 40) | st.sampled_from((96, 127, 128, 129, 161, 257, 290))),
         heads=draw(st.integers(1, 3)),
         groups=draw(st.integers(1, 3)),
-        size=2 * draw(st.integers(1, 40) | st.sampled_from((8, 16, 32, 64))),
+        size=2 * draw(st.integers(1, 40) | st.sampled_from((8, 16, 32, 64, 120, 127, 128))),
         rows=rows,
         tables=draw(st.sampled_from(("", "q", "k", "v", "qk", "kv", "qkv", "qkv"))),
         bad_row=draw(st.sampled_from((*[-1] * 30, -2, rows, 2**31 - 1, -(2**31)))),
         wide_angles=draw(st.booleans()),
         own_angles=draw(st.booleans()),
+        rotated=draw(st.sampled_from((True, True, False))),
         ranges=draw(st.booleans()),
-        window=draw(st.sampled_from((0, 0, 1, 5, 70))),
+        window=draw(st.sampled_from((0, 0, 1, 5, 70, 150, 2**40))),
         causal=draw(st.booleans()),
+        scale=draw(st.sampled_from((0.0, 0.0, 0.3, -0.2, 1e-3))),
         not_finite=draw(st.sampled_from((False, False, True))),
         layouts=[draw(st.sampled_from(LAYOUTS)) for _ in _ROLES],
         wanted=draw(st.integers(0, 63)),
@@ -113,7 +119,7 @@ def make_attention(case: AttentionCall) -> tuple[list[Tensor | None], Tensor]:
         for role, count in zip("qkv", (heads, groups, groups), strict=True)
     ]
     to = torch.float32 if case.wide_angles else dtype
-    tensors += [draw(role, *angles, to=to) for role in ("cos", "sin")]
+    tensors += [draw(role, *angles, to=to) if case.rotated else None for role in ("cos", "sin")]
     for name, count in zip("qkv", (heads, groups, groups), strict=True):
         wanted = name in case.tables
         tensors.append(draw(f"crayon_{name}", case.rows, count, case.size) if wanted else None)
@@ -131,7 +137,7 @@ def run_attention(case: AttentionCall) -> None:
     """Run a case forward and backward and check what came."""
     note(case)
     tensors, grad = make_attention(case)
-    options = (case.causal, case.window or None, None)
+    options = (case.causal, case.window or None, case.scale or None)
     tokens = case.batch * case.length
     bad_row = bool(case.tables) and tokens > 0 and not -1 <= case.bad_row < case.rows
     op = torch.ops.collavo.crayon_attention
@@ -181,13 +187,19 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     out, key, value, lse = results
+    keyed = tensors[3] is not None or tensors[6] is not None
     valued = tensors[7] is not None
-    prepared = [tensors[0], key, value if valued else tensors[2], *tensors[3:]]
+    prepared = [
+        tensors[0],
+        key if keyed else tensors[1],
+        value if valued else tensors[2],
+        *tensors[3:],
+    ]
     flags = [
         bool(case.wanted >> i & 1) and tensors[j] is not None
         for i, j in enumerate((0, 1, 2, 5, 6, 7))
     ]
-    extra = torch.ones_like(key) if case.seed % 3 else None
+    extra = torch.ones_like(key) if keyed and case.seed % 3 else None
     extra_value = torch.ones_like(value) if valued and case.seed % 2 else None
     op = torch.ops.collavo.crayon_attention_backward
     return list(op(grad, extra, extra_value, out, lse, flags, *prepared, *options, backend))

@@ -1,0 +1,153 @@
+"""The benchmark of ``crayon_attention``: its shapes, its inputs, its work, its float64 results."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from collavo_kernels.ops.crayon_attention import reference
+from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs, BackwardInputs
+
+LOW, FULL = torch.bfloat16, torch.float32
+LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
+
+
+class Shape(NamedTuple):
+    """A case's sizes; ``rows`` is per sample, ``dtype`` the CPU's (a GPU runs bfloat16)."""
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    size: int
+    image_tokens: int
+    rows: int
+    dtype: torch.dtype
+    padded: bool = False
+
+    def bytes(self, mode: str, element_size: int) -> int:
+        """Least bytes: q, k, v in, out, key, value out; with a backward, gradients and again."""
+        per_token = (self.heads + 2 * self.groups) * self.size
+        once = 2 * self.batch * self.length * per_token * element_size
+        return 3 * once if mode == "fwd+bwd" else once
+
+    def flops(self, mode: str) -> float:
+        """Products of the visible half: two forward, five more backward."""
+        one = self.batch * self.heads * self.length**2 * self.size
+        return 7 * one if mode == "fwd+bwd" else 2 * one
+
+
+SHAPES = {
+    "demo/b32": Shape(32, 120, 4, 4, 32, 36, 6, FULL),
+    "demo-padded/b32": Shape(32, 120, 4, 4, 32, 36, 6, FULL, padded=True),
+    "7b/s320/g8/b1": Shape(1, 320, 32, 8, 128, 256, 12, LOW),
+    "7b/s1325/g8/b1": Shape(1, 1325, 32, 8, 128, 1225, 12, LOW),
+    "7b/s320/g8/b1/fp32": Shape(1, 320, 32, 8, 128, 256, 12, FULL),
+    "7b/s1325/g8/b1/fp32": Shape(1, 1325, 32, 8, 128, 1225, 12, FULL),
+    "7b/s320/g32/b8": Shape(8, 320, 32, 32, 128, 256, 12, LOW),
+    "7b/s1325/g8/b8": Shape(8, 1325, 32, 8, 128, 1225, 12, LOW),
+    "7b/s1325/g32/b1": Shape(1, 1325, 32, 32, 128, 1225, 12, LOW),
+    "7b/s2048/g8/b1": Shape(1, 2048, 32, 8, 128, 1225, 12, LOW),
+    "7b/s2048/g32/b1": Shape(1, 2048, 32, 32, 128, 1225, 12, LOW),
+    "7b/s8192/g8/b1": Shape(1, 8192, 32, 8, 128, 1225, 12, LOW),
+    "13b/s1325/g40/b1": Shape(1, 1325, 40, 40, 128, 576, 12, LOW),
+    "13b/s2048/g40/b1": Shape(1, 2048, 40, 40, 128, 576, 12, LOW),
+}
+ONLY_GPU = ("7b/s8192/g8/b1",)
+
+
+@functools.lru_cache(maxsize=1)
+def make(case: str, device: torch.device) -> AttentionInputs:
+    """Random inputs: one image per sample after five tokens of text, right padding if asked for."""
+    shape = SHAPES[case]
+    generator = torch.Generator().manual_seed(0)
+    b, s, h, g, d = shape[:5]
+    dtype = LOW if device.type == "cuda" else shape.dtype
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(device, dtype).requires_grad_()
+
+    angle = torch.arange(s)[None, :, None] * 1e4 ** (-torch.arange(0, d, 2) / d)
+    angle = torch.cat((angle, angle), -1).to(device)
+    row_index = torch.full((b, s), -1, dtype=torch.int32)
+    rows = torch.randint(shape.rows, (b, shape.image_tokens), generator=generator)
+    row_index[:, 5 : 5 + shape.image_tokens] = (rows + torch.arange(b)[:, None] * shape.rows).int()
+    ends = torch.randint(3 * s // 4, s + 1, (b,), generator=generator).int()
+    ranges = torch.stack((torch.zeros_like(ends), ends), 1).to(device) if shape.padded else None
+    t = b * shape.rows
+    return AttentionInputs(
+        normal(b, s, h, d),
+        normal(b, s, g, d),
+        normal(b, s, g, d),
+        angle.cos().to(dtype),
+        angle.sin().to(dtype),
+        normal(t, h, d),
+        normal(t, g, d),
+        normal(t, g, d),
+        row_index.to(device),
+        ranges,
+        True,
+        None,
+        None,
+    )
+
+
+def upstream(inputs: AttentionInputs) -> Tensor:
+    """Return the gradient of the output; padding, whose rows are zeros or anything, gets none."""
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(inputs.q.shape, generator=generator).to(inputs.q.device, inputs.q.dtype)
+    if inputs.key_range is None:
+        return grad
+    token = torch.arange(inputs.q.shape[1], device=grad.device)
+    valid = token < inputs.key_range[:, 1:]
+    return grad * valid[:, :, None, None]
+
+
+class Exact(NamedTuple):
+    """Float64 results: out ``[B, S, H, D]``, and the gradients of q, k, v and the tables."""
+
+    out: Tensor
+    gradients: tuple[Tensor, ...] = ()
+
+
+@functools.lru_cache(maxsize=2)
+def exact(case: str, device: torch.device, *, crayon: bool, gradients: bool) -> Exact:
+    """Return the results from the same inputs in float64, on the CPU, with crayon or without."""
+    given = make(case, device)
+    inputs = AttentionInputs(
+        *(
+            x.detach().cpu().double()
+            if isinstance(x, Tensor) and x.is_floating_point()
+            else x.cpu()
+            if isinstance(x, Tensor)
+            else x
+            for x in (given if crayon else alone(given))
+        )
+    )
+    with torch.no_grad():
+        found = reference.forward(inputs)
+        if not gradients:
+            return Exact(found.out)
+        key = found.key if inputs.changes_key else inputs.k
+        value = found.value if inputs.changes_value else inputs.v
+        mask = tuple(getattr(inputs, name) is not None for name in LEAVES)
+        saved = inputs._replace(k=key, v=value)
+        grad = upstream(given).cpu().double()
+        results = reference.backward(
+            BackwardInputs(grad, None, None, saved, found.out, found.lse, mask)  # type: ignore[arg-type]
+        )
+    return Exact(found.out, tuple(g for g, m in zip(results, mask, strict=True) if m))
+
+
+def alone(inputs: AttentionInputs) -> AttentionInputs:
+    """Return the same attention with neither crayon nor rotation."""
+    nothing = ("cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index")
+    return inputs._replace(**dict.fromkeys(nothing))
+
+
+def leaves(inputs: AttentionInputs) -> list[Tensor]:
+    """Return what gets gradients, in order."""
+    return [x for name in LEAVES if (x := getattr(inputs, name)) is not None]
