@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,9 @@ from collavo_kernels.ops.crayon_attention.inputs import (
 from collavo_kernels.ops.crayon_attention.reference import checked_ranges, checked_rows
 
 _BEST_ISA = -1
-_ABSENT = (0, 0, 0, 0)
+# Address, and strides of samples, tokens and heads in elements.
+_Heads = tuple[int, int, int, int]
+_ABSENT: _Heads = (0, 0, 0, 0)
 _LARGEST_HEAD_DIM = 256
 
 unavailable = native_reason
@@ -93,7 +96,7 @@ def backward(given: BackwardInputs) -> Gradients:
 
 
 def _run(
-    kernel: Any, problem: tuple[Any, ...], states: list[tuple[int, ...]], others: list[int]
+    kernel: Any, problem: tuple[Any, ...], states: Sequence[_Heads], others: Sequence[int]
 ) -> None:
     """Ask the kernel how much scratch it needs, take that from torch, and run it."""
     threads = _module().num_threads()
@@ -173,7 +176,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
+def _heads(x: Tensor) -> _Heads:
     batch, token, head, _ = x.stride()
     return x.data_ptr(), batch, token, head
 
