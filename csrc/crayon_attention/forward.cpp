@@ -77,7 +77,11 @@ void prepare_strip(const ForwardArgs& args, const Span& span, int64_t batch, int
     const int64_t token = token_of(span, position + i);
     T* x = strip + i * width;
     const T* row = row_of<T>(problem, table, batch, token, problem.kv_heads, head);
-    is_key ? rotate(problem, batch, token, x, row) : add_row(x, row, size);
+    if (is_key) {
+      rotate(problem, batch, token, x, row, x);
+    } else if (row) {
+      add_row(x, row, size, x);
+    }
     if (to.data) copy(x, size, at<T>(to, batch, token, head));
   }
   const int64_t inside = most(0, least(kLanes, span.length() - position));
@@ -213,16 +217,19 @@ void attend_panel(const ForwardArgs& args, const Scratch<P>& scratch, const Orde
   if (place.position >= span.length()) return;
   const int64_t count = least(kPanel, span.length() - place.position);
   const int64_t start = place.pair * Scratch<P>::per_head(problem);
-  alignas(64) T strip[kLanes * kMostWidth];
+  alignas(64) T raw[kLanes * kMostWidth];
+  alignas(64) float strip[kLanes * kMostWidth];
+  clear(raw, kLanes * width);
   clear(strip, kLanes * width);
   for (int64_t lane = 0; lane < count; lane += kLanes) {
-    query_strip(problem, args.q, args.table_q, span, batch, head, place.position + lane, strip);
+    query_strip(problem, args.q, args.table_q, span, batch, head, place.position + lane, raw,
+                strip);
     pack_right_turned<P>(strip, width, worker.queries + lane * P::kDepth, kPanel);
   }
   Running running(exponent_scale(problem.scale));
   attend<P>(problem, Sight(problem, span), scratch.keys + start, scratch.values + start,
             place.position, count, worker, &running);
-  write_out(args, batch, head, span.first + place.position, count, worker.mixed, running, strip);
+  write_out(args, batch, head, span.first + place.position, count, worker.mixed, running, raw);
 }
 
 template <typename P, typename T>

@@ -127,9 +127,8 @@ struct Sight {
 };
 
 // A negative scale's sign goes into the queries: then a larger product is a larger score.
-template <typename T>
-inline void negate(T* x, int64_t size) {
-  for (int64_t d = 0; d < size; ++d) from_float(-to_float(x[d]), x + d);
+inline void negate(float* x, int64_t size) {
+  for (int64_t d = 0; d < size; ++d) x[d] = -x[d];
 }
 
 // From products to the exponents of two. Never zero: hidden scores are minus infinity.
@@ -160,19 +159,21 @@ inline void token_strip(const Problem& problem, const Heads& x, const Span& span
   }
 }
 
-// The same of queries, prepared. They are copied first: a copy has all its rows on the way at once.
+// The same of queries, prepared, in float32: packing rounds them. raw is a strip for the tokens as
+// they are: copied first, all of their rows are on the way at once.
 template <typename T>
 inline void query_strip(const Problem& problem, const Heads& q, const void* table, const Span& span,
-                        int64_t batch, int64_t head, int64_t position, T* strip) {
-  token_strip(problem, q, span, batch, head, position, strip);
+                        int64_t batch, int64_t head, int64_t position, T* raw, float* strip) {
+  token_strip(problem, q, span, batch, head, position, raw);
   const int64_t width = width_of(problem);
-  const int64_t count = least(kLanes, span.length() - position);
-  for (int64_t i = 0; i < count; ++i, strip += width) {
+  const int64_t count = most(0, least(kLanes, span.length() - position));
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t token = span.first + position + i;
-    rotate(problem, batch, token, strip,
-           row_of<T>(problem, table, batch, token, problem.q_heads, head));
-    if (problem.scale < 0) negate(strip, problem.size);
+    const T* row = row_of<T>(problem, table, batch, token, problem.q_heads, head);
+    rotate(problem, batch, token, raw + i * width, row, strip + i * width);
+    if (problem.scale < 0) negate(strip + i * width, problem.size);
   }
+  clear(strip + count * width, (kLanes - count) * width);
 }
 
 }  // namespace

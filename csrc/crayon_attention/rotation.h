@@ -75,20 +75,20 @@ inline typename L::Value load_sum(const T* x, const U* y, int64_t d) {
   return y ? L::add(value, L::load(y + d)) : value;
 }
 
-// x = x + row, where row may be null.
-template <typename T>
-inline void add_row(T* x, const T* row, int64_t size) {
-  if (!row) return;
+// to = x + row, where row may be null; to may be x.
+template <typename T, typename U>
+inline void add_row(const T* x, const T* row, int64_t size, U* to) {
   over_lanes(size, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
-    L::store(x + d, load_sum<L>(x, row, d));
+    L::store(to + d, load_sum<L>(x, row, d));
   });
 }
 
-// x = R (x + row), where row may be null; R of the token's position, or none.
-template <typename T>
-inline void rotate(const Problem& problem, int64_t batch, int64_t token, T* x, const T* row) {
-  if (!problem.cos) return add_row(x, row, problem.size);
+// to = R (x + row), where row may be null; R of the token's position, or none. to may be x.
+template <typename T, typename U>
+inline void rotate(const Problem& problem, int64_t batch, int64_t token, const T* x, const T* row,
+                   U* to) {
+  if (!problem.cos) return add_row(x, row, problem.size, to);
   const int64_t half = problem.size / 2;
   const int64_t angle = batch * problem.angle_batch_stride + token * problem.size;
   const float *cos = problem.cos + angle, *sin = problem.sin + angle;
@@ -96,9 +96,9 @@ inline void rotate(const Problem& problem, int64_t batch, int64_t token, T* x, c
     using L = decltype(lanes);
     const int64_t e = half + d;
     const auto low = load_sum<L>(x, row, d), high = load_sum<L>(x, row, e);
-    L::store(x + d,
+    L::store(to + d,
              L::subtract(L::multiply(low, L::load(cos + d)), L::multiply(high, L::load(sin + d))));
-    L::store(x + e,
+    L::store(to + e,
              L::add(L::multiply(high, L::load(cos + e)), L::multiply(low, L::load(sin + e))));
   });
 }

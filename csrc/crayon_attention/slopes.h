@@ -84,13 +84,15 @@ void pack_queries(const BackwardArgs& args, const Span& span, int64_t batch, int
                   const Work<P>& work, T* strip) {
   const Problem& problem = args.problem;
   const int64_t width = width_of(problem);
+  alignas(64) float query[kLanes * kMostWidth];
+  clear(query, kLanes * width);
   const float* lse = args.lse + (batch * problem.q_heads + head) * problem.length + span.first;
   clear(strip, kLanes * width);
   for (int64_t i = 0; i < round_up(span.length(), kPanel); i += kLanes) {
     const int64_t panel = i / kPanel * kPanel * width + i % kPanel * P::kDepth;
-    query_strip(problem, args.q, args.table_q, span, batch, head, i, strip);
-    pack_right_turned<P>(strip, width, work.queries + panel, kPanel);
-    pack_right<P>(strip, width, work.queries_by_value + i * width);
+    query_strip(problem, args.q, args.table_q, span, batch, head, i, strip, query);
+    pack_right_turned<P>(query, width, work.queries + panel, kPanel);
+    pack_right<P>(query, width, work.queries_by_value + i * width);
     token_strip(problem, args.grad_out, span, batch, head, i, strip);
     pack_right_turned<P>(strip, width, work.grads + panel, kPanel);
     pack_right<P>(strip, width, work.grads_by_value + i * width);
