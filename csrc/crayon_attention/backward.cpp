@@ -10,7 +10,7 @@
 #include "common/parallel.h"
 #include "crayon_attention/crayon_attention.h"
 #include "crayon_attention/finish.h"
-#include "crayon_attention/slopes.h"
+#include "crayon_attention/gradients.h"
 
 namespace collavo::crayon_attention {
 
@@ -80,7 +80,7 @@ void run_item(const BackwardArgs& args, const Scratch<P>& scratch, int64_t item,
   for (int64_t i = 0; i < count; ++i) {
     const int64_t head = kv_head * plan.shared + item % plan.splits * count + i;
     pack_queries<P>(args, span, batch, head, work, strip);
-    head_slopes<P>(problem, Sight(problem, span), work, dk, dv);
+    head_gradients<P>(problem, Sight(problem, span), work, dk, dv);
     finish_queries<T>(args, scratch.sum_q, span, batch, head, work.dq);
   }
   if (plan.splits == 1) finish_pair<P, T>(args, scratch, pair, dk);

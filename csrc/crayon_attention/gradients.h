@@ -29,7 +29,7 @@ struct Work {
   Element *grads, *grads_by_value;      // the same of dOut
   float *lse, *delta;                   // [positions], lse in powers of two
   float* dq;                            // [panels][width][kPanel]
-  float *products, *slopes;             // [kBlock][kPanel]
+  float *products, *d_weights;             // [kBlock][kPanel]
   Element *weights, *d_products;        // left: [kBlock][kGroup]
   Element* d_products_right;            // [kBlock][kPanel]
 
@@ -45,7 +45,7 @@ struct Work {
     }
     for (float** buffer : {&lse, &delta}) *buffer = arena->take<float>(positions);
     dq = arena->take<float>(positions * width);
-    for (float** buffer : {&products, &slopes}) *buffer = arena->take<float>(kBlock * kPanel);
+    for (float** buffer : {&products, &d_weights}) *buffer = arena->take<float>(kBlock * kPanel);
     for (Element** buffer : {&weights, &d_products}) {
       *buffer = arena->take<Element>(kBlock * kGroup);
     }
@@ -112,11 +112,11 @@ struct Rows {
   int64_t first = 0, end = 0;
 };
 
-// Products to weights, and slopes to the products' gradients, each as left operands at the panel's
+// Weights from the products and the products' gradients from those of the weights, both left operands at the panel's
 // place in the group, the gradients as a right operand too.
 template <typename P>
 void weigh(int64_t rows, float scale, const float* lse, const float* delta, const float* products,
-           const float* slopes, typename P::Element* weights, typename P::Element* d_products,
+           const float* d_weights, typename P::Element* weights, typename P::Element* d_products,
            typename P::Element* d_products_right) {
   using Power = PowerOf<P>;
   constexpr int64_t kDepth = P::kDepth;
@@ -129,7 +129,7 @@ void weigh(int64_t rows, float scale, const float* lse, const float* delta, cons
       for (int64_t j = 0; j < kDepth; ++j) {
         const int64_t at = (r + j) * kPanel + v, to = (r + j) * kGroup + v;
         const Vec weight = power_of_two<Power>(fma(load(products + at), factor, base));
-        pair[j] = multiply(weight, subtract(load(slopes + at), shift));
+        pair[j] = multiply(weight, subtract(load(d_weights + at), shift));
         P::put_left(weights + to, weight);
         P::put_left(d_products + to, pair[j]);
       }
@@ -150,11 +150,11 @@ Rows block_and_panel(const Problem& problem, const Sight& sight, const Work<P>& 
   product<P>(work.keys + rows.first * width, width, count, work.queries + position * width, kPanel,
              kPanel, width, true, work.products, kPanel);
   product<P>(work.values + rows.first * width, width, count, work.grads + position * width, kPanel,
-             kPanel, width, true, work.slopes, kPanel);
+             kPanel, width, true, work.d_weights, kPanel);
   hide(sight, reach, position, kPanel, rows.first, rows.end, -INFINITY, work.products);
   const int64_t within = rows.first % kBlock, left = within * kGroup + column;
   weigh<P>(count, exponent_scale(problem.scale), work.lse + position, work.delta + position,
-           work.products, work.slopes, work.weights + left, work.d_products + left,
+           work.products, work.d_weights, work.weights + left, work.d_products + left,
            work.d_products_right);
   product<P>(work.keys_turned + block * kBlock * width + within, kBlock, width,
              work.d_products_right, kPanel, kPanel, count, false, work.dq + position * width,
@@ -184,7 +184,7 @@ void sum_over_queries(const Rows (&rows)[kPanels], int64_t block, int64_t width,
 
 // All of one query head: dq of the worker is written, dk and dv [keys][width] are added to.
 template <typename P>
-void head_slopes(const Problem& problem, const Sight& sight, const Work<P>& work, float* dk,
+void head_gradients(const Problem& problem, const Sight& sight, const Work<P>& work, float* dk,
                  float* dv) {
   const int64_t width = width_of(problem);
   clear(work.dq, round_up(sight.length, kPanel) * width);
