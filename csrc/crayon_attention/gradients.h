@@ -23,15 +23,16 @@ template <typename P>
 struct Work {
   using Element = typename P::Element;
 
-  Element *keys, *keys_turned,
-      *values;  // left: [keys][width], [blocks][width][kBlock], [keys][width]
-  Element *queries, *queries_by_value;  // right: panels of lanes, [positions][width]
-  Element *grads, *grads_by_value;      // the same of dOut
-  float *lse, *delta;                   // [positions], lse in powers of two
-  float* dq;                            // [panels][width][kPanel]
-  float *products, *d_weights;             // [kBlock][kPanel]
-  Element *weights, *d_products;        // left: [kBlock][kGroup]
-  Element* d_products_right;            // [kBlock][kPanel]
+  // Left operands of the key head: [keys][width], [blocks][width][kBlock], [keys][width].
+  Element *keys, *keys_turned, *values;
+  // Right operands of the query head and of dOut: panels with positions in lanes, and
+  // [positions][width].
+  Element *queries, *queries_by_value, *grads, *grads_by_value;
+  float *lse, *delta;             // [positions], lse in powers of two
+  float* dq;                      // [panels][width][kPanel]
+  float *products, *d_weights;    // [kBlock][kPanel]
+  Element *weights, *d_products;  // left operands, [kBlock][kGroup]
+  Element* d_products_right;      // right operand, [kBlock][kPanel]
 
   Work(const Problem& problem, Arena* arena) {
     const int64_t width = width_of(problem);
@@ -112,8 +113,8 @@ struct Rows {
   int64_t first = 0, end = 0;
 };
 
-// Weights from the products and the products' gradients from those of the weights, both left operands at the panel's
-// place in the group, the gradients as a right operand too.
+// Weights from the products, and the products' gradients from the weights'. Both become left
+// operands at the panel's place in the group, the gradients a right operand too.
 template <typename P>
 void weigh(int64_t rows, float scale, const float* lse, const float* delta, const float* products,
            const float* d_weights, typename P::Element* weights, typename P::Element* d_products,
@@ -185,7 +186,7 @@ void sum_over_queries(const Rows (&rows)[kPanels], int64_t block, int64_t width,
 // All of one query head: dq of the worker is written, dk and dv [keys][width] are added to.
 template <typename P>
 void head_gradients(const Problem& problem, const Sight& sight, const Work<P>& work, float* dk,
-                 float* dv) {
+                    float* dv) {
   const int64_t width = width_of(problem);
   clear(work.dq, round_up(sight.length, kPanel) * width);
   for (int64_t block = 0; block * kBlock < sight.length; ++block) {
