@@ -1,4 +1,4 @@
-"""From batch-first model inputs to what the decoder's layers read: rows and key ranges."""
+"""From batch-first model inputs to what the decoder's layers read."""
 
 from __future__ import annotations
 
@@ -107,41 +107,6 @@ def _check_values(image_tokens: Tensor, crayon_index: Tensor, crayon_class: Tens
             f"crayon_index: expected entries from -1 to {rows - 1} (the columns of crayon_class), "
             f"got {int(crayon_index[sample, place])} at sample {sample}, image token {place}"
         )
-
-
-def interval_range(attention_mask: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Tell whether every row of a padding mask is one interval, and which.
-
-    This is the one place where the forward pass waits for a GPU: the choice between the fused
-    prefill and SDPA is the host's.
-
-    Args:
-        attention_mask: ``[B, S]``, non-zero = a real token; None = all are.
-
-    Returns:
-        Whether it is, and int32 ``[B, 2]`` first and one-past-last valid key (None where all keys
-        are valid).
-
-    Example:
-        >>> import torch
-        >>> interval_range(torch.tensor([[0, 1, 1], [1, 1, 1]]))
-        (True, tensor([[1, 3],
-                [0, 3]], dtype=torch.int32))
-        >>> interval_range(torch.tensor([[1, 0, 1]]))[0]
-        False
-    """
-    if attention_mask is None:
-        return True, None
-    if attention_mask.ndim != 2:
-        return False, None
-    valid = attention_mask != 0
-    length = valid.shape[1]
-    count = valid.sum(1)
-    first = valid.int().argmax(1)
-    end = torch.where(count > 0, length - valid.flip(1).int().argmax(1), first)
-    if not bool((end - first == count).all()):
-        return False, None
-    return True, torch.stack([first, end], dim=1).to(torch.int32)
 
 
 def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
