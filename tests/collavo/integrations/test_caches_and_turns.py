@@ -167,6 +167,21 @@ def test_a_reset_cache_is_empty_again(way: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("later", [0, 1])
+@every_way
+@every_kind
+def test_a_mask_as_long_as_the_cache(kind: str, way: str, later: int) -> None:
+    """A static cache may come with the mask of all its places, of which most are still empty."""
+    whole = torch.cat([LEFT[:, :6], torch.full((2, 6), later)], 1)
+    with torch.no_grad():
+        found, expected = (
+            model(TOKENS[:, :6], attention_mask=whole, past_key_values=make_cache(model, True))
+            for model in (ours(kind, way), stock(kind))
+        )
+    valid = LEFT[:, :6].bool()
+    torch.testing.assert_close(found.logits[valid], expected.logits[valid], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("lengths", [(3, 3, 4), (8, 1, 1), (2, 8)])
 @every_kind

@@ -21,6 +21,8 @@ from tiny_decoders import (
     transformers_own,
 )
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.masking_utils import create_chunked_causal_mask
 
 from collavo_kernels.nn import register_attention
 from collavo_kernels.nn.prefill_mask import is_prefill_mask, prefill_mask, read_prefill_mask
@@ -241,6 +243,16 @@ def test_autocast() -> None:
     valid = torch.tensor(PADDING["left"]).bool()
     own = (expected - exact)[valid].abs().max()
     assert (found - exact)[valid].abs().max() <= 2 * own
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_in_chunks_is_no_window(padded: bool) -> None:
+    """Llama 4's chunks have a length as windows have one; a window would see across them."""
+    mask, made = torch.tensor(PADDING["left"]) if padded else None, []
+    for name in ("crayon", "sdpa"):
+        config = LlamaConfig(attention_chunk_size=3, attn_implementation=name)
+        made.append(create_chunked_causal_mask(config, torch.zeros(2, 7, 4), mask, None))
+    assert made[0].dtype == torch.bool and torch.equal(*made)
 
 
 def test_registering_twice_changes_nothing_and_nothing_else() -> None:
