@@ -36,6 +36,8 @@ def refuse_config(config: Any) -> None:
             raise ValueError(
                 f"config.{name}: soft-capped scores are not supported, got {getattr(config, name)}"
             )
+    if getattr(config, "is_causal", True) is False:
+        raise ValueError("config.is_causal: expected True, got False; the module is causal")
     rope = getattr(config, "rope_parameters", None)
     rope = rope if isinstance(rope, dict) else {}
     partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))

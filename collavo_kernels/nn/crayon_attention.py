@@ -231,6 +231,10 @@ class CrayonAttention(nn.Module):
         """
         crayon = CrayonInputs() if crayon is None else crayon
         self._check_implementation()
+        if kwargs.get("is_causal") is False:  # transformers sends a bidirectional configuration so
+            raise ValueError(
+                f"is_causal: expected True or nothing, got False; a {type(self).__name__} is causal"
+            )
         if crayon.fused is None:
             fused = self._is_prefill(attention_mask, past_key_values)
             crayon = crayon._replace(fused=fused)

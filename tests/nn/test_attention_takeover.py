@@ -218,6 +218,12 @@ class CrossAttention(LlamaAttention):
             LlamaConfig(**SIZES, attn_logit_softcapping=30.0),
             r"config\.attn_logit_softcapping: soft-capped",
         ),
+        # A decoder that was made an encoder.
+        (
+            LlamaAttention,
+            LlamaConfig(**SIZES, is_causal=False),
+            r"config\.is_causal: expected True",
+        ),
         (
             LlamaAttention,
             LlamaConfig(
@@ -266,3 +272,10 @@ def test_masks_of_other_implementations_are_refused() -> None:
     ours = CrayonAttention.from_attention(theirs)
     with pytest.raises(ValueError, match=r"_attn_implementation: expected sdpa, eager or crayon"):
         ours(torch.randn(B, S, 32), angles())
+
+
+def test_a_bidirectional_call_is_refused() -> None:
+    """How transformers tells attention modules of ``config.is_causal = False`` set later."""
+    ours = CrayonAttention.from_attention(loaded("llama"))
+    with pytest.raises(ValueError, match="is_causal: expected True or nothing, got False"):
+        ours(torch.randn(B, S, 32), angles(), is_causal=False)

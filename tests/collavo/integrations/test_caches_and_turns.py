@@ -167,6 +167,16 @@ def test_a_reset_cache_is_empty_again(way: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@every_kind
+def test_eagers_masks_are_read_as_well(kind: str) -> None:
+    """Added scores for every call; the window is in them."""
+    model = ours(kind, "drop-in")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = in_parts(model, (3, 2, 5), True, False)
+    assert_as_transformers(found, transformers_own(kind, in_parts, (3, 2, 5), True, False), LEFT)
+
+
 @pytest.mark.parametrize("later", [0, 1])
 @every_way
 @every_kind

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import LlamaConfig
 from transformers.masking_utils import create_chunked_causal_mask
 
 from collavo_kernels.nn import register_attention
-from collavo_kernels.nn.prefill_mask import is_prefill_mask, prefill_mask, read_prefill_mask
+from collavo_kernels.nn.prefill_mask import prefill_mask
 from collavo_kernels.nn.transformers_attention import crayon_attention_forward
 
 TOKENS = torch.arange(1, 15).view(2, 7)
@@ -202,6 +203,20 @@ def test_a_compiled_prefill_without_padding_runs_the_operator() -> None:
     assert not any("scaled_dot_product" in name for name in seen)
 
 
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_decoder_that_was_made_an_encoder(kind: str, padding: str | None) -> None:
+    """``config.is_causal = False``: no causal mask, and padding is SDPA's."""
+    results = []
+    for model in (ours(kind, "crayon"), stock(kind)):
+        model.config.is_causal = False
+        with torch.no_grad(), counted() as calls:
+            results.append(logits(model, padding))
+        assert not [call for call in calls if call["causal"]]
+    valid = torch.ones_like(TOKENS).bool() if padding is None else masked(padding).bool()
+    torch.testing.assert_close(results[0][valid], results[1][valid], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask"])
 def test_what_nobody_would_serve_is_refused(name: str) -> None:
     """transformers' SDPA function would leave some of them out without a word."""
@@ -257,6 +272,9 @@ def test_attention_in_chunks_is_no_window(padded: bool) -> None:
 
 def test_registering_twice_changes_nothing_and_nothing_else() -> None:
     code = """
+import sys
+import collavo_kernels.nn, collavo
+assert "transformers" not in sys.modules  # only who asks for it pays for it
 import transformers.modeling_utils as m, transformers.masking_utils as k
 before = dict(m.AttentionInterface._global_mapping), dict(k.AttentionMaskInterface._global_mapping)
 from collavo_kernels.nn import register_attention
@@ -267,8 +285,8 @@ again = dict(m.AttentionInterface._global_mapping), dict(k.AttentionMaskInterfac
 assert after == again
 print(*(sorted(set(a) - set(b)) + [all(a[n] is b[n] for n in b)] for a, b in zip(after, before)))
 """
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    command, root = [sys.executable, "-c", code], Path(__file__).resolve().parents[3]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
     assert result.stdout.split() == ["['crayon',", "True]", "['crayon',", "True]"]
 
 
@@ -278,17 +296,3 @@ def test_collavos_models_register_it() -> None:
 
     assert collavo.register_attention is register_attention
     assert "collavo_kernels.nn.transformers_attention" in sys.modules
-
-
-def test_a_prefill_mask_is_told_from_other_masks() -> None:
-    """Also after what generate() and device maps do to masks: a copy in memory."""
-    ranges = torch.tensor([[1, 5], [0, 2]], dtype=torch.int32)
-    for window in (None, 1, 6):
-        mask = prefill_mask(ranges, window)
-        assert mask.untyped_storage().nbytes() == ranges.untyped_storage().nbytes()
-        for copied in (mask, mask.contiguous()):
-            assert is_prefill_mask(copied)
-            found = read_prefill_mask(copied)
-            assert torch.equal(found[0], ranges) and found[1] == window
-    for other in (None, ranges, torch.ones(2, 1, 5, 2), torch.ones(2, 1, 5, 2).bool(), {}):
-        assert not is_prefill_mask(other)
