@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collavo.processing import CollavoProcessor as CollavoProcessor
     from collavo.train import CollavoTrainer as CollavoTrainer
     from collavo.train import CollavoTrainingArguments as CollavoTrainingArguments
+    from collavo_kernels.nn import register_attention as register_attention
 
 _HOMES = {
     "CollavoConfig": "collavo.configuration",
@@ -33,6 +34,7 @@ _HOMES = {
     "apply_to_llava": "collavo.integrations",
     "convert_state_dict": "collavo.convert",
     "load_pretrained": "collavo.loading",
+    "register_attention": "collavo_kernels.nn",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from collavo.modeling_inputs import flatten_rows, interval_range, is_packed, repeat_images
+from collavo.modeling_inputs import flatten_rows, is_packed, new_images, repeat_images
 from collavo.modeling_layer import BRANCHES
 from collavo_kernels.nn import CrayonPrompt
-from collavo_kernels.nn.crayon_attention import CrayonInputs
+from collavo_kernels.nn.crayon_inputs import CrayonInputs
+from collavo_kernels.nn.prefill_mask import interval_range
 
 CRAYON_INPUTS = ("crayon_index", "crayon_class", "crayon_number")
 
@@ -111,7 +112,7 @@ class CrayonModelMixin:
     ) -> tuple[bool, Tensor | None]:
         text = self.config.get_text_config()
         dropout = self.training and bool(getattr(text, "attention_dropout", 0.0))
-        if dropout or text._attn_implementation != "sdpa":
+        if dropout or text._attn_implementation not in ("sdpa", "crayon"):
             return False, None
         if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
             return False, None
@@ -211,7 +212,10 @@ class CrayonGenerationMixin:
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Leave the image and its crayon out of every step that reads them from the cache."""
+        """Leave images and their crayon out of every step that reads them from the cache.
+
+        A later turn may bring its new images alone or those of the whole conversation.
+        """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -222,6 +226,7 @@ class CrayonGenerationMixin:
             dropped = (*CRAYON_INPUTS, "pixel_values")
         else:
             dropped = ()
+            inputs |= new_images(inputs, input_ids, self.config)
         return {name: value for name, value in inputs.items() if name not in dropped}
 
     def _image_is_cached(self, inputs: dict[str, Any]) -> bool:

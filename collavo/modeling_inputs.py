@@ -1,8 +1,8 @@
-"""From batch-first model inputs to what the decoder's layers read: rows and key ranges."""
+"""From batch-first model inputs to what the decoder's layers read."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,41 +109,6 @@ def _check_values(image_tokens: Tensor, crayon_index: Tensor, crayon_class: Tens
         )
 
 
-def interval_range(attention_mask: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Tell whether every row of a padding mask is one interval, and which.
-
-    This is the one place where the forward pass waits for a GPU: the choice between the fused
-    prefill and SDPA is the host's.
-
-    Args:
-        attention_mask: ``[B, S]``, non-zero = a real token; None = all are.
-
-    Returns:
-        Whether it is, and int32 ``[B, 2]`` first and one-past-last valid key (None where all keys
-        are valid).
-
-    Example:
-        >>> import torch
-        >>> interval_range(torch.tensor([[0, 1, 1], [1, 1, 1]]))
-        (True, tensor([[1, 3],
-                [0, 3]], dtype=torch.int32))
-        >>> interval_range(torch.tensor([[1, 0, 1]]))[0]
-        False
-    """
-    if attention_mask is None:
-        return True, None
-    if attention_mask.ndim != 2:
-        return False, None
-    valid = attention_mask != 0
-    length = valid.shape[1]
-    count = valid.sum(1)
-    first = valid.int().argmax(1)
-    end = torch.where(count > 0, length - valid.flip(1).int().argmax(1), first)
-    if not bool((end - first == count).all()):
-        return False, None
-    return True, torch.stack([first, end], dim=1).to(torch.int32)
-
-
 def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
     """Tell whether several sequences share a row: positions that jump, and no mask.
 
@@ -176,3 +141,70 @@ def repeat_images(pixel_values: Tensor, image_tokens: Tensor, times: int) -> Ten
         return pixel_values.repeat_interleave(times, dim=0)
     parts = torch.split(pixel_values, own)
     return torch.cat([part for part in parts for _ in range(times)])
+
+
+def new_images(inputs: dict[str, Any], conversation: Tensor | None, config: Any) -> dict[str, Any]:
+    """Return the images and crayon of a later turn alone, where those in the cache came again.
+
+    Args:
+        inputs: The turn's model inputs; ``input_ids`` are its new tokens.
+        conversation: int64 ``[B, L]``: all tokens, or None.
+        config: The model's configuration.
+
+    Returns:
+        What to replace in ``inputs``; nothing where only new images were given.
+    """
+    tokens, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
+    if tokens is None or pixels is None or conversation is None:
+        return {}
+    whole, new = ((x == config.image_token_id).sum(1) for x in (conversation, tokens))
+    per_image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    per_image += config.vision_feature_select_strategy == "full"
+    # Neither all images nor the new ones: the model says so itself.
+    if tokens.shape == conversation.shape or pixels.shape[0] * per_image != int(whole.sum()):
+        return {}
+    kept: dict[str, Any] = {"pixel_values": last_images(pixels, whole, new, per_image)}
+    if inputs.get("crayon_index") is not None:
+        kept["crayon_index"] = last_places(inputs["crayon_index"], whole, new)
+    return kept
+
+
+def last_images(pixel_values: Tensor, tokens: Tensor, new_tokens: Tensor, per_image: int) -> Tensor:
+    """Keep the last images of every sample: those whose tokens are new.
+
+    Args:
+        pixel_values: ``[images, ...]``, in the order of the samples.
+        tokens: int ``[B]``: how many image tokens each sample has.
+        new_tokens: int ``[B]``: how many of them, at the end, are new.
+        per_image: Image tokens of one image.
+
+    Example:
+        >>> import torch
+        >>> images = torch.tensor([[1], [2], [3]])
+        >>> last_images(images, torch.tensor([8, 4]), torch.tensor([4, 4]), 4).flatten().tolist()
+        [2, 3]
+    """
+    own = [count // per_image for count in tokens.tolist()]
+    new = [count // per_image for count in new_tokens.tolist()]
+    parts = torch.split(pixel_values, own)
+    return torch.cat([part[len(part) - n :] for part, n in zip(parts, new, strict=True)])
+
+
+def last_places(crayon_index: Tensor, tokens: Tensor, new_tokens: Tensor) -> Tensor:
+    """Move the entries of the new image tokens to the front; what follows them is -1.
+
+    Args:
+        crayon_index: int ``[B, P]``: the row of each image token in order.
+        tokens: int ``[B]``: how many image tokens each sample has.
+        new_tokens: int ``[B]``: how many of them, at the end, are new.
+
+    Example:
+        >>> import torch
+        >>> last_places(torch.tensor([[0, 1, 2, 3]]), torch.tensor([4]), torch.tensor([1]))
+        tensor([[ 3, -1, -1, -1]])
+    """
+    places = crayon_index.shape[1]
+    place = torch.arange(places, device=crayon_index.device)[None]
+    source = place + (tokens - new_tokens)[:, None]
+    moved = crayon_index.gather(1, source.clamp_max(places - 1))
+    return torch.where((place < new_tokens[:, None]) & (source < places), moved, -1)

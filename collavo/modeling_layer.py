@@ -14,14 +14,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from collavo.configuration import CollavoTextConfig
-from collavo_kernels.nn.crayon_attention import PROJECTIONS, CrayonAttention, CrayonInputs
+from collavo_kernels.nn import register_attention
+from collavo_kernels.nn.attention_source import PROJECTIONS
+from collavo_kernels.nn.crayon_attention import CrayonAttention
 from collavo_kernels.nn.crayon_branch import CrayonBranch
+from collavo_kernels.nn.crayon_inputs import CrayonInputs
 from collavo_kernels.nn.dual_qlora_linear import DualQLoRALinear, LoRAFactor
 from collavo_kernels.ops.qlora_linear import quantize_nf4
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MLP_BRANCHES = ("crayon_gate", "crayon_up")
 BRANCHES = ("crayon_qkv", "crayon_o", *MLP_BRANCHES)
+
+register_attention()
 
 
 class CollavoLinear(DualQLoRALinear):
@@ -137,13 +142,16 @@ def init_leaf(module: nn.Module, std: float = 0.02) -> bool:
 class CollavoAttention(CrayonAttention):
     """``CrayonAttention`` that, without the fused prefill, uses the configured attention."""
 
+    def _check_implementation(self) -> None:
+        """Every implementation reads its own masks in ``attend``."""
+
     def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        past_length: int,
+        offsets: tuple[int | Tensor, int] = (0, 0),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend with transformers' registered implementation (SDPA, eager, flash, flex)."""
@@ -246,14 +254,13 @@ def trainable_dtype(config: CollavoTextConfig) -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def build_layer(layer: nn.Module, config: Any, settings: LayerSettings, layer_idx: int) -> None:
+def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
     """Replace a decoder layer's attention and linear layers, keeping their parameters.
 
     Args:
         layer: A LLaMA-shaped decoder layer.
         config: Its configuration.
         settings: What to make of it.
-        layer_idx: Its index.
 
     Raises:
         ValueError: if a linear layer is of an unknown kind, or ``crayon_attention`` cannot serve
@@ -261,21 +268,19 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings, layer_id
     """
     attention, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
     made = {name: convert_linear(getattr(attention, name), settings, name) for name in PROJECTIONS}
-    layer.self_attn = CollavoAttention(
-        config,
-        layer_idx,
+    layer.self_attn = CollavoAttention.from_attention(
+        attention,
         crayon_mode=settings.crayon_mode,
         crayon_rank=settings.crayon_rank,
         crayon_scaling=settings.crayon_scaling,
         crayon_dropout=settings.crayon_dropout,
         crayon_dtype=settings.adapter_dtype,
         projections=cast("dict[str, nn.Module]", made),
-    ).train(layer.training)
+    )
     for name in MLP_PROJECTIONS:
         setattr(mlp, name, convert_linear(getattr(mlp, name), settings, name))
     if settings.crayon_mode == "projection":
         device = made["q_proj"].weight.device
-        layer.self_attn.to(device)
         for name in MLP_BRANCHES:
             branch = CrayonBranch(
                 config.hidden_size,

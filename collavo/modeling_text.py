@@ -17,7 +17,7 @@ class CollavoDecoderLayer(CrayonLayerMixin, LlamaDecoderLayer):  # type: ignore[
 
     def __init__(self, config: CollavoTextConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        build_layer(self, config, LayerSettings.from_config(config), layer_idx)
+        build_layer(self, config, LayerSettings.from_config(config))
 
 
 class CollavoTextModel(LlamaModel):

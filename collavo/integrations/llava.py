@@ -194,11 +194,11 @@ def apply_to_llava(
 
 def _apply_to_layers(handle: LlavaHandle) -> None:
     decoder: Any = cast(Any, handle.model.model).language_model
-    for index, layer in enumerate(decoder.layers):
+    for layer in decoder.layers:
         handle._keep(layer, "self_attn")
         for name in MLP_PROJECTIONS:
             handle._keep(layer.mlp, name)
-        build_layer(layer, decoder.config, handle.settings, index)
+        build_layer(layer, decoder.config, handle.settings)
         handle._reclass(layer, CrayonLayerMixin)
         if handle.settings.adapters:
             freeze_linears(layer)

@@ -1,7 +1,9 @@
 """Modules that are dropped into LLaVA-family models."""
 
-from collavo_kernels.nn.crayon_attention import CrayonAttention, CrayonInputs
+from collavo_kernels.nn.attention_interface import register_attention
+from collavo_kernels.nn.crayon_attention import CrayonAttention
 from collavo_kernels.nn.crayon_branch import CrayonBranch
+from collavo_kernels.nn.crayon_inputs import CrayonInputs
 from collavo_kernels.nn.crayon_prompt import CrayonPrompt
 from collavo_kernels.nn.dual_qlora_linear import DualQLoRALinear
 from collavo_kernels.nn.peft_exchange import load_peft_adapter, save_peft_adapter
@@ -13,5 +15,6 @@ __all__ = [
     "CrayonPrompt",
     "DualQLoRALinear",
     "load_peft_adapter",
+    "register_attention",
     "save_peft_adapter",
 ]

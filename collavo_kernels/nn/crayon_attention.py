@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from collavo_kernels.nn.attention_source import (
+    PROJECTIONS,
+    check_projections,
+    check_source,
+    head_dim,
+    new_projections,
+    refuse_config,
+    sliding_window,
+)
 from collavo_kernels.nn.crayon_branch import CrayonBranch
-from collavo_kernels.nn.dual_qlora_linear import DualQLoRALinear
+from collavo_kernels.nn.crayon_inputs import CrayonInputs
+from collavo_kernels.nn.prefill_mask import (
+    cache_offsets,
+    is_prefill_mask,
+    read_prefill_mask,
+    visible_keys,
+)
+from collavo_kernels.nn.projections import project, project_with_rows
 from collavo_kernels.ops.crayon_attention import crayon_attention, prepare
-from collavo_kernels.ops.qlora_linear import qlora_linear
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_LARGEST_HEAD = 256
-
-
-class CrayonInputs(NamedTuple):
-    """What a forward pass knows about its image tokens, computed once and handed to every layer.
-
-    Attributes:
-        table: The crayon, ``[T, hidden_size]``, one row per segment; None without crayon.
-        row_index: int32 ``[B, S]``: the token's row, -1 where it has none; None without crayon.
-        adapter_mask: uint8 ``[B, S]``: bit i set = adapter i acts on the token; None = all act.
-        row_mask: uint8 ``[T]``: the same for the rows, equal to that of the rows' tokens; None =
-            all act.
-        key_range: int32 ``[B, 2]``: first and one-past-last valid key of each sample; None = all.
-        fused: Whether the cache is empty and the mask is one interval per sample, so that
-            ``crayon_attention`` applies.
-    """
-
-    table: Tensor | None = None
-    row_index: Tensor | None = None
-    adapter_mask: Tensor | None = None
-    row_mask: Tensor | None = None
-    key_range: Tensor | None = None
-    fused: bool = False
+# Implementations of transformers whose masks the module reads; None is a module on its own.
+_READABLE = (None, "sdpa", "eager", "crayon")
 
 
 class _Projected(NamedTuple):
@@ -58,7 +51,10 @@ class CrayonAttention(nn.Module):
     projection. A prefill runs ``crayon_attention``; a call on a filled cache, or with a mask that
     is not one interval per sample, prepares q, k and v, updates the cache and attends with
     PyTorch's SDPA. Parameters and state-dict keys are those of the Hugging Face module (``q_proj``
-    ... ``o_proj``; projection mode adds ``crayon_qkv`` and ``crayon_o``).
+    ... ``o_proj``; projection mode adds ``crayon_qkv`` and ``crayon_o``). ``from_attention`` takes
+    over a loaded module. In a stock model, ``attn_implementation="crayon"``
+    (``register_attention``) lets padded batches run fused too; with ``"sdpa"`` and ``"eager"`` they
+    take the slower path.
 
     Args:
         config: A LLaMA-shaped configuration (``hidden_size``, ``num_attention_heads`` ... by
@@ -70,11 +66,12 @@ class CrayonAttention(nn.Module):
         crayon_dropout: Dropout on the branches' rows, while training.
         crayon_dtype: dtype of the branches; None = the default dtype.
         projections: Linear layers to take over instead of making new ones, by name (``nn.Linear``
-            or ``DualQLoRALinear``).
+            or ``DualQLoRALinear``, or what is called like one).
 
     Raises:
         ValueError: if the configuration asks for what the operator lacks (soft-capped scores,
-            partial rotary, an odd head size or one above 256) or the heads cannot be grouped.
+            partial rotary, an odd head size or one above 256), the heads cannot be grouped, or a
+            projection has other sizes.
 
     Source: arXiv 2402.11248, section 3 and figure 6.
 
@@ -112,17 +109,20 @@ class CrayonAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.crayon_mode = crayon_mode
-        self.head_dim = _head_dim(config)
+        self.head_dim = head_dim(config)
         self.num_heads = int(config.num_attention_heads)
         self.num_key_value_heads = int(config.num_key_value_heads)
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
         self.is_causal = True
-        self.sliding_window = _window(config, layer_idx)
-        _refuse(config, self.head_dim, self.num_heads, self.num_key_value_heads)
-        for name, layer in (projections or _new_projections(config, self.head_dim)).items():
-            self.add_module(name, layer)
+        self.sliding_window = sliding_window(config, layer_idx)
+        refuse_config(config)
+        if projections is None:
+            projections = new_projections(config)
+        check_projections(projections, config)
+        for name in PROJECTIONS:
+            self.add_module(name, projections[name])
         if crayon_mode == "projection":
             sizes = {
                 "qkv": (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim,
@@ -139,6 +139,72 @@ class CrayonAttention(nn.Module):
                 )
                 self.add_module(f"crayon_{name}", branch)
 
+    @classmethod
+    def from_attention(
+        cls,
+        attention: nn.Module,
+        *,
+        crayon_mode: Literal["attention", "projection", "none"] = "attention",
+        crayon_rank: int = 256,
+        crayon_scaling: float = 1.0,
+        crayon_dropout: float = 0.0,
+        crayon_dtype: torch.dtype | None = None,
+        projections: dict[str, nn.Module] | None = None,
+    ) -> Self:
+        """Return a module that takes the place of a loaded one, its projections shared.
+
+        Nothing is copied: dense weights, bitsandbytes' 4 bits and adapters are those of the module,
+        and stay what they are if it is put back.
+
+        Args:
+            attention: transformers' ``LlamaAttention`` (LLaMA, Vicuna, LLaVA), ``MistralAttention``
+                or ``Qwen2Attention``.
+            crayon_mode: As in the constructor.
+            crayon_rank: As in the constructor.
+            crayon_scaling: As in the constructor.
+            crayon_dropout: As in the constructor.
+            crayon_dtype: As in the constructor.
+            projections: Linear layers to use in place of the module's, all four by name.
+
+        Returns:
+            The new module, on the device and in the mode (train, eval) of the old one.
+
+        Raises:
+            TypeError: if ``attention`` is no module.
+            ValueError: naming what the module has that this one lacks (norms of q and k, sinks,
+                cross attention, ...), or for a configuration that the constructor refuses.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            ...     num_attention_heads=4, vocab_size=16)
+            >>> model = LlamaForCausalLM(config)
+            >>> for layer in model.model.layers:
+            ...     layer.self_attn = CrayonAttention.from_attention(layer.self_attn)
+            >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+            torch.Size([1, 3, 16])
+        """
+        check_source(attention)
+        source: Any = attention
+        taken = {name: getattr(source, name) for name in PROJECTIONS}
+        made = cls(
+            source.config,
+            source.layer_idx,
+            crayon_mode=crayon_mode,
+            crayon_rank=crayon_rank,
+            crayon_scaling=crayon_scaling,
+            crayon_dropout=crayon_dropout,
+            crayon_dtype=crayon_dtype,
+            projections=taken if projections is None else projections,
+        )
+        made.scaling = float(source.scaling)
+        made.training = attention.training
+        device = next(made.q_proj.parameters()).device
+        for branch in (getattr(made, name, None) for name in ("crayon_qkv", "crayon_o")):
+            if branch is not None:
+                branch.to(device).train(attention.training)
+        return made
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -153,13 +219,30 @@ class CrayonAttention(nn.Module):
         Args:
             hidden_states: ``[B, S, hidden_size]``.
             position_embeddings: cos and sin, each ``[B or 1, S, D]``.
-            attention_mask: ``[B or 1, 1, S, keys]``, bool (True = visible) or additive; None =
-                causal. Not read where ``crayon.fused``.
-            past_key_values: A Hugging Face cache (``update``, ``get_seq_length``), or None.
+            attention_mask: ``[B or 1, 1, S, keys]``, bool (True = visible) or additive, or what
+                ``attn_implementation="crayon"`` makes of a padding mask; None = causal, within
+                ``crayon.key_range``. Not read where ``crayon.fused``.
+            past_key_values: A Hugging Face cache, or None.
             crayon: The forward pass's crayon; None = plain attention.
             **kwargs: Passed on to ``attend``.
+
+        Raises:
+            ValueError: if a mask or one of the crayon's inputs cannot be read.
         """
         crayon = CrayonInputs() if crayon is None else crayon
+        self._check_implementation()
+        if kwargs.get("is_causal") is False:  # transformers sends a bidirectional configuration so
+            raise ValueError(
+                f"is_causal: expected True or nothing, got False; a {type(self).__name__} is causal"
+            )
+        if crayon.fused is None:
+            fused = self._is_prefill(attention_mask, past_key_values)
+            crayon = crayon._replace(fused=fused)
+        if is_prefill_mask(attention_mask):
+            key_range, _ = read_prefill_mask(attention_mask)
+            attention_mask = None
+            if crayon.key_range is None:
+                crayon = crayon._replace(key_range=key_range)
         projected = self._project(hidden_states, crayon)
         weights: Tensor | None = None
         if crayon.fused:
@@ -171,7 +254,33 @@ class CrayonAttention(nn.Module):
         mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
         table = self.crayon_o(crayon.table) if self._has_branch(crayon) else None
         index = None if table is None else crayon.row_index
-        return _linear(self.o_proj, mixed, crayon.adapter_mask, table, index), weights
+        return project(self.o_proj, mixed, crayon.adapter_mask, table, index), weights
+
+    def _implementation(self) -> str | None:
+        name = getattr(self.config, "_attn_implementation", None)
+        return None if name is None else str(name)
+
+    def _check_implementation(self) -> None:
+        """Raise where transformers' model makes masks this module would misread."""
+        if self._implementation() not in _READABLE:
+            raise ValueError(
+                f"config._attn_implementation: expected sdpa, eager or crayon around a "
+                f"{type(self).__name__}, got {self._implementation()!r}, whose masks it cannot "
+                'read; call model.set_attn_implementation("sdpa")'
+            )
+
+    def _is_prefill(self, attention_mask: Tensor | None, past_key_values: Any | None) -> bool:
+        """Tell whether ``crayon_attention`` applies, without waiting for a GPU."""
+        dropout = self.training and self.attention_dropout > 0
+        if dropout or self._implementation() not in _READABLE:
+            return False
+        if attention_mask is not None or past_key_values is None:
+            return attention_mask is None or is_prefill_mask(attention_mask)
+        length = past_key_values.get_seq_length(self.layer_idx)
+        if isinstance(length, Tensor):  # a static cache that was used before
+            readable = length.device.type == "cpu" and not torch.compiler.is_compiling()
+            return readable and int(length) == 0
+        return int(length) == 0
 
     def attend(
         self,
@@ -179,7 +288,7 @@ class CrayonAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        past_length: int,
+        offsets: tuple[int | Tensor, int] = (0, 0),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over the cache; a subclass may use another implementation.
@@ -188,8 +297,8 @@ class CrayonAttention(nn.Module):
             query: ``[B, H, S, D]``, prepared.
             key: ``[B, G, keys, D]``, from the cache.
             value: ``[B, G, keys, D]``, from the cache.
-            attention_mask: As in ``forward``.
-            past_length: Tokens that were in the cache before this call.
+            attention_mask: As in ``forward``, of four dimensions; None = causal.
+            offsets: Positions of the first query and of the first key.
             **kwargs: Not used here.
 
         Returns:
@@ -198,14 +307,19 @@ class CrayonAttention(nn.Module):
         Raises:
             ValueError: if the mask has not four dimensions.
         """
-        length = query.shape[2]
         if attention_mask is None:
-            key, value = key[:, :, : past_length + length], value[:, :, : past_length + length]
-            attention_mask = self._causal_mask(length, past_length, query.device)
+            attention_mask = visible_keys(
+                query.shape[2],
+                key.shape[2],
+                window=self.sliding_window,
+                query_offset=offsets[0],
+                key_offset=offsets[1],
+                device=query.device,
+            )
         elif attention_mask.ndim != 4:
             raise ValueError(
                 "attention_mask: expected [B, 1, S, keys], got "
-                f"{list(attention_mask.shape)}; expand a padding mask, or give key_range"
+                f"{list(attention_mask.shape)}; expand a padding mask, or give crayon.key_range"
             )
         mixed = nn.functional.scaled_dot_product_attention(
             query,
@@ -218,14 +332,6 @@ class CrayonAttention(nn.Module):
         )
         return mixed.transpose(1, 2), None
 
-    def _causal_mask(self, length: int, past_length: int, device: torch.device) -> Tensor:
-        i = torch.arange(past_length, past_length + length, device=device)[:, None]
-        j = torch.arange(past_length + length, device=device)[None, :]
-        visible = j <= i
-        if self.sliding_window is not None:
-            visible = visible & (i - j < self.sliding_window)
-        return visible[None, None]
-
     def _has_branch(self, crayon: CrayonInputs) -> bool:
         return self.crayon_mode == "projection" and crayon.table is not None
 
@@ -233,7 +339,7 @@ class CrayonAttention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if self.crayon_mode == "attention" and crayon.table is not None:
             return self._project_with_rows(layers, hidden, crayon.table, crayon)
-        q, k, v = (self._heads(_linear(layer, hidden, crayon.adapter_mask)) for layer in layers)
+        q, k, v = (self._heads(project(layer, hidden, crayon.adapter_mask)) for layer in layers)
         if not self._has_branch(crayon):
             return _Projected((q, k, v), (None, None, None))
         table = self._heads(self.crayon_qkv(crayon.table).to(hidden.dtype))
@@ -262,7 +368,7 @@ class CrayonAttention(nn.Module):
             )
         states, tables = [], []
         for layer in layers:
-            y = self._heads(_linear_without_row_bias(layer, x, mask, tokens))
+            y = self._heads(project_with_rows(layer, x, mask, tokens))
             states.append(y[:tokens].view(*hidden.shape[:2], -1, self.head_dim))
             tables.append(y[tokens:])
         return _Projected((states[0], states[1], states[2]), (tables[0], tables[1], tables[2]))
@@ -323,98 +429,23 @@ class CrayonAttention(nn.Module):
             row_index=None if tq is None else crayon.row_index,
         )
         q, k, v = (x.transpose(1, 2) for x in states)
-        past_length = 0
+        offsets: tuple[int | Tensor, int] = (0, 0)
         if past_key_values is not None:
             if attention_mask is None:
-                past_length = int(past_key_values.get_seq_length(self.layer_idx))
+                offsets = cache_offsets(past_key_values, q, self.layer_idx)
             k, v = past_key_values.update(k, v, self.layer_idx)
-        return self.attend(q, k, v, attention_mask, past_length, **kwargs)
+        if attention_mask is None and crayon.key_range is not None:
+            attention_mask = visible_keys(
+                q.shape[2],
+                k.shape[2],
+                window=self.sliding_window,
+                key_range=crayon.key_range,
+                query_offset=offsets[0],
+                key_offset=offsets[1],
+                device=q.device,
+            )
+        return self.attend(q, k, v, attention_mask, offsets, **kwargs)
 
     def extra_repr(self) -> str:
         """Show what the submodules do not."""
         return f"layer_idx={self.layer_idx}, crayon_mode={self.crayon_mode!r}"
-
-
-def _head_dim(config: Any) -> int:
-    given = getattr(config, "head_dim", None)
-    return int(given or config.hidden_size // config.num_attention_heads)
-
-
-def _window(config: Any, layer_idx: int) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    sliding = kinds is None or kinds[layer_idx] == "sliding_attention"
-    return int(window) if window and sliding else None
-
-
-def _refuse(config: Any, head_dim: int, heads: int, groups: int) -> None:
-    """Raise if the layer needs what ``crayon_attention`` lacks."""
-    for name in ("attn_logit_softcapping", "attn_logit_softcap", "softcap"):
-        if getattr(config, name, None):
-            raise ValueError(
-                f"config.{name}: soft-capped scores are not supported, got {getattr(config, name)}"
-            )
-    rope = getattr(config, "rope_parameters", None)
-    rope = rope if isinstance(rope, dict) else {}
-    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(
-            f"config.partial_rotary_factor: expected 1 (all of a head rotates), got {partial}"
-        )
-    if head_dim % 2 or not 0 < head_dim <= _LARGEST_HEAD:
-        raise ValueError(
-            f"config.head_dim: expected an even size up to {_LARGEST_HEAD}, got {head_dim}"
-        )
-    if heads % groups:
-        raise ValueError(
-            f"config.num_key_value_heads: expected a divisor of {heads} heads, got {groups}"
-        )
-
-
-def _new_projections(config: Any, head_dim: int) -> dict[str, nn.Module]:
-    # Qwen2 hard-codes its biases: q, k and v have one, o has none.
-    qwen2 = getattr(config, "model_type", None) == "qwen2"
-    bias = bool(getattr(config, "attention_bias", False))
-    query, group = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    sizes = {name: (config.hidden_size, group, bias or qwen2) for name in PROJECTIONS[1:3]}
-    sizes["q_proj"] = (config.hidden_size, query, bias or qwen2)
-    sizes["o_proj"] = (query, config.hidden_size, bias and not qwen2)
-    return {
-        name: nn.Linear(sizes[name][0], sizes[name][1], bias=sizes[name][2]) for name in PROJECTIONS
-    }
-
-
-def _linear(
-    layer: nn.Module,
-    x: Tensor,
-    adapter_mask: Tensor | None,
-    row_table: Tensor | None = None,
-    row_index: Tensor | None = None,
-) -> Tensor:
-    """Call a projection, its adapters masked and a row table added where there is one."""
-    if isinstance(layer, DualQLoRALinear):
-        result: Tensor = layer(x, adapter_mask, row_table, row_index)
-    elif row_table is None:
-        result = layer(x)
-    else:
-        weight, bias = layer.weight, layer.bias
-        result = qlora_linear(
-            x,
-            weight,  # type: ignore[arg-type]
-            row_table=row_table,
-            row_index=row_index,
-            bias=bias,  # type: ignore[arg-type]
-        )
-    return result
-
-
-def _linear_without_row_bias(
-    layer: nn.Module, x: Tensor, adapter_mask: Tensor | None, tokens: int
-) -> Tensor:
-    """Call a projection on tokens and, behind them, rows, which get no bias."""
-    bias = getattr(layer, "bias", None)
-    if bias is None:
-        return _linear(layer, x, adapter_mask)
-    index = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
-    index[:tokens] = -1
-    return _linear(layer, x, adapter_mask, -bias[None], index)
