@@ -169,6 +169,19 @@ inline void store16(Float16* to, __m512 values) {
 
 #endif  // __AVX512F__
 
+// Calls function(pointer of the dtype's type).
+template <typename Function>
+inline void with_type(DType dtype, const void* pointer, const Function& function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(static_cast<const float*>(pointer));
+    case DType::bfloat16:
+      return function(static_cast<const BFloat16*>(pointer));
+    case DType::float16:
+      return function(static_cast<const Float16*>(pointer));
+  }
+}
+
 }  // namespace
 
 }  // namespace collavo

@@ -42,6 +42,23 @@ inline void parallel_for(int64_t n, int64_t grain, const Function& function) {
       &function);
 }
 
+// Runs function(worker, item) for every item of [0, items): each of `workers` workers, as many as
+// the pool has threads or fewer, takes the next one when it has done its last. For items of unequal
+// size whose results do not depend on who makes them.
+template <typename Function>
+inline void parallel_items(int64_t workers, int64_t items, const Function& function) {
+  int64_t next = 0;
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (;;) {
+        const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        if (item >= items) break;
+        function(worker, item);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 }  // namespace collavo

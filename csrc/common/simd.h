@@ -192,19 +192,6 @@ inline void store(T* to, Vec values) {
 
 #endif
 
-// Calls function(pointer of the dtype's type).
-template <typename Function>
-inline void with_type(DType dtype, const void* pointer, const Function& function) {
-  switch (dtype) {
-    case DType::float32:
-      return function(static_cast<const float*>(pointer));
-    case DType::bfloat16:
-      return function(static_cast<const BFloat16*>(pointer));
-    case DType::float16:
-      return function(static_cast<const Float16*>(pointer));
-  }
-}
-
 }  // namespace
 
 }  // namespace collavo

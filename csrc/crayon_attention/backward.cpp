@@ -19,22 +19,20 @@ namespace {
 // Items that keep many threads busy; with fewer key heads their query heads are split.
 constexpr int64_t kItems = 16;
 
+// Everything about the cut depends on the shapes alone, so that no sum's order depends on threads.
 struct Plan {
   int64_t shared, splits, items, workers, per_head;
 
-  Plan(const Problem& problem, int64_t threads) {
+  Plan(const Problem& problem, int64_t threads)
+      : shared(problem.q_heads / problem.kv_heads),
+        per_head(round_up(problem.length, kBlock) * width_of(problem)) {
     const int64_t pairs = problem.batch * problem.kv_heads;
-    shared = problem.q_heads / problem.kv_heads;
-    splits = 1;
-    while (splits < shared && (shared % splits || pairs * splits < kItems)) ++splits;
+    splits = least(shared, (kItems + pairs - 1) / pairs);
     items = pairs * splits;
-    const int64_t work = problem.q_heads * problem.length * problem.length * problem.size;
-    workers = most(1, least(least(threads, items), problem.batch * work >> 20));
-    per_head = round_up(problem.length, kBlock) * width_of(problem);
+    workers = workers_for(problem, items, threads);
   }
 };
 
-template <typename P>
 struct Scratch {
   Plan plan;
   Arena arena;
@@ -51,9 +49,19 @@ struct Scratch {
   }
 };
 
+// One worker's operands, and its dk and dv where there are no parts.
+template <typename P>
+struct Worker {
+  Work<P> work;
+  float* own;
+
+  Worker(const Problem& problem, const Plan& plan, Arena* arena)
+      : work(problem, arena), own(arena->take<float>(plan.splits > 1 ? 0 : 2 * plan.per_head)) {}
+};
+
 // Both dk and dv of a key head.
-template <typename P, typename T>
-void finish_pair(const BackwardArgs& args, const Scratch<P>& scratch, int64_t pair,
+template <typename T>
+void finish_pair(const BackwardArgs& args, const Scratch& scratch, int64_t pair,
                  const float* parts) {
   const Plan& plan = scratch.plan;
   const int64_t batch = pair / args.problem.kv_heads, head = pair % args.problem.kv_heads;
@@ -65,55 +73,47 @@ void finish_pair(const BackwardArgs& args, const Scratch<P>& scratch, int64_t pa
 }
 
 template <typename P, typename T>
-void run_item(const BackwardArgs& args, const Scratch<P>& scratch, int64_t item,
-              const Work<P>& work, float* own) {
+void run_item(const BackwardArgs& args, const Scratch& scratch, int64_t item,
+              const Worker<P>& worker) {
   const Problem& problem = args.problem;
   const Plan& plan = scratch.plan;
-  const int64_t pair = item / plan.splits, count = plan.shared / plan.splits;
+  const Work<P>& work = worker.work;
+  const int64_t pair = item / plan.splits, part = item % plan.splits;
   const int64_t batch = pair / problem.kv_heads, kv_head = pair % problem.kv_heads;
   const Span span = span_of(problem, batch);
-  float* dk = plan.splits > 1 ? scratch.parts + item * 2 * plan.per_head : own;
+  float* dk = plan.splits > 1 ? scratch.parts + item * 2 * plan.per_head : worker.own;
   float* dv = dk + plan.per_head;
   clear(dk, 2 * plan.per_head);
   alignas(64) T strip[kLanes * kMostWidth];
   pack_keys<P>(args, span, batch, kv_head, work, strip);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t head = kv_head * plan.shared + item % plan.splits * count + i;
+  const int64_t end = plan.shared * (part + 1) / plan.splits;
+  for (int64_t i = plan.shared * part / plan.splits; i < end; ++i) {
+    const int64_t head = kv_head * plan.shared + i;
     pack_queries<P>(args, span, batch, head, work, strip);
     head_gradients<P>(problem, Sight(problem, span), work, dk, dv);
     finish_queries<T>(args, scratch.sum_q, span, batch, head, work.dq);
   }
-  if (plan.splits == 1) finish_pair<P, T>(args, scratch, pair, dk);
+  if (plan.splits == 1) finish_pair<T>(args, scratch, pair, dk);
 }
 
 template <typename P, typename T>
 void run(const BackwardArgs& args, int64_t threads, void* buffer) {
   const Problem& problem = args.problem;
-  const Scratch<P> scratch(args, threads, buffer);
+  const Scratch scratch(args, threads, buffer);
   const Plan& plan = scratch.plan;
   for (const SlotSums& sums : {scratch.sum_q, scratch.sum_k, scratch.sum_v}) {
     if (sums.data) clear(sums.data, args.slot_count * sums.heads * problem.size);
   }
-  parallel_for(plan.workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) {
-      Arena arena = scratch.arena;
-      for (int64_t skip = 0; skip < w; ++skip) {
-        Work<P>(problem, &arena);
-        arena.take<float>(plan.splits > 1 ? 0 : 2 * plan.per_head);
-      }
-      const Work<P> work(problem, &arena);
-      float* own = arena.take<float>(plan.splits > 1 ? 0 : 2 * plan.per_head);
-      for (int64_t i = plan.items * w / plan.workers; i < plan.items * (w + 1) / plan.workers;
-           ++i) {
-        run_item<P, T>(args, scratch, i, work, own);
-      }
-    }
+  parallel_items(plan.workers, plan.items, [&](int64_t worker, int64_t item) {
+    Arena arena = scratch.arena;
+    for (int64_t i = 0; i < worker; ++i) Worker<P>(problem, plan, &arena);
+    run_item<P, T>(args, scratch, item, Worker<P>(problem, plan, &arena));
   });
   if (plan.splits > 1) {
     parallel_for(problem.batch * problem.kv_heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
-        finish_pair<P, T>(args, scratch, pair,
-                          scratch.parts + pair * plan.splits * 2 * plan.per_head);
+        const int64_t first = pair * plan.splits * 2 * plan.per_head;
+        finish_pair<T>(args, scratch, pair, scratch.parts + first);
       }
     });
   }
@@ -122,41 +122,26 @@ void run(const BackwardArgs& args, int64_t threads, void* buffer) {
   finish_table<T>(args, scratch.sum_v, args.sum_v);
 }
 
-template <typename P>
-int64_t scratch_bytes(const BackwardArgs& args, int64_t threads) {
-  Scratch<P> scratch(args, threads, nullptr);
-  for (int64_t w = 0; w < scratch.plan.workers; ++w) {
-    Work<P>(args.problem, &scratch.arena);
-    scratch.arena.template take<float>(scratch.plan.splits > 1 ? 0 : 2 * scratch.plan.per_head);
-  }
-  return scratch.arena.bytes();
-}
-
 }  // namespace
 
 namespace COLLAVO_ISA {
 
 int64_t backward_scratch(const BackwardArgs& args, int64_t threads) {
-  switch (args.problem.dtype) {
-    case DType::float32:
-      return scratch_bytes<ProductOf<float>>(args, threads);
-    case DType::bfloat16:
-      return scratch_bytes<ProductOf<BFloat16>>(args, threads);
-    case DType::float16:
-      return scratch_bytes<ProductOf<Float16>>(args, threads);
-  }
-  return 0;
+  Scratch scratch(args, threads, nullptr);
+  with_type(args.problem.dtype, nullptr, [&](auto* type) {
+    using P = ProductOf<Value<decltype(type)>>;
+    for (int64_t i = 0; i < scratch.plan.workers; ++i) {
+      Worker<P>(args.problem, scratch.plan, &scratch.arena);
+    }
+  });
+  return scratch.arena.bytes();
 }
 
 void backward(const BackwardArgs& args, int64_t threads, void* scratch) {
-  switch (args.problem.dtype) {
-    case DType::float32:
-      return run<ProductOf<float>, float>(args, threads, scratch);
-    case DType::bfloat16:
-      return run<ProductOf<BFloat16>, BFloat16>(args, threads, scratch);
-    case DType::float16:
-      return run<ProductOf<Float16>, Float16>(args, threads, scratch);
-  }
+  with_type(args.problem.dtype, nullptr, [&](auto* type) {
+    using T = Value<decltype(type)>;
+    run<ProductOf<T>, T>(args, threads, scratch);
+  });
 }
 
 }  // namespace COLLAVO_ISA

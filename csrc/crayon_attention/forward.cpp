@@ -12,9 +12,6 @@ namespace collavo::crayon_attention {
 
 namespace {
 
-// Multiply-adds that make another thread worth its start.
-constexpr int64_t kGrain = 1 << 20;
-
 // Where everything lies. Packed keys are [batch * kv_heads][keys][width], values
 // [batch * kv_heads][blocks][width][kBlock].
 template <typename P>
@@ -30,10 +27,9 @@ struct Scratch {
   int64_t workers;
 
   Scratch(const Problem& problem, int64_t threads, void* buffer) : arena(buffer) {
-    const int64_t pairs = problem.batch * problem.kv_heads, width = width_of(problem);
+    const int64_t pairs = problem.batch * problem.kv_heads;
     const int64_t panels = round_up(problem.length, kPanel) / kPanel;
-    const int64_t work = problem.batch * problem.q_heads * problem.length * problem.length * width;
-    workers = most(1, least(threads, least(pairs * panels, work / kGrain)));
+    workers = workers_for(problem, pairs * panels, threads);
     keys = arena.take<Element>(pairs * per_head(problem));
     values = arena.take<Element>(pairs * per_head(problem));
   }
@@ -42,10 +38,25 @@ struct Scratch {
     return round_up(problem.length, kBlock) * width_of(problem);
   }
 
-  Worker take_worker(const Problem& problem) {
+  // The buffers of one worker, behind those of the workers before it.
+  Worker worker(const Problem& problem, int64_t index) const {
+    Arena own = arena;
+    Worker buffers{};
+    for (int64_t i = 0; i <= index; ++i) buffers = take(problem, &own);
+    return buffers;
+  }
+
+  int64_t bytes(const Problem& problem) const {
+    Arena all = arena;
+    for (int64_t i = 0; i < workers; ++i) take(problem, &all);
+    return all.bytes();
+  }
+
+ private:
+  static Worker take(const Problem& problem, Arena* from) {
     const int64_t width = width_of(problem);
-    return {arena.take<Element>(width * kPanel), arena.take<Element>(kBlock * kPanel),
-            arena.take<float>(kBlock * kPanel), arena.take<float>(width * kPanel)};
+    return {from->take<Element>(width * kPanel), from->take<Element>(kBlock * kPanel),
+            from->take<float>(kBlock * kPanel), from->take<float>(width * kPanel)};
   }
 };
 
@@ -136,9 +147,9 @@ void attend(const Problem& problem, const Sight& sight, const typename P::Elemen
   for (int64_t block = reach.first / kBlock; block * kBlock < reach.end; ++block) {
     const int64_t first = reach.first_row(block), end = reach.end_row(block);
     const int64_t rows = end - first;
-    product<P>(keys + first * width, width, rows, worker.queries, kPanel, lanes, width, true,
-               worker.scores, kPanel);
-    hide(sight, reach, position, lanes, first, end, -INFINITY, worker.scores);
+    product<P>(keys + first * width, width, rows, worker.queries, lanes, width, true,
+               worker.scores);
+    hide(sight, reach, position, lanes, first, end, worker.scores);
     bool changed = false;
     over_vectors(lanes, [&](int64_t lane, auto some) {
       changed |= fold_vectors<P, decltype(some)::value>(
@@ -147,7 +158,7 @@ void attend(const Problem& problem, const Sight& sight, const typename P::Elemen
     });
     if (changed && !fresh) shrink_rows(shrink, lanes, width, worker.mixed);
     product<P>(values + block * kBlock * width + first % kBlock, kBlock, width, worker.weights,
-               kPanel, lanes, rows, fresh, worker.mixed, kPanel);
+               lanes, rows, fresh, worker.mixed);
     fresh = false;
   }
 }
@@ -184,8 +195,8 @@ void write_out(const ForwardArgs& args, int64_t batch, int64_t head, int64_t tok
   }
 }
 
-// Panels of query heads in the order in which workers take them: all heads of a key head's panel
-// one after the other, then its next panel.
+// Panels of query heads in the order in which workers take them: a key head's last panel, which
+// sees most keys, for all of its query heads, then the panel before it.
 struct Order {
   int64_t panels, shared, kv_heads, count;
 
@@ -200,11 +211,8 @@ struct Order {
   };
 
   Place operator[](int64_t i) const {
-    const int64_t item = i / shared, pair = item / panels, turn = item % panels;
-    // A causal head's panels from both ends in turn: any run of them is an average share.
-    const int64_t panel = turn % 2 ? panels - 1 - turn / 2 : turn / 2;
-    const int64_t head = pair % kv_heads * shared + i % shared;
-    return {pair / kv_heads, head, pair, panel * kPanel};
+    const int64_t item = i / shared, pair = item / panels, panel = panels - 1 - item % panels;
+    return {pair / kv_heads, pair % kv_heads * shared + i % shared, pair, panel * kPanel};
   }
 };
 
@@ -238,24 +246,9 @@ void run(const ForwardArgs& args, int64_t threads, void* buffer) {
   const Scratch<P> scratch(problem, threads, buffer);
   prepare_all<P, T>(args, scratch);
   const Order order(problem);
-  parallel_for(scratch.workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) {
-      Scratch<P> own = scratch;
-      typename Scratch<P>::Worker worker;
-      for (int64_t skip = 0; skip <= w; ++skip) worker = own.take_worker(problem);
-      const int64_t last = order.count * (w + 1) / scratch.workers;
-      for (int64_t i = order.count * w / scratch.workers; i < last; ++i) {
-        attend_panel<P, T>(args, scratch, order[i], worker);
-      }
-    }
+  parallel_items(scratch.workers, order.count, [&](int64_t worker, int64_t item) {
+    attend_panel<P, T>(args, scratch, order[item], scratch.worker(problem, worker));
   });
-}
-
-template <typename P>
-int64_t scratch_bytes(const Problem& problem, int64_t threads) {
-  Scratch<P> scratch(problem, threads, nullptr);
-  for (int64_t w = 0; w < scratch.workers; ++w) scratch.take_worker(problem);
-  return scratch.arena.bytes();
 }
 
 }  // namespace
@@ -263,26 +256,19 @@ int64_t scratch_bytes(const Problem& problem, int64_t threads) {
 namespace COLLAVO_ISA {
 
 int64_t forward_scratch(const ForwardArgs& args, int64_t threads) {
-  switch (args.problem.dtype) {
-    case DType::float32:
-      return scratch_bytes<ProductOf<float>>(args.problem, threads);
-    case DType::bfloat16:
-      return scratch_bytes<ProductOf<BFloat16>>(args.problem, threads);
-    case DType::float16:
-      return scratch_bytes<ProductOf<Float16>>(args.problem, threads);
-  }
-  return 0;
+  int64_t bytes = 0;
+  with_type(args.problem.dtype, nullptr, [&](auto* type) {
+    using P = ProductOf<Value<decltype(type)>>;
+    bytes = Scratch<P>(args.problem, threads, nullptr).bytes(args.problem);
+  });
+  return bytes;
 }
 
 void forward(const ForwardArgs& args, int64_t threads, void* scratch) {
-  switch (args.problem.dtype) {
-    case DType::float32:
-      return run<ProductOf<float>, float>(args, threads, scratch);
-    case DType::bfloat16:
-      return run<ProductOf<BFloat16>, BFloat16>(args, threads, scratch);
-    case DType::float16:
-      return run<ProductOf<Float16>, Float16>(args, threads, scratch);
-  }
+  with_type(args.problem.dtype, nullptr, [&](auto* type) {
+    using T = Value<decltype(type)>;
+    run<ProductOf<T>, T>(args, threads, scratch);
+  });
 }
 
 }  // namespace COLLAVO_ISA

@@ -7,6 +7,9 @@
 // Factors that all terms share are left to whoever reads the sums: dK and dQ lack the scale.
 #pragma once
 
+#include <cmath>
+
+#include "common/arena.h"
 #include "crayon_attention/operands.h"
 #include "crayon_attention/softmax.h"
 
@@ -123,13 +126,15 @@ void weigh(int64_t rows, float scale, const float* lse, const float* delta, cons
   constexpr int64_t kDepth = P::kDepth;
   const Vec factor = broadcast(scale);
   for (int64_t v = 0; v < kPanel; v += kLanes) {
-    const Vec base = subtract(zeros(), load(lse + v)), shift = load(delta + v);
+    const Vec base = load(lse + v), shift = load(delta + v);
     for (int64_t r = 0; r < rows; r += kDepth) {
       Vec pair[kDepth];
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kDepth; ++j) {
         const int64_t at = (r + j) * kPanel + v, to = (r + j) * kGroup + v;
-        const Vec weight = power_of_two<Power>(fma(load(products + at), factor, base));
+        // Rounded before the difference, as the log-sum-exp was: a weight of 1 comes out as 1.
+        const Vec score = multiply(load(products + at), factor);
+        const Vec weight = power_of_two<Power>(subtract(score, base));
         pair[j] = multiply(weight, subtract(load(d_weights + at), shift));
         P::put_left(weights + to, weight);
         P::put_left(d_products + to, pair[j]);
@@ -149,17 +154,16 @@ Rows block_and_panel(const Problem& problem, const Sight& sight, const Work<P>& 
   if (rows.first >= rows.end) return {};
   const int64_t width = width_of(problem), count = rows.end - rows.first;
   product<P>(work.keys + rows.first * width, width, count, work.queries + position * width, kPanel,
-             kPanel, width, true, work.products, kPanel);
+             width, true, work.products);
   product<P>(work.values + rows.first * width, width, count, work.grads + position * width, kPanel,
-             kPanel, width, true, work.d_weights, kPanel);
-  hide(sight, reach, position, kPanel, rows.first, rows.end, -INFINITY, work.products);
+             width, true, work.d_weights);
+  hide(sight, reach, position, kPanel, rows.first, rows.end, work.products);
   const int64_t within = rows.first % kBlock, left = within * kGroup + column;
   weigh<P>(count, exponent_scale(problem.scale), work.lse + position, work.delta + position,
            work.products, work.d_weights, work.weights + left, work.d_products + left,
            work.d_products_right);
   product<P>(work.keys_turned + block * kBlock * width + within, kBlock, width,
-             work.d_products_right, kPanel, kPanel, count, false, work.dq + position * width,
-             kPanel);
+             work.d_products_right, kPanel, count, false, work.dq + position * width);
   return rows;
 }
 

@@ -93,6 +93,15 @@ inline void pack_right_turned(const T* strip, int64_t width, typename P::Element
   }
 }
 
+// Multiply-adds that make another thread worth its start.
+constexpr int64_t kGrain = 1 << 20;
+
+// How many threads a call's products keep busy, of those there are.
+inline int64_t workers_for(const Problem& problem, int64_t items, int64_t threads) {
+  const int64_t products = problem.batch * problem.q_heads * problem.length * problem.length;
+  return most(1, least(least(threads, items), products * problem.size / kGrain));
+}
+
 // The valid tokens of a sample: [first, end). Kernels count positions from the first.
 struct Span {
   int64_t first, end;

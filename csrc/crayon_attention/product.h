@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "common/simd.h"
@@ -17,8 +18,7 @@ namespace collavo::crayon_attention {
 
 namespace {
 
-// Rows and vectors of a tile: its sums, one row of right vectors and a left value fill the
-// registers.
+// Rows and vectors of a tile, whose sums stay in registers: as many as keep the multipliers busy.
 #if defined(__AVX512F__)
 constexpr int64_t kRows = 8, kVectors = 2;
 #elif defined(__AVX2__)
@@ -84,6 +84,10 @@ template <typename T>
 using ProductOf = Floats;
 #endif
 
+// What a pointer points to.
+template <typename Pointer>
+using Value = std::remove_const_t<std::remove_pointer_t<Pointer>>;
+
 // One tile of kRows rows and kCount vectors. Strides are in elements; right_stride from one step to
 // the next. The first product of a sum needs no zeros there.
 template <typename P, int64_t kCount>
@@ -127,16 +131,16 @@ inline void over_vectors(int64_t lanes, const Function& function) {
   for (; lane < lanes; lane += kLanes) function(lane, std::integral_constant<int64_t, 1>());
 }
 
-// All rows (a multiple of kRows) and lanes (a multiple of kLanes); sums are [rows][sums_stride].
+// A panel: all rows (a multiple of kRows), of its kPanel lanes the first (a multiple of kLanes).
 template <typename P>
 inline void product(const typename P::Element* left, int64_t left_stride, int64_t rows,
-                    const typename P::Element* right, int64_t right_lanes, int64_t lanes,
-                    int64_t terms, bool first, float* sums, int64_t sums_stride) {
+                    const typename P::Element* right, int64_t lanes, int64_t terms, bool first,
+                    float* sums) {
   over_vectors(lanes, [&](int64_t lane, auto count) {
     for (int64_t r = 0; r < rows; r += kRows) {
       tile<P, decltype(count)::value>(left + r * left_stride, left_stride, right + lane * P::kDepth,
-                                      right_lanes * P::kDepth, terms / P::kDepth, first,
-                                      sums + r * sums_stride + lane, sums_stride);
+                                      kPanel * P::kDepth, terms / P::kDepth, first,
+                                      sums + r * kPanel + lane, kPanel);
     }
   });
 }

@@ -2,6 +2,8 @@
 // Queries are lanes and keys are rows, [keys][kPanel], so nothing is summed across a vector.
 #pragma once
 
+#include <cmath>
+
 #include "crayon_attention/operands.h"
 
 namespace collavo::crayon_attention {
@@ -74,22 +76,23 @@ struct Reach {
   int64_t end_row(int64_t block) const { return least(round_up(end, kRows), (block + 1) * kBlock); }
 };
 
-// value where a query does not see the key; scores are the rows [first, end).
+// Minus infinity where a query does not see the key; scores are the rows [first, end).
 inline void hide(const Sight& sight, const Reach& reach, int64_t position, int64_t lanes,
-                 int64_t first, int64_t end, float value, float* scores) {
+                 int64_t first, int64_t end, float* scores) {
   for (int64_t key = first; key < end; ++key, scores += kPanel) {
     if (key >= reach.all_first && key < reach.all_end) continue;
     const bool inside = key < sight.length;
     const int64_t seen_first = inside ? sight.first_query(key) - position : lanes;
     const int64_t seen_end = inside ? sight.end_query(key) - position : lanes;
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      if (lane < seen_first || lane >= seen_end) scores[lane] = value;
+      if (lane < seen_first || lane >= seen_end) scores[lane] = -INFINITY;
     }
   }
 }
 
 // What a panel carries from block to block, a value per query: the largest product so far and the
-// sum of weights relative to it. Both are finite whatever the products are.
+// sum of weights relative to it. The lowest that there is times the scale is finite, and so is its
+// distance from any finite product.
 struct Running {
   alignas(64) float top[kPanel];
   alignas(64) float total[kPanel];
@@ -110,7 +113,7 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
                          typename P::Element* weights, float* shrink) {
   using Power = PowerOf<P>;
   constexpr int64_t kDepth = P::kDepth;
-  Vec highest[kCount], base[kCount], sums[kCount];
+  Vec highest[kCount], sums[kCount];
   for (int64_t v = 0; v < kCount; ++v) highest[v] = load(top + v * kLanes);
   for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
@@ -124,7 +127,6 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
     const Vec power = power_of_two<Power>(multiply(subtract(before, highest[v]), factor));
     store(shrink + v * kLanes, power);
     store(top + v * kLanes, highest[v]);
-    base[v] = multiply(highest[v], broadcast(-scale));
     sums[v] = multiply(load(total + v * kLanes), power);
   }
   for (int64_t r = 0; r < rows; r += kDepth) {
@@ -133,8 +135,9 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
       Vec pair[kDepth];
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kDepth; ++j) {
-        const Vec x = fma(load(scores + (r + j) * kPanel + v * kLanes), factor, base[v]);
-        pair[j] = power_of_two<Power>(x);
+        // The difference first: the largest product's weight is 1 however large it is.
+        const Vec below = subtract(load(scores + (r + j) * kPanel + v * kLanes), highest[v]);
+        pair[j] = power_of_two<Power>(multiply(below, factor));
         sums[v] = add(sums[v], pair[j]);
       }
       P::put(weights + r * kPanel + v * kLanes * kDepth, pair);

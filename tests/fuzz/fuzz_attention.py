@@ -79,8 +79,8 @@ def attention_calls(draw: Callable[[Any], Any]) -> AttentionCall:
         dtype=draw(st.sampled_from(DTYPES)),
         batch=draw(st.sampled_from((1, 2, 3, 2, 1, 0))),
         length=draw(st.integers(0, 40) | st.sampled_from((96, 127, 128, 129, 161, 257, 290))),
-        heads=draw(st.integers(1, 3)),
-        groups=draw(st.integers(1, 3)),
+        heads=draw(st.sampled_from((1, 2, 3, 4, 6))),
+        groups=draw(st.sampled_from((1, 2, 3, 8))),
         size=2 * draw(st.integers(1, 40) | st.sampled_from((8, 16, 32, 64, 120, 127, 128))),
         rows=rows,
         tables=draw(st.sampled_from(("", "q", "k", "v", "qk", "kv", "qkv", "qkv"))),
@@ -161,6 +161,8 @@ def run_attention(case: AttentionCall) -> None:
         assert one.shape == two.shape and one.dtype == two.dtype
         if not case.not_finite:
             _expect_close(one, two, three, largest)
+    # What PyTorch keeps free of NaN stays so.
+    assert not bool((found[0].isnan() & ~low[0].isnan()).any())
 
 
 def _expect_close(found: Tensor, low: Tensor, exact: Tensor, score: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ def declines(inputs: AttentionInputs) -> str | None:
     return None
 
 
+class _Call(NamedTuple):
+    """What the kernels want to know beside q, k and v, and the tensors its addresses are of."""
+
+    problem: tuple[Any, ...]
+    cos: Tensor | None
+    sin: Tensor | None
+    rows: Tensor | None
+    ranges: Tensor | None
+
+
 def forward(inputs: AttentionInputs) -> ForwardResult:
     """Prepare keys and values in one pass, then attend panel by panel."""
     q, k, v = (_dense(x) for x in inputs[:3])
@@ -46,20 +56,16 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
         torch.empty(v.shape if inputs.changes_value else 0, dtype=v.dtype),
         torch.empty((batch, heads, length), dtype=torch.float32),
     )
-    tables = [None if t is None else t.contiguous() for t in _tables(inputs)]
-    kept, problem = _problem(inputs)
+    tables = [None if t is None else t.contiguous() for t in inputs.tables]
     states = [
-        _heads(q),
-        _heads(k),
-        _heads(v),
+        *(_heads(x) for x in (q, k, v)),
         _heads(result.key) if inputs.changes_key else _ABSENT,
         _heads(result.value) if inputs.changes_value else _ABSENT,
         _heads(result.out),
     ]
     others = [*(_address(t) for t in tables), result.lse.data_ptr()]
     if q.numel():
-        _run(_module().crayon_attention_forward, problem, states, others)
-    del kept
+        _run(_module().crayon_attention_forward, _call(inputs), states, others)
     return result
 
 
@@ -68,61 +74,55 @@ def backward(given: BackwardInputs) -> Gradients:
     inputs = given.inputs
     q, key, value, out = (_dense(x) for x in (*inputs[:3], given.out))
     grads = [None if x is None else _dense(x) for x in given[:3]]
-    leaves = (q, key, value, *_tables(inputs))
-    found = [
-        torch.empty(x.shape if want and x is not None else 0, dtype=q.dtype)
-        for x, want in zip(leaves, given.mask, strict=True)
-    ]
-    wanted = [want and x is not None for x, want in zip(leaves, given.mask, strict=True)]
+    leaves = (q, key, value, *inputs.tables)
+    wanted = [x if want else None for x, want in zip(leaves, given.mask, strict=True)]
+    found = [torch.empty(0 if x is None else x.shape, dtype=q.dtype) for x in wanted]
     table = None if inputs.crayon_q is None else inputs.crayon_q.contiguous()
     lse = given.lse.contiguous()
-    kept, problem = _problem(inputs)
     states = [
         *(_heads(x) for x in (q, key, value, out)),
         *(_ABSENT if x is None else _heads(x) for x in grads),
-        *(_heads(x) if want else _ABSENT for x, want in zip(found[:3], wanted, strict=False)),
+        *(_ABSENT if x is None else _heads(to) for x, to in zip(wanted[:3], found, strict=False)),
     ]
-    sums = [x.data_ptr() if want else 0 for x, want in zip(found[3:], wanted[3:], strict=True)]
-    if q.numel():
-        slots, count = _slots(inputs, kept[2]) if any(sums) else (None, 0)
+    sums = [0 if x is None else to.data_ptr() for x, to in zip(wanted[3:], found[3:], strict=True)]
+    if q.numel() and any(x is not None for x in wanted):
+        call = _call(inputs)
+        slots, count = _slots(inputs, call.rows) if any(sums) else (None, 0)
         others = [_address(table), lse.data_ptr(), *sums, _address(slots), count]
-        _run(_module().crayon_attention_backward, problem, states, others)
-    else:
+        _run(_module().crayon_attention_backward, call, states, others)
+    elif not q.numel():
         for x in found[3:]:
             x.zero_()
-    del kept
     dq, dk, dv, dtq, dtk, dtv = found
     return dq, dk, dv, dtq, dtk, dtv
 
 
-def _run(
-    kernel: Any, problem: tuple[Any, ...], states: Sequence[_Heads], others: Sequence[int]
-) -> None:
+def _run(kernel: Any, call: _Call, states: Sequence[_Heads], others: Sequence[int]) -> None:
     """Ask the kernel how much scratch it needs, take that from torch, and run it."""
     threads = _module().num_threads()
-    need = kernel(_BEST_ISA, threads, 0, problem, states, others)
+    need = kernel(_BEST_ISA, threads, 0, call.problem, states, others)
     scratch = torch.empty(need, dtype=torch.uint8)
-    kernel(_BEST_ISA, threads, scratch.data_ptr(), problem, states, others)
+    kernel(_BEST_ISA, threads, scratch.data_ptr(), call.problem, states, others)
 
 
-def _problem(inputs: AttentionInputs) -> tuple[list[Tensor | None], tuple[Any, ...]]:
-    """Return what the kernels want to know beside q, k and v, and the tensors its addresses are of.
+def _call(inputs: AttentionInputs) -> _Call:
+    """Check the values of row index and key range, and put the arguments together.
 
     Raises:
         ValueError: if a row index or a key range is out of range.
     """
     batch, length, heads, size = inputs.q.shape
-    count = next((t.shape[0] for t in _tables(inputs) if t is not None), 0)
     cos, sin = (None if x is None else x.float().contiguous() for x in (inputs.cos, inputs.sin))
     rows, ranges = _rows(inputs), _ranges(inputs)
     shared = cos is None or cos.shape[0] == 1
-    sizes = (DTYPE_CODES[inputs.q.dtype], batch, length, heads, inputs.k.shape[2], size, count)
+    groups, count = inputs.k.shape[2], inputs.table_rows or 0
+    sizes = (DTYPE_CODES[inputs.q.dtype], batch, length, heads, groups, size, count)
     angles = (_address(cos), _address(sin), 0 if shared else length * size)
     tokens = (*angles, _address(rows), _address(ranges))
     # As far as the sequence is long, and no overflow where a window is longer.
-    window = length if inputs.window is None else min(inputs.window, max(length, 1))
+    window = length if inputs.window is None else min(inputs.window, length)
     problem = (sizes, tokens, inputs.causal, window, inputs.softmax_scale)
-    return [cos, sin, rows, ranges], problem
+    return _Call(problem, cos, sin, rows, ranges)
 
 
 def _module() -> ModuleType:
@@ -132,30 +132,25 @@ def _module() -> ModuleType:
     return module
 
 
-def _tables(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return inputs.crayon_q, inputs.crayon_k, inputs.crayon_v
-
-
 def _rows(inputs: AttentionInputs) -> Tensor | None:
     """Return the row index, contiguous and with every entry within the tables."""
-    counts = [t.shape[0] for t in _tables(inputs) if t is not None]
-    if inputs.row_index is None or not counts:
+    count = inputs.table_rows
+    if inputs.row_index is None or count is None:
         return None
     rows = inputs.row_index.contiguous()
-    if _module().crayon_attention_first_bad_row(rows.data_ptr(), rows.numel(), counts[0]) >= 0:
+    if _module().crayon_attention_first_bad_row(rows.data_ptr(), rows.numel(), count) >= 0:
         checked_rows(inputs)
     return rows
 
 
 def _slots(inputs: AttentionInputs, rows: Tensor | None) -> tuple[Tensor | None, int]:
     """Return int32 ``[B, T]`` that numbers the pairs of a sample and a row in use, and how many."""
-    if rows is None:
+    if rows is None or inputs.table_rows is None:
         return None, 0
     batch, length = rows.shape
-    count = next(t.shape[0] for t in _tables(inputs) if t is not None)
-    slots = torch.empty((batch, count), dtype=torch.int32)
+    slots = torch.empty((batch, inputs.table_rows), dtype=torch.int32)
     used = _module().crayon_attention_number_slots(
-        rows.data_ptr(), batch, length, count, slots.data_ptr()
+        rows.data_ptr(), batch, length, inputs.table_rows, slots.data_ptr()
     )
     return slots, int(used)
 

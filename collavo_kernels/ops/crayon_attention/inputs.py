@@ -26,6 +26,16 @@ class AttentionInputs(NamedTuple):
     scale: float | None
 
     @property
+    def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The tables of q, k and v."""
+        return self.crayon_q, self.crayon_k, self.crayon_v
+
+    @property
+    def table_rows(self) -> int | None:
+        """T, the rows of every table; None without tables."""
+        return next((t.shape[0] for t in self.tables if t is not None), None)
+
+    @property
     def changes_key(self) -> bool:
         """Whether the prepared key is another tensor than k."""
         return self.cos is not None or self.crayon_k is not None

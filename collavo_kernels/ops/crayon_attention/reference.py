@@ -57,13 +57,12 @@ def backward(given: BackwardInputs) -> Gradients:
     d_query = unrotate(d_query, inputs.cos, inputs.sin)
     d_key = unrotate(d_key, inputs.cos, inputs.sin)
     dense = (d_query, d_key, d_value)
-    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
     empty = inputs.q.new_empty(0)
     gradients = [
         d.to(inputs.q.dtype).contiguous() if want else empty.clone()
         for d, want in zip(dense, given.mask[:3], strict=True)
     ]
-    for d, table, want in zip(dense, tables, given.mask[3:], strict=True):
+    for d, table, want in zip(dense, inputs.tables, given.mask[3:], strict=True):
         if not want or table is None:
             gradients.append(empty.clone())
         elif rows is None:
@@ -123,11 +122,9 @@ def checked_rows(inputs: AttentionInputs) -> Tensor | None:
         ValueError: on the CPU, naming the first bad entry; elsewhere a bad entry counts as -1 and
             is reported by ``collavo_kernels.check()``.
     """
-    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
-    counts = [t.shape[0] for t in tables if t is not None]
-    if inputs.row_index is None or not counts:
+    if inputs.row_index is None or inputs.table_rows is None:
         return None
-    return checked_index(inputs.row_index, counts[0])
+    return checked_index(inputs.row_index, inputs.table_rows)
 
 
 def checked_ranges(inputs: AttentionInputs) -> Tensor | None:

@@ -6,6 +6,8 @@ synchronisation.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,8 @@ def validate(inputs: AttentionInputs) -> None:
         expect_tensor("key_range", ranges, shape=(batch, 2), dtypes=(torch.int32,), device=q.device)
     if inputs.window is not None:
         expect_int("window", inputs.window, minimum=1)
+    if inputs.scale is not None and not math.isfinite(inputs.scale):
+        raise ValueError(f"scale: expected a finite number or None, got {inputs.scale}")
 
 
 def validate_backward(given: BackwardInputs) -> None:

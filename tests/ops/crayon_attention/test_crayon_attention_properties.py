@@ -172,6 +172,7 @@ WRONG = {
     "row_index": (lambda x: x.long(), TypeError, "row_index: expected dtype int32"),
     "key_range": (lambda x: x[:1], ValueError, "key_range: expected shape"),
     "window": (lambda _: 0, ValueError, "window: expected at least 1"),
+    "scale": (lambda _: float("nan"), ValueError, "scale: expected a finite number"),
 }
 
 
