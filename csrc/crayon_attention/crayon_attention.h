@@ -8,6 +8,9 @@
 
 namespace collavo::crayon_attention {
 
+// The largest head dim: strips of tokens lie on the stack.
+constexpr int64_t kMostWidth = 256;
+
 // A [batch, length, heads, size] tensor: its last dimension is contiguous, strides are in elements.
 // data is null where a tensor is absent.
 struct Heads {

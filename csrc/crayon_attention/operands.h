@@ -15,8 +15,6 @@ constexpr int64_t kWidthUnit = 16;
 // Keys that are taken together; a multiple of kRows, and of every strip.
 constexpr int64_t kBlock = 128;
 
-constexpr int64_t kMostWidth = 256;
-
 inline int64_t round_up(int64_t count, int64_t unit) {
   return (count + unit - 1) / unit * unit;
 }

@@ -22,7 +22,6 @@ _BEST_ISA = -1
 # Address, and strides of samples, tokens and heads in elements.
 _Heads = tuple[int, int, int, int]
 _ABSENT: _Heads = (0, 0, 0, 0)
-_LARGEST_HEAD_DIM = 256
 
 unavailable = native_reason
 
@@ -31,8 +30,9 @@ def declines(inputs: AttentionInputs) -> str | None:
     """Say why these inputs are not taken, or None."""
     if inputs.q.dtype not in DTYPE_CODES:
         return "takes float32, bfloat16 and float16; float64 is the reference's"
-    if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
-        return f"takes head dims up to {_LARGEST_HEAD_DIM}"
+    largest = int(_module().crayon_attention_largest_head_dim)
+    if inputs.q.shape[-1] > largest:
+        return f"takes head dims up to {largest}"
     return None
 
 
