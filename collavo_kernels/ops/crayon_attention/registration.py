@@ -72,7 +72,15 @@ OPERATOR: Operator[AttentionInputs] = Operator(
             unavailable=cpu.unavailable,
             declines=cpu.declines,
         ),
-        Backend("cuda", cuda.forward, devices=("cuda",), unavailable=lambda: cuda.UNAVAILABLE),
+        Backend(
+            "cuda",
+            cuda.forward,
+            cuda.backward,
+            devices=("cuda",),
+            unavailable=cuda.unavailable,
+            declines=cuda.declines,
+            opt_in=True,
+        ),
         Backend(
             "triton",
             _triton_forward,
