@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 PLANS = {
     # Fits the 99 KiB of shared memory of compute capability 8.6, 8.9 and 12 as well.
     "ampere": {
-        64: Plan(Tiles(128, 64, 4, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
+        64: Plan(Tiles(128, 64, 4, 3), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2)),
         128: Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2)),
         256: Plan(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(64, 16, 8, 2)),
     },
@@ -53,8 +53,8 @@ PLANS = {
         256: Plan(Tiles(64, 32, 8, 3), Tiles(32, 32, 8, 2), Tiles(64, 32, 8, 2)),
     },
     "blackwell": {
-        64: Plan(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
-        128: Plan(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3)),
+        64: Plan(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 4, 2)),
+        128: Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 3)),
         256: Plan(Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(64, 64, 8, 2)),
     },
     "portable": {
@@ -65,13 +65,13 @@ PLANS = {
 }
 # Products of float32 run on the ordinary units in full precision.
 _FLOAT32 = {
-    64: Plan(Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    64: Plan(Tiles(32, 32, 4, 1), Tiles(16, 32, 8, 1), Tiles(32, 32, 4, 1)),
     128: Plan(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
-    256: Plan(Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1)),
+    256: Plan(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1)),
 }
 _FLOAT32_PORTABLE = {
     **_FLOAT32,
-    256: _FLOAT32[256]._replace(key_gradients=Tiles(16, 16, 4, 1)),
+    256: Plan(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
 }
 
 
