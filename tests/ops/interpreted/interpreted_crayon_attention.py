@@ -114,12 +114,9 @@ def test_within_budget(case: AttentionCase, dtype: torch.dtype) -> None:
             assert value.shape == (0,)
     finite = exact.lse.isfinite()
     assert bool((found.lse[~finite] == float("-inf")).all())
-    torch.testing.assert_close(
-        found.lse[finite].double(),
-        exact.lse[finite],
-        rtol=1e-5,
-        atol=1e-2 if dtype == torch.float16 else 1e-5,
-    )
+    # PyTorch returns no log-sum-exp on a CPU; the reference computes it in the same precision.
+    usual_lse = reference.forward(inputs).lse[finite]
+    assert_within_budget(found.lse[finite], usual_lse, exact.lse[finite], name="lse")
     names = [n for n in LEAVES if getattr(inputs, n) is not None]
     there = [g for n, g in zip(LEAVES, gradients, strict=True) if n in names]
     truths = [g for n, g in zip(LEAVES, exact_gradients, strict=True) if n in names]
