@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def libraries(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return ()
     found = ("flash",) if torch.backends.cuda.is_flash_attention_available() else ()
-    version: int | None = torch.backends.cudnn.version()
+    version = cast(Any, torch.backends.cudnn).version()
     modern = torch.cuda.get_device_capability(device) >= (9, 0)
     return ("cudnn", *found) if modern and (version or 0) >= _FIRST_CUDNN else found
 

@@ -34,6 +34,7 @@ from collavo_kernels.ops.qlora_linear.triton_kernels import TABLE
 _LARGEST_HEAD_DIM = 256
 _LARGEST_GRID = 65535  # a launch's second dimension
 _LOG2_E = 1.4426950408889634
+_CONTIGUOUS = ("cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index", "key_range")
 
 
 class Prepared(NamedTuple):
@@ -121,11 +122,14 @@ def backward(given: BackwardInputs) -> Gradients:
 
 def readable(inputs: AttentionInputs) -> AttentionInputs:
     """Return the inputs as the kernels read them: dense where strides are not passed on."""
-    rest = [x.contiguous() if isinstance(x, Tensor) else x for x in inputs[3:10]]
-    inputs = AttentionInputs(*map(_dense, inputs[:3]), *rest, *inputs[10:])
+    dense: dict[str, Any] = {name: _dense(getattr(inputs, name)) for name in ("q", "k", "v")}
+    for name in _CONTIGUOUS:
+        x = getattr(inputs, name)
+        dense[name] = None if x is None else x.contiguous()
     window = inputs.window
-    hides = window is not None and window < inputs.q.shape[1]
-    return inputs if hides else inputs._replace(window=None)
+    if window is not None and window >= inputs.q.shape[1]:
+        window = None
+    return inputs._replace(**dense, window=window)
 
 
 def prepared(inputs: AttentionInputs, *, query: bool) -> Prepared:
@@ -143,7 +147,7 @@ def prepared(inputs: AttentionInputs, *, query: bool) -> Prepared:
         _like(v) if inputs.changes_value else v,
     )
     switches = {"Q": query, "K": inputs.changes_key, "V": inputs.changes_value}
-    _launch_prepare(inputs, ready, **switches)
+    _launch_prepare(inputs, ready, switches)
     return ready
 
 
@@ -161,18 +165,17 @@ def _prepared_backward(given: BackwardInputs) -> tuple[Tensor, Statistics]:
     ready = Prepared(_like(inputs.q) if query else inputs.q.contiguous(), inputs.k, inputs.v)
     lse = given.lse.contiguous()
     statistics = Statistics(torch.empty_like(lse), torch.empty_like(lse))
-    _launch_prepare(
-        inputs, ready, (given.grad_out, given.out, lse), statistics, Q=query, K=False, V=False
-    )
+    switches = {"Q": query, "K": False, "V": False}
+    _launch_prepare(inputs, ready, switches, (given.grad_out, given.out, lse), statistics)
     return ready.query, statistics
 
 
 def _launch_prepare(
     inputs: AttentionInputs,
     ready: Prepared,
+    switches: dict[str, bool],
     results: tuple[Tensor, ...] = (),
     statistics: Statistics | None = None,
-    **switches: bool,
 ) -> None:
     q, k = inputs.q, inputs.k
     batch, length, heads, size = q.shape
