@@ -1,9 +1,9 @@
-"""The Triton kernels of the backward: gradients of key and value, and of the query.
+"""The Triton kernels of the gradients of key and value.
 
 Each sum belongs to one program and is made in a fixed order: the same input gives the same bits.
-Both kernels read the prepared query from memory, because the first one reads every query once for
-each block of keys: adding and rotating there would repeat that work, and its loads could not be
-copied to shared memory ahead of their use.
+The query is read as it was prepared, from memory: every query is read once for each block of keys,
+so adding and rotating here would repeat that work, and its loads could not be copied to shared
+memory ahead of their use.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 
 from collavo_kernels.ops.crayon_attention.triton_parts import (
-    angles,
     block_at,
     columns,
     halves,
-    keys_of,
     queries_of,
     rows_at,
-    turned_back,
+    store_turned_back,
     valid_range,
     visible_to,
 )
@@ -120,10 +118,12 @@ def key_gradients_kernel(
     window,
     scale,
     scale_log2,
+    shares,
     D: tl.constexpr,
     HALF: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    SHARED: tl.constexpr,
     ROTATE: tl.constexpr,
     ADD_KEY: tl.constexpr,
     ADD_VALUE: tl.constexpr,
@@ -132,12 +132,18 @@ def key_gradients_kernel(
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dk and dv of a block of keys of one key/value head, over the heads that read it."""
+    """Compute dk and dv of a block of keys of one key/value head, over the heads that read it.
+
+    Where these heads are shared out between programs, dk and dv are float32
+    ``[shares, B, S, G, D]`` for ``sum_shares_kernel``.
+    """
     # Early keys are seen by most queries under a causal mask: the longest programs start first.
     start = tl.program_id(0) * KEYS
-    batch = (tl.program_id(1) // groups).to(tl.int64)
-    group = tl.program_id(1) % groups
-    members = heads // groups
+    lanes = groups * shares
+    batch = (tl.program_id(1) // lanes).to(tl.int64)
+    group = tl.program_id(1) % lanes // shares
+    share = tl.program_id(1) % shares
+    members = heads // lanes
     first, end = valid_range(key_range, batch, length, flags, HAS_RANGE)
     n = tl.arange(0, KEYS)
     j = start + n
@@ -147,7 +153,7 @@ def key_gradients_kernel(
     keys = rows_at(key + corner, n, k_token, live, True, D, HALF)
     corner = batch * v_batch + group * v_head + tl.cast(start, tl.int64) * v_token
     values = rows_at(value + corner, n, v_token, live, True, D, HALF)
-    head = group * members
+    head = (group * shares + share) * members
     query += (batch * length * heads + head) * D
     grad_out += (batch * length * heads + head) * D
     shift += (batch * heads + head) * length
@@ -165,162 +171,75 @@ def key_gradients_kernel(
     # Keys outside the range were zeros there: what they got is no one's gradient.
     d_values = tl.where(live[:, None], d_values, 0.0)
     d_keys = tl.where(live[:, None], d_keys * scale, 0.0)
-    column = j[:, None].to(tl.int64)
-    at = ((batch * length + column) * groups + group) * D + place[None, :]
+    row = (batch * length + j[:, None].to(tl.int64)) * groups + group
     stored = (j < length)[:, None] & exists[None, :]
-    if ADD_VALUE:
-        d_values += tl.load(grad_value + at, mask=stored, other=0.0).to(tl.float32)
-    tl.store(dv + at, d_values.to(dv.dtype.element_ty), mask=stored)
-    if ADD_KEY:
-        d_keys += tl.load(grad_key + at, mask=stored, other=0.0).to(tl.float32)
-    _store_turned_back(
-        dk, d_keys, (batch * length + column) * groups + group, batch * angle_batch, column,
-        cos, sin, j < length, D, HALF, KEYS, ROTATE,
-    )  # fmt: skip
+    if SHARED:
+        row += share.to(tl.int64) * (tl.num_programs(1) // lanes) * length * groups
+        tl.store(dv + row * D + place[None, :], d_values, mask=stored)
+        tl.store(dk + row * D + place[None, :], d_keys, mask=stored)
+    else:
+        at = row * D + place[None, :]
+        if ADD_VALUE:
+            d_values += tl.load(grad_value + at, mask=stored, other=0.0).to(tl.float32)
+        tl.store(dv + at, d_values.to(dv.dtype.element_ty), mask=stored)
+        if ADD_KEY:
+            d_keys += tl.load(grad_key + at, mask=stored, other=0.0).to(tl.float32)
+        low, high = halves(d_keys, KEYS, HALF)
+        store_turned_back(
+            dk, low, high, row, j, j < length, batch * angle_batch, cos, sin, D, HALF, ROTATE
+        )
 
 
 @triton.jit
-def _store_turned_back(
-    out,
-    x,  # [ROWS, 2 HALF]
-    place,  # of the head's row in out: [ROWS, 1]
-    angle,
-    column,
-    cos,
-    sin,
-    known,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROTATE: tl.constexpr,
-):
-    """Undo the rotation and store."""
-    low, high = halves(x, ROWS, HALF)
-    d = tl.arange(0, HALF)[None, :]
-    inside = known[:, None] & (d < D // 2)
-    at = angle + column * D + d
-    cos_low, cos_high = angles(cos, at, D // 2, inside, ROTATE)
-    sin_low, sin_high = angles(sin, at, D // 2, inside, ROTATE)
-    low, high = turned_back(low, high, cos_low, cos_high, sin_low, sin_high, ROTATE)
-    at = place * D + d
-    tl.store(out + at, low.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + at + D // 2, high.to(out.dtype.element_ty), mask=inside)
+def _sum_of(parts, extra, at, plane, shares, half, inside, ADD: tl.constexpr):
+    """Sum the shares of both halves in order, and what came from outside."""
+    low = tl.load(parts + at, mask=inside, other=0.0)
+    high = tl.load(parts + at + half, mask=inside, other=0.0)
+    for share in range(1, shares):
+        here = parts + at + share * plane
+        low += tl.load(here, mask=inside, other=0.0)
+        high += tl.load(here + half, mask=inside, other=0.0)
+    if ADD:
+        low += tl.load(extra + at, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(extra + at + half, mask=inside, other=0.0).to(tl.float32)
+    return low, high
 
 
 @triton.jit
-def _over_keys(
-    d_query,
-    queries,
-    upstream,
-    less,
-    mean,
-    i,
-    key,
-    value,
-    key_token,
-    value_token,
-    first,
-    end,
-    begin,
-    before,
-    whole,
-    count,
-    window,
-    scale_log2,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add the shares of ``count`` blocks of keys to the query's gradient."""
-    n = tl.arange(0, KEYS)
-    for t in range(0, count):
-        start = block_at(t, begin, before, whole, MASKED) * KEYS
-        j = start + n
-        kept = (j >= first) & (j < end)
-        corner = tl.cast(start, tl.int64)
-        keys = rows_at(key + corner * key_token, n, key_token, kept, MASKED, D, HALF)
-        values = rows_at(value + corner * value_token, n, value_token, kept, MASKED, D, HALF)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale_log2 - less[:, None])
-        if MASKED:
-            seen = kept[None, :] & visible_to(i[:, None], j[None, :], window, CAUSAL, WINDOW)
-            weights = tl.where(seen, weights, 0.0)
-        d_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
-        d_scores = (weights * (d_weights - mean[:, None])).to(keys.dtype)
-        d_query = tl.dot(d_scores, keys, d_query, input_precision=PRECISION)
-    return d_query
-
-
-@triton.jit
-def query_gradients_kernel(
-    query,  # [B, S, H, D], prepared
-    key,
-    value,
-    grad_out,  # [B, S, H, D]
-    shift,  # [B, H, S]
-    delta,
+def sum_shares_kernel(
+    key_shares,  # [shares, B, S, G, D] float32
+    value_shares,
+    grad_key,  # [B, S, G, D]
+    grad_value,
     cos,  # [B or 1, S, D]
     sin,
-    key_range,  # [B, 2]
-    dq,  # [B, S, H, D]
-    flags,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
+    dk,  # [B, S, G, D]
+    dv,
     angle_batch,
     length,
-    heads,
     groups,
-    window,
-    scale,
-    scale_log2,
+    shares,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    TOKENS: tl.constexpr,
     ROTATE: tl.constexpr,
-    HAS_RANGE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ADD_KEY: tl.constexpr,
+    ADD_VALUE: tl.constexpr,
 ):
-    """Compute dq of a block of queries of one head."""
-    # Late queries see most keys under a causal mask: the longest programs start first.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    group = head // (heads // groups)
-    first, end = valid_range(key_range, batch, length, flags, HAS_RANGE)
-    m = tl.arange(0, QUERIES)
-    i = start + m
-    live = (i >= first) & (i < end)
-    corner = ((batch * length + start) * heads + head) * D
-    queries = rows_at(query + corner, m, heads * D, live, True, D, HALF)
-    upstream = rows_at(grad_out + corner, m, heads * D, live, True, D, HALF)
-    at = (batch * heads + head) * length + i
-    less = tl.load(shift + at, mask=live, other=float("inf"))
-    mean = tl.load(delta + at, mask=live, other=0.0)
-    begin, before, whole, cut = keys_of(start, first, end, window, QUERIES, KEYS, CAUSAL, WINDOW)
-    key += batch * k_batch + group * k_head
-    value += batch * v_batch + group * v_head
-    d_query = tl.zeros((QUERIES, 2 * HALF), tl.float32)
-    for part in tl.static_range(2):
-        d_query = _over_keys(
-            d_query, queries, upstream, less, mean, i, key, value, k_token, v_token, first, end,
-            begin, before, whole, cut if part else whole, window, scale_log2, part == 1, D, HALF,
-            KEYS, CAUSAL, WINDOW, PRECISION,
-        )  # fmt: skip
-
-    d_query = tl.where(live[:, None], d_query * scale, 0.0)
-    column = i[:, None].to(tl.int64)
-    _store_turned_back(
-        dq, d_query, (batch * length + column) * heads + head, batch * angle_batch, column,
-        cos, sin, i < length, D, HALF, QUERIES, ROTATE,
-    )  # fmt: skip
+    """Finish dk and dv of a block of tokens of one key/value head."""
+    batch = (tl.program_id(1) // groups).to(tl.int64)
+    group = tl.program_id(1) % groups
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    known = token < length
+    d = tl.arange(0, HALF)[None, :]
+    inside = known[:, None] & (d < D // 2)
+    row = (batch * length + token[:, None].to(tl.int64)) * groups + group
+    plane = tl.num_programs(1).to(tl.int64) * length * D
+    at = row * D + d
+    low, high = _sum_of(value_shares, grad_value, at, plane, shares, D // 2, inside, ADD_VALUE)
+    tl.store(dv + at, low.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dv + at + D // 2, high.to(dv.dtype.element_ty), mask=inside)
+    low, high = _sum_of(key_shares, grad_key, at, plane, shares, D // 2, inside, ADD_KEY)
+    store_turned_back(
+        dk, low, high, row, token, known, batch * angle_batch, cos, sin, D, HALF, ROTATE
+    )

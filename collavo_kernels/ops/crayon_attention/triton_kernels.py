@@ -24,8 +24,9 @@ from collavo_kernels.ops.crayon_attention.inputs import (
 )
 from collavo_kernels.ops.crayon_attention.triton_backward import (
     key_gradients_kernel,
-    query_gradients_kernel,
+    sum_shares_kernel,
 )
+from collavo_kernels.ops.crayon_attention.triton_backward_query import query_gradients_kernel
 from collavo_kernels.ops.crayon_attention.triton_forward import attend_kernel
 from collavo_kernels.ops.crayon_attention.triton_prepare import prepare_kernel
 from collavo_kernels.ops.qlora_linear.triton_backward import table_kernel
@@ -249,23 +250,48 @@ def _launch_key_gradients(
 ) -> None:
     inputs = given.inputs
     batch, length, groups, size = inputs.k.shape
-    plan = _plan(query).key_gradients
-    key_gradients_kernel[(triton.cdiv(length, plan.keys), batch * groups)](
+    plan, switches = _plan(query).key_gradients, _switches(inputs)
+    blocks = triton.cdiv(length, plan.keys)
+    members = inputs.q.shape[2] // groups
+    shares = tiles.shares_of(members, blocks * batch * groups, query.device)
+    parts: tuple[Tensor, ...] = (dk, dv)
+    if shares > 1:
+        parts = query.new_empty((2, shares, *dk.shape), dtype=torch.float32).unbind()
+    extra = _or(query, given.grad_key, given.grad_value, inputs.cos, inputs.sin)
+    added = {"ADD_KEY": given.grad_key is not None, "ADD_VALUE": given.grad_value is not None}
+    key_gradients_kernel[(blocks, batch * groups * shares)](
         query,
         inputs.k,
         inputs.v,
         given.grad_out,
         *statistics,
-        *_or(query, given.grad_key, given.grad_value, inputs.cos, inputs.sin, inputs.key_range),
-        dk,
-        dv,
+        *extra,
+        *_or(query, inputs.key_range),
+        *parts,
         *_common(inputs),
+        shares,
         **_head(size),
         **plan.options,
-        ADD_KEY=given.grad_key is not None,
-        ADD_VALUE=given.grad_value is not None,
-        **_switches(inputs),
+        **added,
+        **switches,
+        SHARED=shares > 1,
     )
+    if shares > 1:
+        tokens = tiles.preparation(size)["TOKENS"]
+        sum_shares_kernel[(triton.cdiv(length, tokens), batch * groups)](
+            *parts,
+            *extra,
+            dk,
+            dv,
+            _angle_stride(inputs),
+            length,
+            groups,
+            shares,
+            **_head(size),
+            **added,
+            TOKENS=tokens,
+            ROTATE=switches["ROTATE"],
+        )
 
 
 def _launch_query_gradients(

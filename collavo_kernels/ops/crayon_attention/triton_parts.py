@@ -100,6 +100,32 @@ def turned_back(low, high, cos_low, cos_high, sin_low, sin_high, ROTATE: tl.cons
 
 
 @triton.jit
+def store_turned_back(
+    out,
+    low,  # [ROWS, HALF]
+    high,
+    row,  # of the head in out: [ROWS, 1]
+    token,  # [ROWS]
+    known,
+    angle,
+    cos,
+    sin,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """Undo the rotation and store."""
+    d = tl.arange(0, HALF)[None, :]
+    inside = known[:, None] & (d < D // 2)
+    at = angle + token[:, None].to(tl.int64) * D + d
+    cos_low, cos_high = angles(cos, at, D // 2, inside, ROTATE)
+    sin_low, sin_high = angles(sin, at, D // 2, inside, ROTATE)
+    low, high = turned_back(low, high, cos_low, cos_high, sin_low, sin_high, ROTATE)
+    tl.store(out + row * D + d, low.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * D + d + D // 2, high.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def blocks_between(low, high, whole_low, whole_high, BLOCK: tl.constexpr):
     """Count the blocks that cover ``[low, high)``.
 

@@ -93,6 +93,33 @@ def preparation(size: int) -> dict[str, int]:
     return {"TOKENS": 1024 // max(32, half_of(size)), "HEADS": 4}
 
 
+def shares_of(members: int, programs: int, device: torch.device) -> int:
+    """Share out the query heads that read a key/value head, where programs are too few for a GPU.
+
+    The longest program of a causal call does twice the average's work, so two for each
+    multiprocessor are wanted; each share costs a float32 copy of dk and dv.
+
+    Args:
+        members: Query heads of a key/value head.
+        programs: What there is without shares.
+        device: Whose multiprocessors count.
+
+    Returns:
+        A divisor of ``members``.
+    """
+    wanted = 2 * processors(device)
+    enough = (n for n in range(1, members) if members % n == 0 and programs * n >= wanted)
+    return next(enough, members)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has; a CPU passes for a small GPU."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 @lru_cache
 def kind_of(device: torch.device) -> str:
     """Return a kind of GPU; "portable" is AMD, and the interpreter on a CPU."""

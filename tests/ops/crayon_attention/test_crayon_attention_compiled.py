@@ -22,7 +22,7 @@ KERNELS = {
 # Shared memory of the GPUs that take Ampere's tiles without Ampere's memory: 8.6, 8.9 and 12.
 SMALLEST = 101376
 
-_ELEMENTS = ("q", "k", "v", "cos", "sin", "table_q", "table_k", "table_v", "query", "key", "value")
+_ELEMENTS = ("q", "k", "v", "table_q", "table_k", "table_v", "query", "key", "value")
 _ELEMENTS += ("out", "grad_out", "grad_key", "grad_value", "dq", "dk", "dv")
 _STRIDES = [f"{x}_{axis}" for x in "qkv" for axis in ("batch", "token", "head")]
 
@@ -30,11 +30,13 @@ _STRIDES = [f"{x}_{axis}" for x in "qkv" for axis in ("batch", "token", "head")]
 def signature(element: str) -> dict[str, str]:
     """A type for every run-time argument of every kernel; strides as those of whole rows are."""
     return {
+        # Angles may be wider than q, which takes registers.
+        **dict.fromkeys(("cos", "sin"), "*fp32"),
         **dict.fromkeys(_ELEMENTS, f"*{element}"),
         **dict.fromkeys(("row_index", "key_range", "flags"), "*i32"),
-        **dict.fromkeys(("lse", "shift", "delta"), "*fp32"),
+        **dict.fromkeys(("lse", "shift", "delta", "key_shares", "value_shares"), "*fp32"),
         **dict.fromkeys((*_STRIDES, "angle_batch"), "i32:16"),
-        **dict.fromkeys(("length", "heads", "groups", "rows", "window"), "i32"),
+        **dict.fromkeys(("length", "heads", "groups", "rows", "window", "shares"), "i32"),
         **dict.fromkeys(("scale", "scale_log2"), "fp32"),
     }
 
@@ -44,6 +46,8 @@ def compiles(kernel: Any, element: str, target: str, **values: Any) -> None:
     options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
     values = {name: value for name, value in values.items() if name in kernel.arg_names}
     types = {n: t for n, t in signature(element).items() if n in kernel.arg_names}
+    if values.get("SHARED"):
+        types |= dict.fromkeys(("dk", "dv"), "*fp32")
     built = compile_ahead(kernel, types, values, target, **options)
     facts = f"{kernel.__name__} {values} {options} {built}"
     assert built.spill_bytes == 0, facts
@@ -58,6 +62,7 @@ def attends(size: int, element: str, target: str, switches: bool) -> None:
     plan = triton_tiles.plan_for(size, 4 if element == "fp32" else 2, KINDS[target])
     names = ("ADD_Q", "ADD_KEY", "ADD_VALUE", "HAS_RANGE", "WINDOW")
     values = dict.fromkeys(names, switches) | {"ROTATE": True, "CAUSAL": True}
+    values["SHARED"] = not switches
     values |= {"D": size, "HALF": triton_tiles.half_of(size)}
     values |= {"PRECISION": "ieee" if element == "fp32" else "tf32"}
     for name, kernel in KERNELS.items():
@@ -82,12 +87,14 @@ def test_attention_fits_in_float32(size: int, target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("size", "element"), [(128, "bf16"), (256, "fp32")])
-def test_preparation_fits(size: int, element: str, target: str) -> None:
-    """With everything on at once, which no launch asks for."""
+def test_passes_over_tokens_fit(size: int, element: str, target: str) -> None:
+    """With everything on at once, which no launch of the preparation asks for."""
     names = ("Q", "K", "V", "STATISTICS", "ROTATE", "ADD_Q", "ADD_K", "ADD_V", "HAS_RANGE")
     values = dict.fromkeys(names, True) | triton_tiles.preparation(size)
     values |= {"D": size, "HALF": triton_tiles.half_of(size)}
     compiles(triton_kernels.prepare_kernel, element, target, **values)
+    values |= {"ADD_KEY": True, "ADD_VALUE": True}
+    compiles(triton_kernels.sum_shares_kernel, element, target, **values)
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
@@ -99,6 +106,21 @@ def test_every_head_dim_has_tiles(size: int, kind: str) -> None:
         for tiles in triton_tiles.plan_for(size, bytes_, kind):
             assert max(tiles.queries, tiles.keys) <= triton_tiles.LARGEST_BLOCK
             assert min(tiles.queries, tiles.keys) >= 16
+
+
+def test_heads_are_shared_out_where_programs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share is a whole number of query heads, and no more of them than fill the GPU twice."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(triton_tiles, "processors", lambda device: 132)
+    for members, programs, shares in (
+        (4, 88, 4),
+        (4, 132, 2),
+        (4, 264, 1),
+        (6, 90, 3),
+        (6, 1, 6),
+        (1, 1, 1),
+    ):
+        assert triton_tiles.shares_of(members, programs, device) == shares
 
 
 def test_what_a_launch_cannot_hold_is_declined_or_copied() -> None:
