@@ -55,7 +55,7 @@ PLANS = {
     "blackwell": {
         64: Plan(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 4, 2)),
         128: Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 3)),
-        256: Plan(Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(64, 64, 8, 2)),
+        256: Plan(Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2), Tiles(64, 64, 8, 2)),
     },
     "portable": {
         64: Plan(Tiles(128, 64, 4, 2), Tiles(32, 128, 4, 2), Tiles(64, 64, 4, 2)),
