@@ -54,7 +54,8 @@ def compile_ahead(
     Args:
         kernel: The ``@triton.jit`` function.
         signature: Every run-time argument's type by name, such as ``"*fp16"``, ``"i32"`` or
-            ``"fp32"``; pointers are taken to be 16-byte aligned, as torch's allocations are.
+            ``"fp32"``; pointers are taken to be 16-byte aligned, as torch's allocations are. A
+            suffix, ``"i32:16"``, says that a number is a multiple of 16, as strides often are.
         constexprs: Every compile-time argument's value by name.
         target: One of ``TARGETS``.
         num_warps: Warps per block.
@@ -79,11 +80,12 @@ def compile_ahead(
     missing = [n for n in kernel.arg_names if n not in signature and n not in constexprs]
     if missing:
         raise ValueError(f"signature: no type or value for {', '.join(missing)}")
-    types = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
+    given = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
+    types = {n: text.removesuffix(":16") for n, text in given.items()}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(kernel.arg_names)
-        if types[n].startswith("*")
+        for i, text in enumerate(given.values())
+        if text.startswith("*") or text.endswith(":16")
     }
     vendor, _, arch = target.partition(":")
     gpu = GPUTarget("cuda", int(arch), 32) if vendor == "cuda" else GPUTarget("hip", arch, 64)

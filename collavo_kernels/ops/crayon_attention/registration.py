@@ -55,6 +55,12 @@ def _triton_forward(inputs: AttentionInputs) -> ForwardResult:
     return triton_kernels.forward(inputs)
 
 
+def _triton_backward(given: BackwardInputs) -> Gradients:
+    from collavo_kernels.ops.crayon_attention import triton_kernels
+
+    return triton_kernels.backward(given)
+
+
 OPERATOR: Operator[AttentionInputs] = Operator(
     "crayon_attention",
     (
@@ -66,10 +72,19 @@ OPERATOR: Operator[AttentionInputs] = Operator(
             unavailable=cpu.unavailable,
             declines=cpu.declines,
         ),
-        Backend("cuda", cuda.forward, devices=("cuda",), unavailable=lambda: cuda.UNAVAILABLE),
+        Backend(
+            "cuda",
+            cuda.forward,
+            cuda.backward,
+            devices=("cuda",),
+            unavailable=cuda.unavailable,
+            declines=cuda.declines,
+            opt_in=True,
+        ),
         Backend(
             "triton",
             _triton_forward,
+            _triton_backward,
             devices=("cuda",),
             unavailable=_triton_reason,
             declines=_triton_declines,

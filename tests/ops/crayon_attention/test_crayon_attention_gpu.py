@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +17,7 @@ from collavo_kernels.testing.crayon_attention_cases import CASES, AttentionCase,
 from collavo_kernels.testing.gpu import no_synchronisation, replayed
 
 pytestmark = pytest.mark.gpu
-BACKENDS = [
-    b.name
-    for b in OPERATOR.backends
-    if (not b.devices or "cuda" in b.devices) and b.name != "cuda"  # has no kernel
-]
+BACKENDS = [b.name for b in OPERATOR.backends if not b.devices or "cuda" in b.devices]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
 
@@ -55,6 +52,14 @@ def everything(inputs: AttentionInputs, results: Any, weights: list[Tensor]) -> 
     return [*results, *gradients]
 
 
+def must_serve(backend: str, inputs: AttentionInputs) -> None:
+    """Skip where a backend says that it does not take the inputs, with its reason."""
+    chosen = next(b for b in OPERATOR.backends if b.name == backend)
+    reason = chosen.reason_against("cuda") or chosen.declines(inputs)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
 def call(inputs: AttentionInputs, backend: str) -> Any:
     options = dict(zip(inputs._fields[3:], inputs[3:], strict=True))
     return crayon_attention(inputs.q, inputs.k, inputs.v, **options, backend=backend)
@@ -69,6 +74,7 @@ def test_within_budget(case: AttentionCase, dtype: torch.dtype, backend: str) ->
     exact = everything(wide, call(wide, "reference"), [w.double() for w in weights])
     honest = everything(inputs, eager(inputs), weights)
     there, sent = moved(inputs, "cuda"), [w.to("cuda") for w in weights]
+    must_serve(backend, there)
     everything(there, call(there, backend), sent)
     with no_synchronisation():
         found = everything(there, call(there, backend), sent)
@@ -85,21 +91,99 @@ def test_within_budget(case: AttentionCase, dtype: torch.dtype, backend: str) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_values_are_clipped_and_reported(backend: str) -> None:
     case = next(c for c in CASES if c.name == "left_padding")
-    good, bad = (moved(case.make(torch.bfloat16), "cuda") for _ in range(2))
+    weights = [w.to("cuda") for w in weights_of(case, torch.bfloat16)]
+    good, bad = (moved(case.make(torch.bfloat16, gradients=True), "cuda") for _ in range(2))
+    must_serve(backend, good)
     good.row_index[1, 5] = -1
     bad.row_index[1, 5] = 4
     bad.key_range[1, 1] = case.length + 3  # clipped to the end, which is the good one's
-    for found, expected in zip(call(bad, backend), call(good, backend), strict=True):
-        assert torch.equal(found, expected)
+    found = everything(bad, call(bad, backend), weights)
     with pytest.raises(ValueError, match=r"row_index: .*; key_range: "):
         check()
+    for one, other in zip(found, everything(good, call(good, backend), weights), strict=True):
+        assert torch.equal(one, other)
+    check()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_replays_as_a_graph(backend: str) -> None:
-    case = next(c for c in CASES if c.name == "padding_window")
-    inputs = moved(case.make(torch.bfloat16), "cuda")
+@pytest.mark.parametrize("name", ["left_padding", "right_padding", "padding_window", "empty_range"])
+def test_nan_in_padding_stays_there(name: str, backend: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    clean, dirty = (moved(case.make(torch.bfloat16, gradients=True), "cuda") for _ in range(2))
+    must_serve(backend, clean)
+    token, ranges = torch.arange(case.length, device="cuda"), clean.key_range
+    valid = (token >= ranges[:, :1]) & (token < ranges[:, 1:])
     with torch.no_grad():
-        found = replayed(lambda: call(inputs, backend))
-        for one, other in zip(found, call(inputs, backend), strict=True):
+        for x in dirty[:3]:
+            x[~valid] = float("nan")
+
+    def results(inputs: AttentionInputs) -> list[Tensor]:
+        out = call(inputs, backend)[0]
+        upstream = torch.ones_like(out)
+        upstream[~valid] = float("nan")
+        return [out, *torch.autograd.grad(out, [getattr(inputs, n) for n in LEAVES], upstream)]
+
+    found = results(dirty)
+    for one, other in zip(found, results(clean), strict=True):
+        assert torch.equal(one, other)
+    for each in found[:4]:
+        assert bool((each[~valid] == 0).all())
+
+
+LONG = AttentionCase(
+    "long",
+    "a picture's 1225 tokens and text: many blocks of every kernel, whole ones and cut ones",
+    batch=1,
+    length=1325,
+    heads=8,
+    groups=2,
+    size=128,
+    rows=40,
+    images=((20, 1245),),
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ranges": ((130, 1300),)}, {"window": 300}, {"causal": False}, {"size": 64}],
+    ids=["causal", "padded", "window", "both_directions", "head_dim_64"],
+)
+def test_long_sequences(changes: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    case = replace(LONG, **changes)
+    inputs, weights = case.make(dtype, gradients=True), weights_of(case, dtype)
+    there, sent = moved(inputs, "cuda"), [w.to("cuda") for w in weights]
+    must_serve(backend, there)
+    wide = moved(there, torch.float64)
+    exact = everything(wide, call(wide, "reference"), [w.double() for w in sent])
+    honest = everything(there, eager(there), sent)
+    found = everything(there, call(there, backend), sent)
+    again = everything(there, call(there, backend), sent)
+    for i, values in enumerate(zip(found, honest, exact, strict=True)):
+        assert torch.equal(values[0], again[i]), i
+        assert_within_budget(*values, name=f"result {i}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["padding_window", "head_dim_128"])
+def test_replays_as_a_graph(name: str, backend: str) -> None:
+    """Forward and backward; the leaves' gradients come out of the graph's own memory."""
+    case = next(c for c in CASES if c.name == name)
+    inputs = moved(case.make(torch.bfloat16), "cuda")
+    must_serve(backend, inputs)
+    grads = [w.to("cuda") for w in weights_of(case, torch.bfloat16)]
+    operator = torch.ops.collavo
+
+    def run() -> list[Tensor]:
+        out, key, value, lse = operator.crayon_attention(*inputs, backend)
+        ready = inputs._replace(k=key, v=value)
+        gradients = operator.crayon_attention_backward(
+            *grads, out, lse, [True] * 6, *ready, backend
+        )
+        return [out, key, value, lse, *gradients]
+
+    with torch.no_grad():
+        found = replayed(run)
+        for one, other in zip(found, run(), strict=True):
             assert torch.equal(one, other)
