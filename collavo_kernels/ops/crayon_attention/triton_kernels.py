@@ -15,6 +15,7 @@ from torch import Tensor
 
 from collavo_kernels._backends import device_of
 from collavo_kernels._flags import error_word
+from collavo_kernels._gpu import kind_of
 from collavo_kernels.ops.crayon_attention import triton_tiles as tiles
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
@@ -357,7 +358,7 @@ def _switches(inputs: AttentionInputs) -> dict[str, Any]:
 
 
 def _plan(x: Tensor) -> tiles.Plan:
-    return tiles.plan_for(x.shape[-1], x.element_size(), tiles.kind_of(x.device))
+    return tiles.plan_for(x.shape[-1], x.element_size(), kind_of(x.device))
 
 
 def _head(size: int) -> dict[str, int]:

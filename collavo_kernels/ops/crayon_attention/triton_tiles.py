@@ -7,11 +7,12 @@ products as large as it leaves: nothing has been timed.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
+
+from collavo_kernels._gpu import processors
 
 LARGEST_BLOCK = 128  # of queries or keys
 
@@ -110,20 +111,3 @@ def shares_of(members: int, programs: int, device: torch.device) -> int:
     wanted = 2 * processors(device)
     enough = (n for n in range(1, members) if members % n == 0 and programs * n >= wanted)
     return next(enough, members)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Return how many multiprocessors a device has; a CPU passes for a small GPU."""
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@lru_cache
-def kind_of(device: torch.device) -> str:
-    """Return a kind of GPU; "portable" is AMD, and the interpreter on a CPU."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "portable"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(major, "ampere")

@@ -7,13 +7,14 @@ spills registers or overfills shared memory, with Triton 3.6 and 3.7; tests comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
+from collavo_kernels._gpu import kind_of as kind_of
+from collavo_kernels._gpu import processors as processors
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs, active
 from collavo_kernels.ops.qlora_linear.nf4 import block_count, nf4_code, split_scales
 
@@ -202,20 +203,3 @@ def _code(x: Tensor) -> Tensor:
         with torch.inference_mode(False):
             _codes[key] = nf4_code(x).to(x.dtype)
     return _codes[key]
-
-
-@lru_cache
-def kind_of(device: torch.device) -> str:
-    """Return a kind of GPU; "portable" is AMD, and the interpreter on a CPU."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "portable"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Return how many multiprocessors a device has; a CPU passes for a small GPU."""
-    if device.type != "cuda":
-        return 16
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
