@@ -151,8 +151,16 @@ inline void store16(float* to, __m512 values) {
   _mm512_storeu_ps(to, values);
 }
 
-// Not the processor's own conversion, which flushes subnormals.
 inline void store16(BFloat16* to, __m512 values) {
+#if defined(__AVX512BF16__)
+  // The processor's own conversion rounds alike but for subnormals, which it flushes.
+  constexpr int kSubnormal = 0x20;
+  if (_mm512_fpclass_ps_mask(values, kSubnormal) == 0) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+    return;
+  }
+#endif
   const __m512i bits = _mm512_castps_si512(values);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);

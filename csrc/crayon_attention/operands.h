@@ -57,7 +57,7 @@ inline void pack_left_turned(const T* strip, int64_t width, typename P::Element*
   Vec square[kLanes];
   for (int64_t d = 0; d < width; d += kLanes) {
     turn(strip, width, d, square);
-    for (int64_t i = 0; i < kLanes; ++i) store(to + (d + i) * stride, square[i]);
+    for (int64_t i = 0; i < kLanes; ++i) P::put_left(to + (d + i) * stride, square[i]);
   }
 }
 
