@@ -68,7 +68,6 @@ inline void fetch(const void* line) {
 #endif
 }
 
-
 }  // namespace
 
 }  // namespace collavo::qlora_linear
