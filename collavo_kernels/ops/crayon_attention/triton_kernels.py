@@ -16,6 +16,7 @@ from torch import Tensor
 from collavo_kernels._backends import device_of
 from collavo_kernels._flags import error_word
 from collavo_kernels._gpu import kind_of
+from collavo_kernels._rows_triton import sum_rows
 from collavo_kernels.ops.crayon_attention import triton_tiles as tiles
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
@@ -30,8 +31,6 @@ from collavo_kernels.ops.crayon_attention.triton_backward import (
 from collavo_kernels.ops.crayon_attention.triton_backward_query import query_gradients_kernel
 from collavo_kernels.ops.crayon_attention.triton_forward import attend_kernel
 from collavo_kernels.ops.crayon_attention.triton_prepare import prepare_kernel
-from collavo_kernels.ops.qlora_linear.triton_backward import table_kernel
-from collavo_kernels.ops.qlora_linear.triton_kernels import TABLE
 
 _LARGEST_HEAD_DIM = 256
 _LARGEST_GRID = 65535  # a launch's second dimension
@@ -321,12 +320,7 @@ def _table_gradient(table: Tensor, row_index: Tensor | None, dense: Tensor) -> T
     out = torch.empty_like(table, memory_format=torch.contiguous_format)
     if row_index is None or dense.numel() == 0 or out.numel() == 0:
         return out.zero_()
-    tokens, rows = row_index.numel(), table.shape[0]
-    columns = dense.numel() // tokens
-    grid = triton.cdiv(columns, TABLE["BLOCK_N"]), triton.cdiv(rows, TABLE["BLOCK_T"])
-    table_kernel[grid](
-        dense, row_index, error_word(dense.device), out, tokens, columns, rows, **TABLE
-    )
+    sum_rows(dense.view(row_index.numel(), -1), row_index.view(-1), out.view(out.shape[0], -1))
     return out
 
 

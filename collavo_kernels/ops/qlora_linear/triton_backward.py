@@ -1,4 +1,4 @@
-"""Triton kernels of the backward: dx, the adapters' factors, the table's rows.
+"""Triton kernels of the backward: dx and the adapters' factors.
 
 Every sum runs in one program in the order of its terms, so the same input gives the same bits.
 """
@@ -9,11 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from collavo_kernels._flags import ROW_INDEX_OUT_OF_RANGE
 from collavo_kernels.ops.qlora_linear.triton_forward import tile_of
 from collavo_kernels.ops.qlora_linear.triton_weight import codes_of, scales_of
 
-_BAD_ROW = tl.constexpr(ROW_INDEX_OUT_OF_RANGE)
 # Bytes of a weight row that share a scale at least: 64 codes.
 _CHUNK = tl.constexpr(32)
 
@@ -187,71 +185,3 @@ def factor_kernel(
     at = rank[:, None].to(tl.int64) * rank_stride + column[None, :].to(tl.int64) * column_stride
     kept = known[:, None] & (column < columns)[None, :]
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _rows_of(row_index, token, m, first):
-    """Load tokens' rows, counted from a tile's first."""
-    return tl.load(row_index + token, mask=token < m, other=-1) - first
-
-
-@triton.jit(do_not_specialize=["m", "rows"])
-def table_kernel(
-    grad,  # [M, N]
-    row_index,  # [M]
-    errors,  # [1] int32
-    out,  # [T, N]
-    m,
-    n,
-    rows,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Sum the gradient over the tokens of each row of a tile, as a product with 0 and 1.
-
-    Its terms are exact, and infinity and NaN are left out: 0 times them would reach other rows.
-    They are rare, so a second pass counts them only where the first one saw any.
-    """
-    dtype: tl.constexpr = grad.dtype.element_ty
-    infinity = float("inf")
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (column < n)[None, :]
-    first = tl.program_id(1) * BLOCK_T
-    row = tl.arange(0, BLOCK_T)
-    sums = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    strange = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    bad = tl.zeros((BLOCK_M,), dtype=tl.int32)
-    for start in range(0, m, BLOCK_M):
-        token = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        place = _rows_of(row_index, token, m, first)
-        bad |= ((place + first < -1) | (place + first >= rows)).to(tl.int32)
-        used = ((place >= 0) & (place < BLOCK_T))[:, None] & inside
-        value = tl.load(grad + token[:, None] * n + column[None, :], mask=used, other=0.0)
-        finite = tl.abs(value.to(tl.float32)) < infinity
-        strange |= tl.where(finite, 0, 1)
-        chosen = (row[:, None] == place[None, :]).to(dtype)
-        kept = tl.where(finite, value, tl.zeros_like(value))
-        sums = tl.dot(chosen, kept, sums, input_precision="ieee")
-    if tl.max(tl.max(strange, 1), 0) > 0:
-        above = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-        below = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-        for start in range(0, m, BLOCK_M):
-            token = start + tl.arange(0, BLOCK_M).to(tl.int64)
-            place = _rows_of(row_index, token, m, first)
-            used = ((place >= 0) & (place < BLOCK_T))[:, None] & inside
-            value = tl.load(grad + token[:, None] * n + column[None, :], mask=used, other=0.0)
-            value = value.to(tl.float32)
-            chosen = (row[:, None] == place[None, :]).to(dtype)
-            unordered = value != value
-            high = ((value == infinity) | unordered).to(dtype)
-            low = ((value == -infinity) | unordered).to(dtype)
-            above = tl.dot(chosen, high, above, input_precision="ieee")
-            below = tl.dot(chosen, low, below, input_precision="ieee")
-        # A row that has both, or a NaN, is NaN.
-        sums += tl.where(above > 0, infinity, 0.0)
-        sums += tl.where(below > 0, -infinity, 0.0)
-    if (tl.program_id(0) + first == 0) & (tl.max(bad, 0) > 0):
-        tl.atomic_or(errors, _BAD_ROW)
-    at = (first + row)[:, None].to(tl.int64) * n + column[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(first + row < rows)[:, None] & inside)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from collavo_kernels._backends import device_of
 from collavo_kernels._flags import error_word
+from collavo_kernels._rows_triton import sum_rows
 from collavo_kernels.ops.qlora_linear import triton_launch as launch
 from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
 from collavo_kernels.ops.qlora_linear.triton_backward import (
     factor_kernel,
     grad_x_kernel,
-    table_kernel,
 )
 from collavo_kernels.ops.qlora_linear.triton_forward import linear_kernel, sum_kernel
 from collavo_kernels.ops.qlora_linear.triton_hidden import prepare_kernel
@@ -32,7 +32,6 @@ _MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
 SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
 PREPARE = {"BLOCK_P": 128, "num_warps": 4, "num_stages": 3}
 FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
-TABLE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 64, "num_warps": 8, "num_stages": 3}
 LINEAR = {"BLOCK_R": 16, "GROUP": 8}
 
 
@@ -254,9 +253,6 @@ def _grad_row_table(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
     table, index = inputs.row_table, inputs.row_index
     if table is None or index is None:
         raise ValueError("row_table: a gradient was asked for, but there is none")
-    (m, n), rows = grad.shape, table.shape[0]
     out = torch.empty_like(table, memory_format=torch.contiguous_format)
-    # A table without rows has bad ones to report all the same.
-    grid = triton.cdiv(n, TABLE["BLOCK_N"]), max(1, triton.cdiv(rows, TABLE["BLOCK_T"]))
-    table_kernel[grid](grad, index.contiguous(), error_word(grad.device), out, m, n, rows, **TABLE)
+    sum_rows(grad, index.contiguous(), out)
     return out

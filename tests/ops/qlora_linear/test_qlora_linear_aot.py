@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from collavo_kernels import _rows_triton
 from collavo_kernels.ops.qlora_linear import quantize_nf4, triton_kernels, triton_launch
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
 from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE
@@ -134,7 +135,7 @@ def test_gradient_of_x(target: str, nested: bool) -> None:
 def test_gradients_of_factors_and_rows(target: str, dtype: torch.dtype) -> None:
     values = {"BIT": 1} | MASKED | triton_kernels.FACTOR
     compiles(triton_kernels.factor_kernel, types(dtype), target, **values)
-    compiles(triton_kernels.table_kernel, types(dtype), target, **triton_kernels.TABLE)
+    compiles(_rows_triton.sum_rows_kernel, types(dtype), target, **_rows_triton.TILE)
 
 
 @pytest.mark.parametrize("kind", triton_launch.TILES)
