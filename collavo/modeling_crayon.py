@@ -12,7 +12,11 @@ from collavo.modeling_inputs import flatten_rows, is_packed, new_images, repeat_
 from collavo.modeling_layer import BRANCHES
 from collavo_kernels.nn import CrayonPrompt
 from collavo_kernels.nn.crayon_inputs import CrayonInputs
-from collavo_kernels.nn.prefill_mask import interval_range
+from collavo_kernels.nn.prefill_mask import (
+    interval_range,
+    is_prefill_mask,
+    read_prefill_mask,
+)
 
 CRAYON_INPUTS = ("crayon_index", "crayon_class", "crayon_number")
 
@@ -116,6 +120,11 @@ class CrayonModelMixin:
             return False, None
         if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
             return False, None
+        # ``generate`` makes them early for a static cache, one for each kind of layer.
+        masks = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]
+        early = [mask for mask in masks if is_prefill_mask(mask)]
+        if early and all(mask is None or is_prefill_mask(mask) for mask in masks):
+            return True, read_prefill_mask(early[0])[0]
         if isinstance(attention_mask, Tensor):
             if attention_mask.shape[-1] != length:
                 return False, None

@@ -160,8 +160,11 @@ def new_images(inputs: dict[str, Any], conversation: Tensor | None, config: Any)
     whole, new = ((x == config.image_token_id).sum(1) for x in (conversation, tokens))
     per_image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     per_image += config.vision_feature_select_strategy == "full"
-    # Neither all images nor the new ones: the model says so itself.
-    if tokens.shape == conversation.shape or pixels.shape[0] * per_image != int(whole.sum()):
+    # Neither all images nor the new ones, or no whole ones: the model says so itself.
+    counts = whole.tolist()
+    whole_images = not any(count % per_image for count in counts)
+    all_of_them = whole_images and pixels.shape[0] * per_image == sum(counts)
+    if tokens.shape == conversation.shape or not all_of_them:
         return {}
     kept: dict[str, Any] = {"pixel_values": last_images(pixels, whole, new, per_image)}
     if inputs.get("crayon_index") is not None:

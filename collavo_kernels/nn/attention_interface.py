@@ -6,9 +6,9 @@ from __future__ import annotations
 def register_attention() -> None:
     r"""Make ``attn_implementation="crayon"`` known to transformers.
 
-    Every model that reads its attention from transformers' ``AttentionInterface`` (LLaMA, Vicuna,
-    Mistral, Qwen2, LLaVA and its CLIP tower, ...) can then run its prefills and its training on
-    ``crayon_attention``:
+    Every model that reads its attention from transformers' ``AttentionInterface`` and hands its
+    mask on unchanged (LLaMA, Vicuna, Mistral, Qwen2, LLaVA and its CLIP tower, ...) can then run
+    its prefills and its training on ``crayon_attention``:
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j``
 

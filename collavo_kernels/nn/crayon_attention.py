@@ -251,7 +251,7 @@ class CrayonAttention(nn.Module):
             mixed, weights = self._cached(
                 projected, position_embeddings, attention_mask, past_key_values, crayon, **kwargs
             )
-        mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
+        mixed = mixed.flatten(2)
         table = self.crayon_o(crayon.table) if self._has_branch(crayon) else None
         index = None if table is None else crayon.row_index
         return project(self.o_proj, mixed, crayon.adapter_mask, table, index), weights
@@ -355,6 +355,11 @@ class CrayonAttention(nn.Module):
         crayon: CrayonInputs,
     ) -> _Projected:
         """Send the crayon's rows through the projections behind the tokens: one pass per weight."""
+        if table.shape[-1] != hidden.shape[-1]:
+            raise ValueError(
+                f"crayon.table: expected [T, {hidden.shape[-1]}], a vector of the hidden size per "
+                f"row, got {list(table.shape)}"
+            )
         tokens = hidden.shape[0] * hidden.shape[1]
         x = torch.cat([hidden.flatten(0, 1), table.to(hidden.dtype)])
         mask = None
@@ -369,12 +374,12 @@ class CrayonAttention(nn.Module):
         states, tables = [], []
         for layer in layers:
             y = self._heads(project_with_rows(layer, x, mask, tokens))
-            states.append(y[:tokens].view(*hidden.shape[:2], -1, self.head_dim))
+            states.append(y[:tokens].view(*hidden.shape[:2], *y.shape[1:]))
             tables.append(y[tokens:])
         return _Projected((states[0], states[1], states[2]), (tables[0], tables[1], tables[2]))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim)
+        return x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
 
     def _prefill(
         self,

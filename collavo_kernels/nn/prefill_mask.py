@@ -143,6 +143,8 @@ def interval_range(attention_mask: Tensor | None) -> tuple[bool, Tensor | None]:
         return True, None
     if attention_mask.ndim != 2:
         return False, None
+    if attention_mask.numel() == 0:
+        return True, None
     valid = attention_mask != 0
     length = valid.shape[1]
     count = valid.sum(1)

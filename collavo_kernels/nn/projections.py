@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +34,7 @@ def project(
     if isinstance(layer, DualQLoRALinear):
         masked: Tensor = layer(x, adapter_mask, row_table, row_index)
         return masked
-    # A subclass (bitsandbytes' 4 bits, a wrapper of another package) has a forward of its own.
-    if row_table is None or row_index is None or type(layer) is not nn.Linear:
+    if row_table is None or row_index is None or not _is_plain(layer):
         result: Tensor = layer(x)
         return result if row_table is None else _with_rows(result, row_table, row_index)
     return qlora_linear(x, layer.weight, row_table=row_table, row_index=row_index, bias=layer.bias)
@@ -56,9 +57,25 @@ def project_with_rows(
     bias = getattr(layer, "bias", None)
     if bias is None:
         return project(layer, x, adapter_mask)
+    if not (isinstance(layer, DualQLoRALinear) or _is_plain(layer)):
+        # Taken off again, a large bias would leave its rounding in the rows: they get none.
+        names = [n for n, _ in layer.named_parameters() if n.split(".")[-1] == "bias"]
+        none = {name: torch.zeros_like(layer.get_parameter(name)) for name in names}
+        rows = torch.func.functional_call(layer, none, (x[tokens:],))
+        return torch.cat([project(layer, x[:tokens], adapter_mask), rows])
     index = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
     index[:tokens] = -1
     return project(layer, x, adapter_mask, -bias[None], index)
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is the product with its weight and nothing more.
+
+    A subclass (bitsandbytes' 4 bits, a wrapper of another package) has a forward of its own, and
+    so has a layer with hooks.
+    """
+    own = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and not own
 
 
 def _with_rows(x: Tensor, table: Tensor, index: Tensor | None) -> Tensor:

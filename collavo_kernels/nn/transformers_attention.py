@@ -80,7 +80,8 @@ def crayon_mask(
                 return None
             if key_range is None:
                 device = kwargs.get("device", "cpu")
-                whole = torch.tensor([0, q_length], dtype=torch.int32, device=device)
+                # Made on the device: a copy from the host would wait for it.
+                whole = torch.arange(2, dtype=torch.int32, device=device) * q_length
                 key_range = whole.expand(batch_size, 2)
             return prefill_mask(key_range, window)
     return sdpa_mask(

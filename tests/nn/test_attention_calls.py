@@ -13,7 +13,9 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config, 
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from collavo_kernels.nn import CrayonAttention, CrayonInputs
-from collavo_kernels.nn.prefill_mask import prefill_mask, visible_keys
+from collavo_kernels.nn.prefill_mask import interval_range, prefill_mask, visible_keys
+from collavo_kernels.nn.projections import project, project_with_rows
+from collavo_kernels.testing import assert_within_budget
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -199,3 +201,50 @@ def test_dropout_takes_the_slower_path() -> None:
     torch.testing.assert_close(module(x, angles, crayon=crayon(table))[0], plain)
     dropped, _ = module.train()(x, angles, crayon=crayon(table))
     assert not torch.allclose(dropped, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=["no sample", "no token"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_nothing_to_attend_to(shape: tuple[int, int], mode: Any, fused: bool) -> None:
+    """An empty batch, as the last one of a sharded data set can be, passes through."""
+    module, positions = make(mode=mode), torch.arange(shape[1])[None]
+    x = torch.randn(*shape, 32)
+    angles = LlamaRotaryEmbedding(LlamaConfig(**SIZES))(x, positions)
+    rows = torch.zeros(shape, dtype=torch.int32)
+    given = CrayonInputs(table=torch.randn(T, 32), row_index=rows, fused=fused)
+    assert module(x, angles, crayon=given)[0].shape == x.shape
+    assert interval_range(torch.zeros(shape, dtype=torch.int64)) == (True, None)
+
+
+def test_a_table_of_another_width_is_named() -> None:
+    module, (x, _, angles) = make(), inputs()
+    with pytest.raises(ValueError, match=r"crayon\.table: expected \[T, 32\].* got \[3, 16\]"):
+        module(x, angles, crayon=crayon(torch.randn(T, 16), fused=True))
+
+
+class _Wrapped(nn.Linear):
+    """A layer of another package, with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, _Wrapped])
+def test_rows_get_no_bias_however_large_it_is(kind: type[nn.Linear]) -> None:
+    """Added and taken off again, a bias of 100 would leave a half in bfloat16."""
+    layer = kind(32, 16).bfloat16()
+    nn.init.constant_(layer.bias, 100.0)
+    x = torch.randn(7, 32).bfloat16()
+    rows = project_with_rows(layer, x, None, 4)[4:]
+    exact = x[4:].double() @ layer.weight.double().t()
+    assert_within_budget(rows, x[4:] @ layer.weight.t(), exact)
+
+
+def test_a_layer_with_hooks_is_called() -> None:
+    """Hooks, and a forward set on one instance, see the tokens on the crayon's path too."""
+    layer, seen = nn.Linear(32, 16), []
+    layer.register_forward_hook(lambda *given: seen.append(given))
+    index = torch.zeros(4, dtype=torch.int32)
+    project(layer, torch.randn(4, 32), None, torch.randn(1, 16), index)
+    assert len(seen) == 1

@@ -162,7 +162,8 @@ def attend_kernel(
             WINDOW, PRECISION,
         )  # fmt: skip
 
-    alive = live & (total > 0)
+    # Not "> 0": what is no number stays visible. With any key the total is at least 1.
+    alive = live & (total != 0)
     divisor = tl.where(alive, total, 1.0)
     mixed = tl.where(alive[:, None], mixed / divisor[:, None], 0.0)
     place, exists = columns(D, HALF)

@@ -105,8 +105,10 @@ def test_a_crayon_model_over_sliding_caches(kind: str) -> None:
     apply_to_llava(model)
     for parameter in model.crayon_parameters():
         parameter.data.normal_(0.0, 0.3)
-    results = [
-        generate(model, batch, max_new_tokens=6, **options)
-        for options in ({"use_cache": False}, {}, OPTIONS["static"])
-    ]
+    results = []
+    for options in ({"use_cache": False}, {}, OPTIONS["static"]):
+        with counted() as calls:
+            results.append(generate(model, batch, max_new_tokens=6, **options))
+        # Of the decoder's: both layers' prefill at least.
+        assert len([call for call in calls if "crayon_q" in call]) >= 2, options
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

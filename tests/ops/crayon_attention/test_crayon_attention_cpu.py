@@ -248,6 +248,34 @@ def test_large_scores_do_not_overflow() -> None:
     assert bool((out[0, 4:] == 4.0).all()) and bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sixteen_thousand_tokens(dtype: torch.dtype) -> None:
+    """Rows from all over a long sample against float64 of the keys they see."""
+    case = AttentionCase(
+        "long",
+        "",
+        1,
+        16384,
+        heads=1,
+        groups=1,
+        images=((5, 1230), (9000, 9600)),
+        ranges=((3, 16380),),
+    )
+    inputs = case.make(dtype)
+    found = cpu.forward(inputs)
+    query = reference.prepared(inputs.q, inputs.crayon_q, inputs.row_index, inputs.cos, inputs.sin)
+    for row in (3, 127, 128, 5000, 9100, 16379):
+        seen = slice(3, row + 1)
+        q = query[0, row, 0]
+        key, value = found.key[0, seen, 0], found.value[0, seen, 0]
+        scores = (key.double() @ q.double()) * inputs.softmax_scale
+        exact = scores.softmax(0) @ value.double()
+        low = torch.nn.functional.scaled_dot_product_attention(
+            q[None, None, None], key[None, None], value[None, None]
+        )
+        assert_within_budget(found.out[0, row, 0], low[0, 0, 0], exact, name=f"row {row}")
+
+
 def test_more_threads_than_items() -> None:
     """Work for fourteen, and two items in the backward: five of seven threads get none."""
     case = AttentionCase("few", "", 1, 700, heads=2, groups=1, images=((0, 690),))

@@ -187,3 +187,14 @@ def test_replays_as_a_graph(name: str, backend: str) -> None:
         found = replayed(run)
         for one, other in zip(found, run(), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_what_is_no_number_stays_visible(where: str) -> None:
+    """An overflow becomes no zeros: the rows that see it are not finite, as the reference's."""
+    case = next(c for c in CASES if c.name == "attention_alone")
+    inputs = case.make(torch.float16)
+    getattr(inputs, where)[0, 7, 0, 3] = float("nan")
+    expected = call(inputs, "reference").out[0, -1].isfinite()
+    found = call(moved(inputs, "cuda"), "triton").out[0, -1].isfinite()
+    assert torch.equal(found.cpu(), expected)

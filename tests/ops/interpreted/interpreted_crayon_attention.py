@@ -246,3 +246,19 @@ def test_the_backward_reports_bad_values_too() -> None:
     triton_kernels.backward(given)
     with pytest.raises(ValueError, match="key_range"):
         check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_what_is_no_number_stays_visible(where: str, value: float) -> None:
+    """An overflow becomes no zeros: the rows that see it are not finite, as the reference's."""
+    case = next(c for c in CASES if c.name == "attention_alone")
+    inputs = case.make(torch.float32)
+    getattr(inputs, where)[0, 7, 0, 3] = value
+    found, expected = triton_kernels.forward(inputs), reference.forward(inputs)
+    rows = (7, case.length - 1)
+    broken = [~expected.out[0, row].isfinite() for row in rows]
+    assert bool(torch.stack(broken).any())
+    for row, there in zip(rows, broken, strict=True):
+        assert torch.equal(~found.out[0, row].isfinite(), there), row
+    check()
