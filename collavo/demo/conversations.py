@@ -38,7 +38,7 @@ class Viewed:
     def class_in(self, x1: int, y1: int, x2: int, y2: int) -> str:
         """Return the display name of the class that covers most of a pixel box."""
         panoptic = self.sample.panoptic
-        inside = panoptic.segmentation[y1:y2, x1:x2].flatten().bincount()
+        inside = panoptic.ids()[y1:y2, x1:x2].flatten().bincount()
         label = panoptic.segment_classes[panoptic.segment_ids == int(inside.argmax())]
         return display_name(int(label))
 

@@ -15,7 +15,12 @@ from collavo.panoptic.categories import (
 )
 from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
 from collavo.panoptic.instructions import TEMPLATES, Instruction, build_instruction
-from collavo.panoptic.maps import PanopticMap, read_panoptic_png, write_panoptic_png
+from collavo.panoptic.maps import (
+    PanopticMap,
+    read_panoptic_colours,
+    read_panoptic_png,
+    write_panoptic_png,
+)
 from collavo.panoptic.segmenters import Mask2FormerSegmenter
 from collavo.panoptic.text import (
     Detection,
@@ -59,6 +64,7 @@ __all__ = [
     "parse_names",
     "parse_objects",
     "read_image",
+    "read_panoptic_colours",
     "read_panoptic_png",
     "split_prefix",
     "write_panoptic_png",

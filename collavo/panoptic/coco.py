@@ -18,7 +18,7 @@ from collavo.panoptic.maps import (
     PathLike,
     category_table,
     parse_segments,
-    read_panoptic_png,
+    read_panoptic_colours,
 )
 
 _T = TypeVar("_T")
@@ -192,7 +192,7 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         record = self._records[index]
         chosen = slice(record.start, record.stop)
         return PanopticMap.from_segments(
-            read_panoptic_png(self.panoptic / record.png),
+            read_panoptic_colours(self.panoptic / record.png),
             self._segment_ids[chosen].tolist(),
             self._segment_classes[chosen].tolist(),
         )
@@ -275,7 +275,7 @@ def find_panoptic_map(png: PathLike, annotations: PathLike) -> PanopticMap:
         if isinstance(entry, Mapping) and Path(str(entry.get("file_name"))).name == png.name:
             where = f"{path}: annotation of {png.name}"
             ids, classes = parse_segments(_list(entry, "segments_info", where), table, where)
-            return PanopticMap.from_segments(read_panoptic_png(png), ids, classes)
+            return PanopticMap.from_segments(read_panoptic_colours(png), ids, classes)
     raise ValueError(f"{path}: expected an annotation with file_name {png.name!r}, found none")
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from collavo.panoptic.categories import CATEGORY_TO_INDEX, NUM_CLASSES, class_index
+from collavo_kernels.ops.panoptic_lookup import decode_colours
 
 PathLike = str | Path
 
@@ -34,8 +35,7 @@ def read_panoptic_png(path: PathLike) -> Tensor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no PNG, is truncated, or is paletted, grayscale,
-            16-bit or RGBA.
+        ValueError: as :func:`read_panoptic_colours`.
 
     Source: COCO panoptic's file format.
 
@@ -47,18 +47,34 @@ def read_panoptic_png(path: PathLike) -> Tensor:
         ...     bool((read_panoptic_png(Path(folder) / "map.png") == ids).all())
         True
     """
+    return decode_colours(read_panoptic_colours(path))
+
+
+def read_panoptic_colours(path: PathLike) -> Tensor:
+    """Read a COCO panoptic PNG as it is: the lookup takes its colours without a copy.
+
+    Args:
+        path: An RGB PNG with 8 bits per channel.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is no PNG, is truncated, or is paletted, grayscale,
+            16-bit or RGBA.
+
+    Source: COCO panoptic's file format.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such panoptic PNG")
     _check_png_header(path)
     try:
         with Image.open(path) as picture:
-            picture.load()
-            channels = np.asarray(picture.convert("RGB")).astype(np.int32)
+            return torch.from_numpy(np.array(picture.convert("RGB")))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged ({error})") from error
-    red, green, blue = channels[..., 0], channels[..., 1], channels[..., 2]
-    return torch.from_numpy(red | green << 8 | blue << 16)
 
 
 def _check_png_header(path: Path) -> None:
@@ -106,13 +122,13 @@ class PanopticMap:
 
     Args:
         segmentation: int32 ``[H, W]`` on the CPU; values <= 0 and ids that are not listed mean
-            "no segment".
+            "no segment". Or uint8 ``[H, W, 3]``, the colours of a COCO panoptic PNG.
         segment_ids: int32 ``[S]``, the ids > 0 as they stand in the map, each listed once. An id
             that covers no pixel may be listed.
         segment_classes: int32 ``[S]``, class indices 0..132, or -1 for a segment of unknown class.
 
     Raises:
-        TypeError: if a field is not an int32 tensor.
+        TypeError: if the map is neither int32 nor uint8, or a list is no int32 tensor.
         ValueError: if a shape, an id or a class is wrong.
 
     Example:
@@ -127,13 +143,21 @@ class PanopticMap:
     segment_classes: Tensor
 
     def __post_init__(self) -> None:
-        for name, dims in (("segmentation", 2), ("segment_ids", 1), ("segment_classes", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) or value.dtype != torch.int32:
-                found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name}: expected an int32 tensor, got {found}")
-            if value.dim() != dims:
-                raise ValueError(f"{name}: expected {dims} dimensions, got {list(value.shape)}")
+        _expect("segmentation", self.segmentation, (torch.int32, torch.uint8))
+        shape = self.segmentation.shape
+        coloured = self.segmentation.dtype == torch.uint8
+        if len(shape) != (3 if coloured else 2) or (coloured and shape[2] != 3):
+            raise ValueError(
+                "segmentation: expected int32 [H, W] or uint8 [H, W, 3], "
+                f"got {self.segmentation.dtype} {list(shape)}"
+            )
+        for name, value in (
+            ("segment_ids", self.segment_ids),
+            ("segment_classes", self.segment_classes),
+        ):
+            _expect(name, value, (torch.int32,))
+            if value.dim() != 1:
+                raise ValueError(f"{name}: expected one dimension, got {list(value.shape)}")
         if self.segmentation.numel() == 0:
             raise ValueError(
                 f"segmentation: expected at least one pixel, got {list(self.segmentation.shape)}"
@@ -160,8 +184,12 @@ class PanopticMap:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        height, width = self.segmentation.shape
-        return int(height), int(width)
+        return int(self.segmentation.shape[0]), int(self.segmentation.shape[1])
+
+    def ids(self) -> Tensor:
+        """Return the segment id of every pixel, int32 ``[H, W]``: the map itself, or decoded."""
+        coloured = self.segmentation.dtype == torch.uint8
+        return decode_colours(self.segmentation) if coloured else self.segmentation
 
     @property
     def num_segments(self) -> int:
@@ -178,7 +206,8 @@ class PanopticMap:
         """Build a map from any integer map and any integer lists.
 
         Args:
-            segmentation: ``[H, W]`` of any integer type that fits into int32.
+            segmentation: ``[H, W]`` of any integer type that fits into int32, or uint8
+                ``[H, W, 3]`` colours of a COCO panoptic PNG.
             segment_ids: The listed ids.
             segment_classes: Their class indices, in the same order.
 
@@ -193,8 +222,9 @@ class PanopticMap:
             raise ValueError(
                 f"segmentation: expected ids that fit into int32, got {int(raw.max())}"
             )
+        coloured = raw.dtype == torch.uint8 and raw.dim() == 3
         return cls(
-            raw.cpu().to(torch.int32).contiguous(),
+            raw.cpu().to(raw.dtype if coloured else torch.int32).contiguous(),
             torch.as_tensor(segment_ids, dtype=torch.int32).cpu().reshape(-1),
             torch.as_tensor(segment_classes, dtype=torch.int32).cpu().reshape(-1),
         )
@@ -220,7 +250,8 @@ class PanopticMap:
         """Build a map from COCO's PNG and the ``segments_info`` of its annotation.
 
         Args:
-            png: The PNG's path, or the ids that were read from it, int32 ``[H, W]``.
+            png: The PNG's path, or what was read from it: colours, uint8 ``[H, W, 3]``, or ids,
+                int32 ``[H, W]``.
             segments_info: One mapping per segment with ``id`` and ``category_id``.
             categories: The JSON's ``categories``; classes are then found by name, so files with
                 their own category ids work. None means COCO's own ids.
@@ -232,7 +263,7 @@ class PanopticMap:
         """
         where = "segments_info" if isinstance(png, Tensor) else str(png)
         ids, classes = parse_segments(segments_info, category_table(categories), where)
-        segmentation = png if isinstance(png, Tensor) else read_panoptic_png(png)
+        segmentation = png if isinstance(png, Tensor) else read_panoptic_colours(png)
         return cls.from_segments(segmentation, ids, classes)
 
     @classmethod
@@ -291,6 +322,13 @@ class PanopticMap:
         # The map comes as float where nothing at all was found.
         segmentation = _tensor(result["segmentation"]).to(torch.int32)
         return cls.from_segments(segmentation, ids, labels)
+
+
+def _expect(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected a tensor of {names}, got {found}")
 
 
 def _tensor(values: Any) -> Tensor:

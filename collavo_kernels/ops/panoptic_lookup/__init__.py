@@ -9,9 +9,10 @@ from torch import Tensor
 
 from collavo_kernels._validation import describe, expect_tensor
 from collavo_kernels.ops.panoptic_lookup.crayon_map import CrayonMap
+from collavo_kernels.ops.panoptic_lookup.inputs import decode_colours
 from collavo_kernels.ops.panoptic_lookup.registration import OPERATOR, check_map
 
-__all__ = ["OPERATOR", "CrayonMap", "panoptic_lookup"]
+__all__ = ["OPERATOR", "CrayonMap", "decode_colours", "panoptic_lookup"]
 
 
 def panoptic_lookup(
@@ -39,8 +40,10 @@ def panoptic_lookup(
     released code.
 
     Args:
-        segment_maps: ``[B, H, W]`` int32, or a list of ``[H_i, W_i]`` int32 of any sizes;
-            segment ids, values <= 0 mean "no segment".
+        segment_maps: ``[B, H, W]`` int32 segment ids (values <= 0 mean "no segment"), or
+            ``[B, H, W, 3]`` uint8 colours as COCO's panoptic PNGs have them, ``id = R + 256 G +
+            65536 B``; or a list with one map ``[H_i, W_i]`` or ``[H_i, W_i, 3]`` per image, of
+            any sizes and kinds.
         segment_ids: One ``[S_i]`` int32 per image, on the CPU: the ids, above 0, in any order.
         segment_classes: One ``[S_i]`` int32 per image, on the CPU: each segment's class, 0 to
             ``num_classes - 1``, or -1 for a segment of unknown class.
@@ -57,7 +60,7 @@ def panoptic_lookup(
         ``row_index`` ``[B, P]``, on the maps' device.
 
     Raises:
-        TypeError: if a tensor is no int32 tensor.
+        TypeError: if a map is neither int32 nor uint8, or a list no int32 tensor.
         ValueError: if shapes, devices or numbers of images do not fit, a map has no pixel, a class
             is out of range, or an id is <= 0 or listed twice; the message names image and id.
 
@@ -93,7 +96,9 @@ def _as_batches(segment_maps: Tensor | Sequence[Tensor]) -> list[Tensor]:
     batches = []
     for i, each in enumerate(segment_maps):
         name = f"segment_maps[{i}]"
-        expect_tensor(name, each, shape=("H", "W"), dtypes=[torch.int32])
+        expect_tensor(name, each, dtypes=[torch.int32, torch.uint8])
+        shape = ("H", "W") if each.dtype == torch.int32 else ("H", "W", 3)
+        expect_tensor(name, each, shape=shape, hint="a list has one map per image")
         check_map(name, each[None], segment_maps[0].device)
         batches.append(each[None])
     return batches

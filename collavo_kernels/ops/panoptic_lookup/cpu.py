@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from collavo_kernels._native import native, native_reason
-from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, image_table
+from collavo_kernels.ops.panoptic_lookup.inputs import (
+    LookupInputs,
+    LookupResult,
+    decode_colours,
+    image_table,
+)
 
 BEST_ISA = -1
 
@@ -27,7 +32,8 @@ def forward(inputs: LookupInputs, isa: int = BEST_ISA) -> LookupResult:
     if module is None:
         raise RuntimeError(f"panoptic_lookup: {native_reason()}")
     # A kernel reads pixels that follow each other; rows and images may lie anywhere.
-    maps = tuple(each if each.stride(2) == 1 else each.contiguous() for each in inputs.maps)
+    given = (decode_colours(m) if m.dtype == torch.uint8 else m for m in inputs.maps)
+    maps = tuple(each if each.stride(2) == 1 else each.contiguous() for each in given)
     images = image_table(maps, inputs.counts)
     row_class, number, row_image, segment = (column.clone() for column in inputs.columns)
     cells = inputs.grid_h * inputs.grid_w

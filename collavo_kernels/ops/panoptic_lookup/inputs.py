@@ -15,7 +15,8 @@ class LookupInputs(NamedTuple):
     """What every backend takes.
 
     Attributes:
-        maps: Each ``[n_i, H_i, W_i]`` int32 on one device; their images in order are the batch.
+        maps: Each ``[n_i, H_i, W_i]`` int32 ids or ``[n_i, H_i, W_i, 3]`` uint8 colours on one
+            device; their images in order are the batch.
         columns: ``[4, T]`` int32 on the CPU: class, number, image and segment id of each row.
         counts: S_i, the segments of each image.
         grid_h: Cells per column.
@@ -51,6 +52,19 @@ class LookupResult(NamedTuple):
     row_segment_id: Tensor
     row_box: Tensor
     row_area: Tensor
+
+
+def decode_colours(colours: Tensor) -> Tensor:
+    """Return the segment ids of COCO's colours: ``R + 256 G + 65536 B``.
+
+    Args:
+        colours: ``[..., 3]`` uint8.
+
+    Returns:
+        ``[...]`` int32.
+    """
+    red, green, blue = colours.to(torch.int32).unbind(-1)
+    return red | green << 8 | blue << 16
 
 
 def row_columns(

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, first_rows
+from collavo_kernels.ops.panoptic_lookup.inputs import (
+    LookupInputs,
+    LookupResult,
+    decode_colours,
+    first_rows,
+)
 
 
 def cell_bounds(length: int, cells: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +35,8 @@ def forward(inputs: LookupInputs) -> LookupResult:
     first = first_rows(inputs.counts)
     row_index, box, area = [], [], []
     image = 0
-    for maps in inputs.maps:
+    for given in inputs.maps:
+        maps = decode_colours(given) if given.dtype == torch.uint8 else given
         rows = _pixel_rows(maps, columns, _send(first[image : image + len(maps)], device), image)
         choose = _majority if inputs.reduce == "majority" else _nearest
         row_index.append(choose(rows, inputs).to(torch.int32))

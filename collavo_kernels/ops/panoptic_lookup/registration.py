@@ -89,20 +89,16 @@ def _check(
 
 
 def check_map(name: str, value: Tensor, device: torch.device) -> None:
-    """Check one batch ``[n, H, W]`` of maps.
+    """Check one batch of maps: ids ``[n, H, W]`` int32, or colours ``[n, H, W, 3]`` uint8.
 
     Raises:
-        TypeError: if it is no int32 tensor.
+        TypeError: if it is no int32 or uint8 tensor.
         ValueError: if its shape or device is another, or its images have no pixel or too many.
     """
-    expect_tensor(
-        name,
-        value,
-        shape=("B", "H", "W"),
-        dtypes=[torch.int32],
-        device=device,
-        hint="all maps must be int32 and on one device",
-    )
+    hint = "a map is int32 ids or uint8 colours in COCO's encoding, all maps on one device"
+    expect_tensor(name, value, dtypes=[torch.int32, torch.uint8], device=device, hint=hint)
+    shape = ("B", "H", "W") if value.dtype == torch.int32 else ("B", "H", "W", 3)
+    expect_tensor(name, value, shape=shape, hint=hint)
     for axis, size in (("height", value.shape[1]), ("width", value.shape[2])):
         if size < 1 or size > MAX_SIDE:
             raise ValueError(

@@ -14,7 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from collavo_kernels._backends import device_of
-from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, image_table
+from collavo_kernels.ops.panoptic_lookup.inputs import (
+    LookupInputs,
+    LookupResult,
+    decode_colours,
+    image_table,
+)
 
 BLOCK = 256  # pixels a program looks at together; a cell of 640x480 on a 35x35 grid has 280
 ROWS = 256  # rows a program of the second kernel writes
@@ -189,7 +194,8 @@ def forward(inputs: LookupInputs) -> LookupResult:
     )
     if images == 0:
         return result
-    maps = tuple(each if each.stride(2) == 1 else each.contiguous() for each in inputs.maps)
+    given = (decode_colours(m) if m.dtype == torch.uint8 else m for m in inputs.maps)
+    maps = tuple(each if each.stride(2) == 1 else each.contiguous() for each in given)
     table, columns = _send(inputs, image_table(maps, inputs.counts))
     facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
     # The rows of one image are searched: enough halvings for the image with most rows.

@@ -26,7 +26,7 @@ def test_reads_what_was_written(coco_dataset, scene):
     sample = coco_dataset[0]
     assert sample.image_id == 1 and sample.path.name == "001.png"
     assert sample.image.mode == "RGB" and sample.image.size == (16, 12)
-    assert torch.equal(sample.panoptic.segmentation, ids)
+    assert torch.equal(sample.panoptic.ids(), ids)
     listed = zip(sample.panoptic.segment_ids, sample.panoptic.segment_classes, strict=True)
     assert {int(i): int(c) for i, c in listed} == classes
     assert [one.image.size for one in coco_dataset] == [(16, 12), (18, 20), (30, 16)]
@@ -37,7 +37,7 @@ def test_reads_what_was_written(coco_dataset, scene):
 
 def test_pickles_and_works_in_workers(coco_dataset):
     copy = pickle.loads(pickle.dumps(coco_dataset))
-    assert torch.equal(copy[1].panoptic.segmentation, coco_dataset[1].panoptic.segmentation)
+    assert torch.equal(copy[1].panoptic.ids(), coco_dataset[1].panoptic.ids())
     loader = DataLoader(coco_dataset, batch_size=None, num_workers=1)
     assert [sample.image_id for sample in loader] == [1, 2, 3]
 
@@ -51,7 +51,7 @@ def test_real_coco_sample(coco_sample):
     infos = {info["id"]: info for info in infos["segments_info"]}
     assert sample.panoptic.segment_ids.tolist() == list(infos)
     for segment, info in infos.items():
-        y, x = np.nonzero(sample.panoptic.segmentation.numpy() == segment)
+        y, x = np.nonzero(sample.panoptic.ids().numpy() == segment)
         assert len(y) == info["area"]
         left, top, width, height = info["bbox"]
         assert (x.min(), y.min()) == (left, top)

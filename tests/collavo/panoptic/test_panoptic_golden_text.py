@@ -64,7 +64,7 @@ def text_by_rule(panoptic):
     listed = zip(panoptic.segment_ids.tolist(), panoptic.segment_classes.tolist(), strict=True)
     for segment, label in sorted(listed):
         numbers[label] = numbers.get(label, 0) + 1
-        y, x = np.nonzero(panoptic.segmentation.numpy() == segment)
+        y, x = np.nonzero(panoptic.ids().numpy() == segment)
         if y.size:
             box = (x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height)
             text = ", ".join(f"{round(value, 2):.2f}" for value in box)

@@ -129,9 +129,9 @@ IDS = torch.tensor([[0, 7], [9, -1]], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ((IDS.long(), IDS[0], IDS[0]), TypeError, "segmentation: expected an int32 tensor"),
-        ((IDS, [1], IDS[0]), TypeError, "segment_ids: expected an int32 tensor, got list"),
-        ((IDS[0], IDS[0], IDS[0]), ValueError, "segmentation: expected 2 dimensions"),
+        ((IDS.long(), IDS[0], IDS[0]), TypeError, "segmentation: expected a tensor of int32 or uint8"),
+        ((IDS, [1], IDS[0]), TypeError, "segment_ids: expected a tensor of int32, got list"),
+        ((IDS[0], IDS[0], IDS[0]), ValueError, r"segmentation: expected int32 \[H, W\] or uint8"),
         (
             (IDS[:0], IDS[0, :0], IDS[0, :0]),
             ValueError,
@@ -247,3 +247,16 @@ def test_mask2former_from_a_folder(tmp_path):
     segmenter.threshold = segmenter.mask_threshold = 0.0
     panoptic = PanopticMap.from_segmenter(segmenter, Image.new("L", (40, 30)))
     assert panoptic.size == (6, 9) and panoptic.num_segments > 0
+
+
+def test_a_map_may_stay_in_cocos_colours(tmp_path):
+    """The lookup reads colours as they are, so that nobody makes 4 bytes of 3."""
+    ids = torch.tensor([[0, 7], [70000, 256**3 - 1]], dtype=torch.int32)
+    write_panoptic_png(tmp_path / "map.png", ids)
+    scene = PanopticMap.from_coco(tmp_path / "map.png", [{"id": 70000, "category_id": 1}])
+    assert scene.segmentation.dtype == torch.uint8 and scene.size == (2, 2)
+    assert torch.equal(scene.ids(), ids)
+    plain = PanopticMap.from_segments(ids, [70000], [0])
+    assert plain.ids() is plain.segmentation
+    with pytest.raises(ValueError, match=r"got torch.uint8 \[2, 2, 4\]"):
+        PanopticMap.from_segments(torch.zeros(2, 2, 4, dtype=torch.uint8), [], [])

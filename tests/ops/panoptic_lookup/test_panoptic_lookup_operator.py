@@ -200,7 +200,7 @@ BAD_TYPES = {
     "float map": ({"segment_maps": torch.zeros(2, 4, 4)}, r"segment_maps: expected dtype int32"),
     "long map": (
         {"segment_maps": [torch.zeros(4, 4, dtype=torch.int64)] * 2},
-        r"segment_maps\[0\]: expected dtype int32, got int64",
+        r"segment_maps\[0\]: expected dtype int32 or uint8, got int64",
     ),
     "long ids": (
         {"segment_ids": [torch.tensor([1, 2]), ints([5])]},
