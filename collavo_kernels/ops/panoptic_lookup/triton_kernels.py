@@ -17,8 +17,8 @@ from collavo_kernels._backends import device_of
 from collavo_kernels.ops.panoptic_lookup.inputs import (
     LookupInputs,
     LookupResult,
-    decode_colours,
     image_table,
+    with_packed_lines,
 )
 
 BLOCK = 256  # pixels a program looks at together; a cell of 640x480 on a 35x35 grid has 280
@@ -194,8 +194,7 @@ def forward(inputs: LookupInputs) -> LookupResult:
     )
     if images == 0:
         return result
-    given = (decode_colours(m) if m.dtype == torch.uint8 else m for m in inputs.maps)
-    maps = tuple(each if each.stride(2) == 1 else each.contiguous() for each in given)
+    maps = with_packed_lines(inputs.maps)
     table, columns = _send(inputs, image_table(maps, inputs.counts))
     facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
     # The rows of one image are searched: enough halvings for the image with most rows.
