@@ -15,6 +15,8 @@ namespace {
 
 // Ids of a tile that are looked for in all of its pixels; pixels of others are taken one by one.
 constexpr int kPasses = 8;
+// After an id with fewer, others are not likely to have more.
+constexpr int64_t kFewPixels = 8;
 constexpr int64_t kMostLines = 64;  // of a tile, beside kMostPixels
 constexpr int64_t kCacheLine = 64;  // bytes
 
@@ -243,6 +245,7 @@ class BandPass {
         left[y] &= ~bits[y].first;
       }
       add_part(tile, id, part);
+      if (part.pixels < kFewPixels) break;
     }
     for (; line < tile.height; ++line) {
       for (uint64_t bits = left[line]; bits != 0; bits &= bits - 1) {
