@@ -185,19 +185,27 @@ class BandPass {
         tile.height = smaller(rows.end - y, kMostLines);
         tile.owned_width = smaller(columns.owned_end - x, kMostPixels);
         tile.owned_height = smaller(rows.owned_end - y, kMostLines);
-        Pixels::uniform(tile.pixels, image_.stride, tile.height, tile.width) ? add_whole(tile)
-                                                                             : add_parts(tile);
+        if (!Pixels::uniform(tile.pixels, image_.stride, tile.height, tile.width)) {
+          add_parts(tile);
+          continue;
+        }
+        const int64_t row = add_whole(tile);
+        if (tile.width == columns.end - columns.begin && tile.height == rows.end - rows.begin) {
+          return row;  // the tile is the cell
+        }
+        count(row, tile.width * tile.height);
       }
     }
     return take_majority();
   }
 
-  void add_whole(const Tile& tile) {
+  int64_t add_whole(const Tile& tile) {
     const int64_t row = finder_.find(Pixels::at(tile.pixels, 0));
-    count(row, tile.width * tile.height);
-    if (tile.owned_width <= 0 || tile.owned_height <= 0) return;
-    add_block(band_.facts[row], tile.owned_width * tile.owned_height, tile.x, tile.y,
-              tile.x + tile.owned_width, tile.y + tile.owned_height);
+    if (tile.owned_width > 0 && tile.owned_height > 0) {
+      add_block(band_.facts[row], tile.owned_width * tile.owned_height, tile.x, tile.y,
+                tile.x + tile.owned_width, tile.y + tile.owned_height);
+    }
+    return row;
   }
 
   // A tile with several ids, of which most have two: these are counted together.
