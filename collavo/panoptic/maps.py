@@ -61,8 +61,8 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no PNG, is truncated, or is paletted, grayscale,
-            16-bit or RGBA.
+        ValueError: naming the file, if it is no PNG, is truncated, has no pixels, or is paletted,
+            grayscale, 16-bit or RGBA.
 
     Source: COCO panoptic's file format.
     """
@@ -72,9 +72,15 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
     _check_png_header(path)
     try:
         with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB")))
+            # Pillow holds four bytes per pixel; giving them out as they are is its fast way.
+            pixels = np.frombuffer(picture.tobytes("raw", "RGBX"), dtype=np.uint8)
+            pixels = pixels.reshape(picture.height, picture.width, 4)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged ({error})") from error
+    colours = np.empty((*pixels.shape[:2], 3), dtype=np.uint8)
+    for channel in range(3):
+        colours[..., channel] = pixels[..., channel]
+    return torch.from_numpy(colours)
 
 
 def _check_png_header(path: Path) -> None:
@@ -85,12 +91,14 @@ def _check_png_header(path: Path) -> None:
         raise ValueError(f"{path}: expected a PNG with a panoptic map, got another kind of file")
     if len(head) < 26 or head[12:16] != b"IHDR":
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged (no header)")
-    depth, kind = struct.unpack(">BB", head[24:26])
+    width, height, depth, kind = struct.unpack(">IIBB", head[16:26])
     if (depth, kind) != (8, 2):
         found = f"{depth}-bit {_PNG_KINDS.get(kind, f'colour type {kind}')}"
         raise ValueError(
             f"{path}: expected an 8-bit RGB PNG (id = R + 256 G + 65536 B), got {found}"
         )
+    if not (width and height):
+        raise ValueError(f"{path}: expected a map with pixels, got {width}x{height}")
 
 
 def write_panoptic_png(path: PathLike, segmentation: Tensor) -> None:
