@@ -14,6 +14,7 @@ from collavo.panoptic.categories import (
     is_thing,
 )
 from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
+from collavo.panoptic.coco_index import Skipped, find_coco_folder
 from collavo.panoptic.instructions import TEMPLATES, Instruction, build_instruction
 from collavo.panoptic.maps import (
     PanopticMap,
@@ -22,6 +23,7 @@ from collavo.panoptic.maps import (
     write_panoptic_png,
 )
 from collavo.panoptic.segmenters import Mask2FormerSegmenter
+from collavo.panoptic.streaming import SampleStream, SkipLog
 from collavo.panoptic.text import (
     Detection,
     detections_from_crayon,
@@ -48,6 +50,9 @@ __all__ = [
     "Mask2FormerSegmenter",
     "PanopticMap",
     "PanopticSample",
+    "SampleStream",
+    "SkipLog",
+    "Skipped",
     "build_instruction",
     "category_id_from_index",
     "class_index",
@@ -55,6 +60,7 @@ __all__ = [
     "detections_from_crayon",
     "detections_from_map",
     "display_name",
+    "find_coco_folder",
     "format_box",
     "format_names",
     "format_objects",
