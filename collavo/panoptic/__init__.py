@@ -15,7 +15,15 @@ from collavo.panoptic.categories import (
 )
 from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
 from collavo.panoptic.coco_index import Skipped, find_coco_folder
-from collavo.panoptic.instructions import TEMPLATES, Instruction, build_instruction
+from collavo.panoptic.instructions import (
+    TEMPLATES,
+    Instruction,
+    ParsedInstruction,
+    build_instruction,
+    build_instructions,
+    draw_instruction,
+    parse_instruction,
+)
 from collavo.panoptic.maps import (
     PanopticMap,
     read_panoptic_colours,
@@ -26,6 +34,7 @@ from collavo.panoptic.segmenters import Mask2FormerSegmenter
 from collavo.panoptic.streaming import SampleStream, SkipLog
 from collavo.panoptic.text import (
     Detection,
+    detections_by_image,
     detections_from_crayon,
     detections_from_map,
     format_box,
@@ -50,16 +59,20 @@ __all__ = [
     "Mask2FormerSegmenter",
     "PanopticMap",
     "PanopticSample",
+    "ParsedInstruction",
     "SampleStream",
     "SkipLog",
     "Skipped",
     "build_instruction",
+    "build_instructions",
     "category_id_from_index",
     "class_index",
     "coco_categories",
+    "detections_by_image",
     "detections_from_crayon",
     "detections_from_map",
     "display_name",
+    "draw_instruction",
     "find_coco_folder",
     "format_box",
     "format_names",
@@ -67,6 +80,7 @@ __all__ = [
     "index_from_category_id",
     "is_thing",
     "object_prefix",
+    "parse_instruction",
     "parse_names",
     "parse_objects",
     "read_image",
