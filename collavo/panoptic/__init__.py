@@ -30,7 +30,10 @@ from collavo.panoptic.maps import (
     read_panoptic_png,
     write_panoptic_png,
 )
+from collavo.panoptic.prepare import PrepareReport, prepare_folder
+from collavo.panoptic.prepared import PreparedDataset, PreparedSample
 from collavo.panoptic.segmenters import Mask2FormerSegmenter
+from collavo.panoptic.shards import PrepareSettings
 from collavo.panoptic.streaming import SampleStream, SkipLog
 from collavo.panoptic.text import (
     Detection,
@@ -60,6 +63,10 @@ __all__ = [
     "PanopticMap",
     "PanopticSample",
     "ParsedInstruction",
+    "PrepareReport",
+    "PrepareSettings",
+    "PreparedDataset",
+    "PreparedSample",
     "SampleStream",
     "SkipLog",
     "Skipped",
@@ -83,6 +90,7 @@ __all__ = [
     "parse_instruction",
     "parse_names",
     "parse_objects",
+    "prepare_folder",
     "read_image",
     "read_panoptic_colours",
     "read_panoptic_png",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from collavo.panoptic.categories import CATEGORY_TO_INDEX, NUM_CLASSES, class_index
+from collavo_kernels import CrayonMap
 from collavo_kernels.ops.panoptic_lookup import decode_colours
 
 PathLike = str | Path
@@ -330,6 +331,10 @@ class PanopticMap:
         # The map comes as float where nothing at all was found.
         segmentation = _tensor(result["segmentation"]).to(torch.int32)
         return cls.from_segments(segmentation, ids, labels)
+
+
+MapInput: TypeAlias = PanopticMap | CrayonMap
+"""An image's segments: its map, or the rows and cells that a lookup has made of it already."""
 
 
 def _expect(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:

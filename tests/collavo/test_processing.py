@@ -201,7 +201,7 @@ def test_disagreements_are_named(tiny_processor, change, message):
 
 
 def test_wrong_types_are_named(tiny_processor):
-    with pytest.raises(TypeError, match=r"panoptic\[0\]: expected a PanopticMap or None, got str"):
+    with pytest.raises(TypeError, match=r"panoptic\[0\]: expected a PanopticMap, a CrayonMap or"):
         tiny_processor()(text=PROMPT, images=picture(), panoptic=["map.png"])
     with pytest.raises(TypeError, match="images: expected PIL images, paths or lists"):
         tiny_processor()(text=PROMPT, images=3)
