@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from collavo.panoptic.coco import CocoPanopticDataset
 from collavo.panoptic.maps import MapInput
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     image_data, vl_data = datasets(args, training, samples, processor.max_number)
     missing = [name for name in STEP_KINDS if name not in model.config.adapters]
     if training.stage == "cit" and missing:
+        set_seed(training.seed)  # new adapters are drawn before the trainer sets it
         model.add_dual_qlora(
             missing, rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize
         )

@@ -147,7 +147,7 @@ class PreparedDataset(Dataset[PreparedSample]):
             index: 0..len-1, or counted from the end.
         """
         shard, place = self._find(index)
-        return shard.image(place).file_name
+        return shard.file_names[place]
 
     def index_of(self, file_name: str) -> int | None:
         """Return the index of the sample whose image has this file name, or None.
@@ -157,7 +157,7 @@ class PreparedDataset(Dataset[PreparedSample]):
         """
         if self._by_name is None:
             shards = (self._shard(number) for number in range(len(self._starts) - 1))
-            names = (name for shard in shards for name in shard.file_names())
+            names = (name for shard in shards for name in shard.file_names)
             self._by_name = {name: index for index, name in enumerate(names)}
         return self._by_name.get(file_name)
 

@@ -301,8 +301,9 @@ class Shard:
         """``[n]`` int32, the instructions of every image."""
         return self._get("num_instructions")
 
+    @cached_property
     def file_names(self) -> list[str]:
-        """Return every image's file name."""
+        """Every image's file name."""
         joined = bytes(self._get("file_names").numpy()).decode("utf-8", "surrogatepass")
         return joined.split("\0") if len(self) else []
 
