@@ -45,8 +45,8 @@ from collavo_kernels import CrayonMap, panoptic_lookup
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-# Maps of one lookup: 30 MB of colours, and calls so few that their fixed cost is lost in decoding.
-_CHUNK = 32
+# Maps of one lookup: 15 MB of colours, and calls so few that their fixed cost is lost in decoding.
+_CHUNK = 16
 
 
 @dataclass(frozen=True)

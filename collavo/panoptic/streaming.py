@@ -40,7 +40,8 @@ class SampleStream(IterableDataset[_T]):
     the order alone.
 
     Args:
-        samples: A map-style data set, such as ``CocoPanopticDataset`` or ``PreparedDataset``.
+        samples: A map-style data set, such as ``CocoPanopticDataset``, ``PreparedDataset`` or
+            ``CrayonInstructionDataset``.
         shuffle: Whether every epoch has an order of its own, a pure function of seed and epoch.
         seed: Of the orders.
         rank: This process among ``world_size``; None takes it from ``torch.distributed`` when the
@@ -92,10 +93,14 @@ class SampleStream(IterableDataset[_T]):
     def set_epoch(self, epoch: int) -> None:
         """Take another order from the next iteration on, in running workers too.
 
+        Samples that have epochs of their own, as crayon instructions do, are told too.
+
         Args:
             epoch: The number of the epoch.
         """
         self._epoch.fill_(epoch)
+        if hasattr(self.samples, "set_epoch"):
+            self.samples.set_epoch(epoch)
 
     def __len__(self) -> int:
         """Return how many samples this rank has, unreadable ones included."""

@@ -157,7 +157,8 @@ def format_box(box: Sequence[float]) -> str:
         >>> format_box((0, 0.384, 1, 0.5))
         '[0.00, 0.38, 1.00, 0.50]'
     """
-    return f"[{', '.join(f'{value:.2f}' for value in box)}]"
+    x1, y1, x2, y2 = box
+    return f"[{x1:.2f}, {y1:.2f}, {x2:.2f}, {y2:.2f}]"
 
 
 def format_objects(detections: Iterable[Detection], name: str | None = None) -> str:

@@ -107,6 +107,14 @@ class CrayonInstructionDataset(Dataset[Record]):
         rng = random.Random(f"{self.seed}/{int(self._epoch)}/{position}")
         return self._record(sample, rng)
 
+    def file_name(self, index: int) -> str:
+        """Return the file name of a record's image, so that ``SampleStream`` can report it.
+
+        Args:
+            index: 0..len-1, or counted from the end.
+        """
+        return self.samples.file_name(self._indices[index])
+
     def _record(self, sample: PanopticSample | PreparedSample, rng: random.Random) -> Record:
         panoptic: MapInput
         if isinstance(sample, PreparedSample):

@@ -15,6 +15,8 @@ from collavo.panoptic import (
     CocoPanopticDataset,
     PreparedDataset,
     PrepareSettings,
+    SampleStream,
+    Skipped,
     parse_instruction,
     prepare_folder,
     write_panoptic_png,
@@ -90,6 +92,22 @@ def test_workers_read_shards(shards: PreparedDataset, tiny_processor: Callable[.
         loader = DataLoader(data, batch_size=3, num_workers=workers, collate_fn=collator)
         (batch,) = list(loader)
         assert_same(batch, collator([data[i] for i in range(3)]))
+
+
+def test_a_stream_of_instructions_goes_past_broken_images(
+    shards: PreparedDataset, coco_folder: Path
+) -> None:
+    """What training meets among 100,000 files; the stream's epoch is the instructions' too."""
+    (coco_folder / "images" / "002.png").write_bytes(b"")
+    data = CrayonInstructionDataset(shards, seed=1)
+    skipped: list[Skipped] = []
+    stream = SampleStream(data, on_unreadable=skipped.append)
+    stream.set_epoch(4)
+    found = [record["conversation"] for record in stream]
+    assert [one.name for one in skipped] == ["002.png"]
+    fresh = CrayonInstructionDataset(shards, seed=1)
+    fresh.set_epoch(4)
+    assert found == [fresh[i]["conversation"] for i in (0, 2)]
 
 
 def test_images_without_objects_are_left_out(coco_folder: Path, tmp_path: Path) -> None:
