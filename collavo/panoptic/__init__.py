@@ -21,6 +21,14 @@ from collavo.panoptic.maps import (
     read_panoptic_png,
     write_panoptic_png,
 )
+from collavo.panoptic.prompts import (
+    BoxPrompt,
+    ClickPrompt,
+    MaskPrompt,
+    ScribblePrompt,
+    VisualPrompt,
+    rasterize_prompts,
+)
 from collavo.panoptic.segmenters import Mask2FormerSegmenter
 from collavo.panoptic.text import (
     Detection,
@@ -42,12 +50,17 @@ __all__ = [
     "NUM_CLASSES",
     "NUM_THINGS",
     "TEMPLATES",
+    "BoxPrompt",
+    "ClickPrompt",
     "CocoPanopticDataset",
     "Detection",
     "Instruction",
     "Mask2FormerSegmenter",
+    "MaskPrompt",
     "PanopticMap",
     "PanopticSample",
+    "ScribblePrompt",
+    "VisualPrompt",
     "build_instruction",
     "category_id_from_index",
     "class_index",
@@ -63,6 +76,7 @@ __all__ = [
     "object_prefix",
     "parse_names",
     "parse_objects",
+    "rasterize_prompts",
     "read_image",
     "read_panoptic_colours",
     "read_panoptic_png",

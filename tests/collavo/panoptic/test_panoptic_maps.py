@@ -129,7 +129,11 @@ IDS = torch.tensor([[0, 7], [9, -1]], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ((IDS.long(), IDS[0], IDS[0]), TypeError, "segmentation: expected a tensor of int32 or uint8"),
+        (
+            (IDS.long(), IDS[0], IDS[0]),
+            TypeError,
+            "segmentation: expected a tensor of int32 or uint8",
+        ),
         ((IDS, [1], IDS[0]), TypeError, "segment_ids: expected a tensor of int32, got list"),
         ((IDS[0], IDS[0], IDS[0]), ValueError, r"segmentation: expected int32 \[H, W\] or uint8"),
         (
