@@ -29,7 +29,7 @@ from collavo.panoptic.prompts import (
     VisualPrompt,
     rasterize_prompts,
 )
-from collavo.panoptic.segmenters import Mask2FormerSegmenter
+from collavo.panoptic.segmenters import TransformersSegmenter
 from collavo.panoptic.text import (
     Detection,
     detections_from_crayon,
@@ -55,11 +55,11 @@ __all__ = [
     "CocoPanopticDataset",
     "Detection",
     "Instruction",
-    "Mask2FormerSegmenter",
     "MaskPrompt",
     "PanopticMap",
     "PanopticSample",
     "ScribblePrompt",
+    "TransformersSegmenter",
     "VisualPrompt",
     "build_instruction",
     "category_id_from_index",
