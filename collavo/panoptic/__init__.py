@@ -29,6 +29,7 @@ from collavo.panoptic.prompts import (
     VisualPrompt,
     rasterize_prompts,
 )
+from collavo.panoptic.segmenter_cache import CachedSegmenter
 from collavo.panoptic.segmenters import TransformersSegmenter
 from collavo.panoptic.text import (
     Detection,
@@ -51,6 +52,7 @@ __all__ = [
     "NUM_THINGS",
     "TEMPLATES",
     "BoxPrompt",
+    "CachedSegmenter",
     "ClickPrompt",
     "CocoPanopticDataset",
     "Detection",
