@@ -306,7 +306,7 @@ def _kind(config: Any) -> _Kind:
 
 
 def _evaluating(model: Any) -> Any:
-    # OneFormer goes by a flag of its config: with it, ``eval()`` leaves its dropout on.
+    # OneFormer goes by a flag of its config: with it, dropout stays on in evaluation.
     for module in model.modules():
         if hasattr(module, "is_training"):
             module.is_training = False

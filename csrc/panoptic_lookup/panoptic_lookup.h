@@ -10,16 +10,17 @@
 
 namespace collavo::panoptic_lookup {
 
-// One map, as Python lays it out: six int64 each.
+// One map, as Python lays it out: seven int64 each.
 struct Image {
-  const int32_t* map;  // segment ids; values <= 0 mean no segment
+  const uint8_t* map;
+  int64_t coloured;  // 0: int32 ids, values <= 0 mean no segment; 1: three bytes, COCO's colours
   int64_t height;
   int64_t width;
-  int64_t stride;     // elements from one pixel row to the next
+  int64_t stride;     // bytes from one pixel row to the next
   int64_t first_row;  // its first row of the batch, the unknown row
   int64_t rows;       // 1 + its segments
 };
-static_assert(sizeof(Image) == 6 * sizeof(int64_t));
+static_assert(sizeof(Image) == 7 * sizeof(int64_t));
 
 // What is known of a row after a part of a map: x1, y1 exclusive; x0 > x1 without a pixel.
 struct RowFacts {

@@ -23,6 +23,7 @@ class LookupCase:
         threads: Of the loops.
         sizes: Height and width of each map.
         layouts: One of LAYOUTS for each map.
+        coloured: Whether each map is in colours; of its ids the lowest 24 bits remain.
         ids: Listed ids of each image.
         strange: Ids beside the listed ones.
         run: Pixels that follow each other with one id.
@@ -35,6 +36,7 @@ class LookupCase:
     threads: int
     sizes: list[list[int]]
     layouts: list[str]
+    coloured: list[bool]
     ids: list[list[int]]
     strange: list[int]
     run: int
@@ -54,6 +56,7 @@ def lookup_cases(draw: Callable[[Any], Any]) -> LookupCase:
         threads=draw(st.sampled_from((1, 1, 2))),
         sizes=[[draw(side), draw(side)] for _ in range(images)],
         layouts=[draw(st.sampled_from(LAYOUTS)) for _ in range(images)],
+        coloured=[draw(st.booleans()) for _ in range(images)],
         ids=[draw(ids) for _ in range(images)],
         strange=draw(st.lists(st.sampled_from(_EDGES), min_size=1, max_size=4)),
         run=draw(st.sampled_from((1, 1, 5, 16, 33))),
@@ -67,12 +70,17 @@ def run_lookup(case: LookupCase) -> None:
     note(case)
     generator = torch.Generator().manual_seed(case.seed)
     maps = []
-    for (height, width), layout, ids in zip(case.sizes, case.layouts, case.ids, strict=True):
+    kinds = zip(case.sizes, case.layouts, case.coloured, case.ids, strict=True)
+    for (height, width), layout, coloured, ids in kinds:
         values = torch.tensor([*ids, *case.strange], dtype=torch.int32)
         short = -(-height * width // case.run)
         pick = torch.randint(0, len(values), (short,), generator=generator)
         pixels = values[pick].repeat_interleave(case.run)[: height * width]
-        maps.append(lay_out(pixels.view(height, width), layout)[None])
+        pixels = pixels.view(height, width)
+        if coloured:
+            pixels = torch.stack([pixels & 255, pixels >> 8 & 255, pixels >> 16 & 255], -1)
+        dtype = torch.uint8 if coloured else torch.int32
+        maps.append(lay_out(pixels.to(dtype), layout)[None])
     flat = torch.tensor([each for ids in case.ids for each in ids], dtype=torch.int32)
     classes = torch.randint(-1, 7, flat.shape, generator=generator, dtype=torch.int32)
     counts = [len(ids) for ids in case.ids]

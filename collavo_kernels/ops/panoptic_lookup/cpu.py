@@ -8,8 +8,8 @@ from collavo_kernels._native import native, native_reason
 from collavo_kernels.ops.panoptic_lookup.inputs import (
     LookupInputs,
     LookupResult,
-    decode_colours,
     image_table,
+    with_packed_lines,
 )
 
 BEST_ISA = -1
@@ -31,9 +31,7 @@ def forward(inputs: LookupInputs, isa: int = BEST_ISA) -> LookupResult:
     module = native()
     if module is None:
         raise RuntimeError(f"panoptic_lookup: {native_reason()}")
-    # A kernel reads pixels that follow each other; rows and images may lie anywhere.
-    given = (decode_colours(m) if m.dtype == torch.uint8 else m for m in inputs.maps)
-    maps = tuple(each if each.stride(2) == 1 else each.contiguous() for each in given)
+    maps = with_packed_lines(inputs.maps)
     images = image_table(maps, inputs.counts)
     row_class, number, row_image, segment = (column.clone() for column in inputs.columns)
     cells = inputs.grid_h * inputs.grid_w

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 REDUCTIONS = ("majority", "nearest")
+
+Integers = npt.NDArray[Any]
 
 
 class LookupInputs(NamedTuple):
@@ -88,22 +92,24 @@ def row_columns(
     Raises:
         ValueError: for a class out of range, an id that is not positive, or an id listed twice.
     """
-    images = torch.arange(len(counts))
-    image = images.repeat_interleave(torch.tensor(counts, dtype=torch.int64), output_size=len(ids))
-    _check_values(ids, classes, image, num_classes)
+    # NumPy: these are small arrays, over which torch's operators take several times as long.
+    images = np.arange(len(counts))
+    image = images.repeat(counts)
+    own_ids, own_classes = ids.numpy(), classes.numpy()
+    _check_values(own_ids, own_classes, image, num_classes)
     # Ids are positive int32, so image and id fit side by side into one int64.
-    key, order = ((image << 32) | ids).sort()
-    _check_unique(key)
-    sorted_classes = classes[order]
-    columns = torch.zeros(4, len(ids) + len(counts), dtype=torch.int32)
-    place = torch.arange(len(ids))
-    row = place + image + 1
+    key = image << 32 | own_ids
+    order = key.argsort(kind="stable")
+    _check_unique(key[order])
+    sorted_classes = own_classes[order].astype(np.int64)
+    columns = np.zeros((4, len(own_ids) + len(counts)), dtype=np.int32)
+    row = np.arange(len(own_ids)) + image + 1
     columns[0, row] = sorted_classes + 1
     columns[1, row] = _numbers(image * (num_classes + 1) + sorted_classes + 1, max_number)
-    columns[2, row] = image.to(torch.int32)
-    columns[3, row] = ids[order]
-    columns[2, first_rows(counts)] = images.to(torch.int32)
-    return columns
+    columns[2, row] = image
+    columns[3, row] = own_ids[order]
+    columns[2, first_rows(counts).numpy()] = images
+    return torch.from_numpy(columns)
 
 
 def first_rows(counts: Sequence[int]) -> Tensor:
@@ -116,49 +122,68 @@ def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """Describe every image to a kernel that reads all maps in one launch.
 
     Args:
-        maps: Each ``[n_i, H_i, W_i]`` int32 with ``stride(2) == 1``; the caller keeps them alive.
+        maps: As :class:`LookupInputs` has them, the pixels of a line side by side (see
+            :func:`with_packed_lines`); the caller keeps them alive.
         counts: S_i of each image.
 
     Returns:
-        ``[B, 6]`` int64 on the CPU: address, height, width, elements from one pixel row to the
-        next, first row, number of rows.
+        ``[B, 7]`` int64 on the CPU: address, 1 for colours or 0 for ids, height, width, bytes from
+        one pixel row to the next, first row, number of rows.
     """
-    table: list[tuple[int, ...]] = []
-    row = 0
+    table = np.empty((len(counts), 7), dtype=np.int64)
+    image = 0
     for each in maps:
-        height, width = each.shape[1:]
-        address, step = each.data_ptr(), each.stride(0) * each.element_size()
-        for k in range(each.shape[0]):
-            rows = counts[len(table)] + 1
-            table.append((address + k * step, height, width, each.stride(1), row, rows))
-            row += rows
-    return torch.tensor(table, dtype=torch.int64).reshape(-1, 6)
+        images, height, width = each.shape[:3]
+        size = each.element_size()
+        own = table[image : image + images]
+        own[:, 0] = each.data_ptr() + np.arange(images) * (each.stride(0) * size)
+        own[:, 1:5] = (each.dtype == torch.uint8, height, width, each.stride(1) * size)
+        image += images
+    table[:, 6] = np.asarray(counts, dtype=np.int64) + 1
+    table[:, 5] = table[:, 6].cumsum() - table[:, 6]
+    return torch.from_numpy(table)
 
 
-def _numbers(group: Tensor, max_number: int) -> Tensor:
+def with_packed_lines(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the maps, copied where the pixels of a line do not follow each other.
+
+    Args:
+        maps: As :class:`LookupInputs` has them; lines and images may lie anywhere.
+    """
+    return tuple(each if _packed(each) else each.contiguous() for each in maps)
+
+
+def _packed(maps: Tensor) -> bool:
+    if maps.dtype == torch.uint8:
+        return maps.stride(2) == 3 and maps.stride(3) == 1
+    return maps.stride(2) == 1
+
+
+def _numbers(group: Integers, max_number: int) -> Integers:
     """Count 1, 2, ... within each group, in the order of the elements; 0 after ``max_number``."""
-    ordered, order = group.sort(stable=True)
-    rank = torch.arange(1, len(group) + 1) - torch.searchsorted(ordered, ordered)
-    number = torch.empty(len(group), dtype=torch.int32)
-    number[order] = torch.where(rank <= max_number, rank, 0).to(torch.int32)
+    order = group.argsort(kind="stable")
+    ordered = group[order]
+    rank = np.arange(1, len(group) + 1) - ordered.searchsorted(ordered)
+    number = np.empty(len(group), dtype=np.int64)
+    number[order] = np.where(rank <= max_number, rank, 0)
     return number
 
 
-def _check_values(ids: Tensor, classes: Tensor, image: Tensor, num_classes: int) -> None:
-    for bad in (ids <= 0).nonzero()[:1, 0].tolist():
+def _check_values(ids: Integers, classes: Integers, image: Integers, num_classes: int) -> None:
+    for bad in (ids <= 0).nonzero()[0][:1]:
         raise ValueError(
-            f"segment_ids[{int(image[bad])}]: expected ids above 0, got {int(ids[bad])}; "
+            f"segment_ids[{image[bad]}]: expected ids above 0, got {ids[bad]}; "
             f"values <= 0 in a map mean that there is no segment"
         )
-    for bad in ((classes < -1) | (classes >= num_classes)).nonzero()[:1, 0].tolist():
+    for bad in ((classes < -1) | (classes >= num_classes)).nonzero()[0][:1]:
         raise ValueError(
-            f"segment_classes[{int(image[bad])}]: expected classes from -1 (unknown) to "
-            f"{num_classes - 1}, got {int(classes[bad])} for segment id {int(ids[bad])}"
+            f"segment_classes[{image[bad]}]: expected classes from -1 (unknown) to "
+            f"{num_classes - 1}, got {classes[bad]} for segment id {ids[bad]}"
         )
 
 
-def _check_unique(key: Tensor) -> None:
-    for bad in (key[1:] == key[:-1]).nonzero()[:1, 0].tolist():
+def _check_unique(key: Integers) -> None:
+    for bad in (key[1:] == key[:-1]).nonzero()[0][:1]:
         image, segment = int(key[bad]) >> 32, int(key[bad]) & 0xFFFFFFFF
         raise ValueError(
             f"segment_ids[{image}]: expected every id once, got id {segment} more than once; "

@@ -33,17 +33,27 @@ class Case:
     def classes(self) -> list[Tensor]:
         return [ints([pair[1] for pair in each]) for each in self.segments]
 
-    def inputs(self, reduce: str, device: str = "cpu") -> LookupInputs:
+    def has_colours(self) -> bool:
+        """Whether all ids of the maps are colours, which negative and large ones are not."""
+        return all(int(each.min()) >= 0 and int(each.max()) < 2**24 for each in self.maps())
+
+    def inputs(self, reduce: str, device: str = "cpu", *, coloured: bool = False) -> LookupInputs:
         counts = tuple(len(each) for each in self.segments)
         flat = [pair for each in self.segments for pair in each]
         ids, classes = ints([p[0] for p in flat]), ints([p[1] for p in flat])
         columns = row_columns(ids, classes, counts, self.num_classes, self.max_number)
-        maps = tuple(each[None].to(device) for each in self.maps())
+        plain = self.maps()
+        maps = tuple((colours(m) if coloured else m)[None].to(device) for m in plain)
         return LookupInputs(maps, columns, counts, *self.grid, reduce)
 
 
 def ints(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def colours(ids: Tensor) -> Tensor:
+    """COCO's colours of ids: red, green and blue are the bytes from the lowest one on."""
+    return torch.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).to(torch.uint8)
 
 
 def noise(height: int, width: int, ids: list[int], seed: int = 0) -> Tensor:
@@ -157,6 +167,18 @@ CASES = {
         lambda: [noise(40, 40, [64 * k for k in range(100)])],
         [[(64 * k, k % 5) for k in range(1, 100)]],
         (8, 8),
+    ),
+    "colours": Case(
+        "ids that differ in one byte each, up to white: all three channels count",
+        lambda: [blobs(37, 90, [1, 256, 65536, 2**24 - 1, 0x010203, 0x030201, 0])],
+        [[(1, 0), (256, 0), (65536, 1), (2**24 - 1, 1), (0x030201, 2)]],
+        (4, 5),
+    ),
+    "wide-cells": Case(
+        "cells of more pixels than a tile: several tiles of several widths and heights",
+        lambda: [blobs(150, 333, [3, 4, 5, 6, 7, 8, 0]), noise(70, 200, [0, 2, 3])],
+        [[(3, 0), (4, 0), (5, 1), (6, 1), (8, 1)], [(2, 3)]],
+        (2, 2),
     ),
     "mixed-sizes": Case(
         "maps of any sizes in one call, one of them without a segment",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from panoptic_cases import CASES, LARGE_CASES, Case, ints, naive
+from panoptic_cases import CASES, LARGE_CASES, Case, colours, ints, naive
 from torch import Tensor
 
 from collavo_kernels import panoptic_lookup
@@ -51,6 +51,21 @@ def test_reference_is_what_the_readme_says(case: Case, reduce: str) -> None:
 def test_every_instruction_set_gives_the_reference_bits(case: Case, reduce: str, isa: str) -> None:
     inputs = case.inputs(reduce)
     expected = reference.forward(inputs)
+    with poisoned_empty():
+        assert_same(cpu.forward(inputs, ISA_CODES[isa]), expected)
+
+
+COLOURED = {name: case for name, case in CASES.items() if case.has_colours()}
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("case", COLOURED.values(), ids=COLOURED.keys())
+def test_colours_are_read_as_their_ids(case: Case, reduce: str, isa: str) -> None:
+    inputs = case.inputs(reduce, coloured=True)
+    expected = reference.forward(case.inputs(reduce))
+    assert_same(reference.forward(inputs), expected)
     with poisoned_empty():
         assert_same(cpu.forward(inputs, ISA_CODES[isa]), expected)
 
@@ -98,6 +113,31 @@ def test_views_with_odd_offsets_and_strides(backend: str) -> None:
         assert torch.equal(view, maps)
         # A list's items are such views too.
         for given_maps in (view, list(view)):
+            got = panoptic_lookup(given_maps, ids, classes, grid=(4, 5), backend=backend)
+            assert torch.equal(got.row_index, expected.row_index), name
+            assert torch.equal(got.row_box, expected.row_box), name
+            assert torch.equal(got.row_area, expected.row_area), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_colours_in_any_layout_and_beside_ids(backend: str) -> None:
+    """Lines may lie anywhere; where pixels do too, channels first as decoders give them, or cut
+    out of four channels, they are copied."""
+    ids, classes = [ints([1, 70000])] * 2, [ints([5, -1])] * 2
+    maps = torch.randint(0, 3, (2, 19, 23), dtype=torch.int32)
+    maps = torch.where(maps == 2, 70000, maps)
+    expected = panoptic_lookup(maps, ids, classes, grid=(4, 5), backend="reference")
+    plain = colours(maps)
+    wide = torch.zeros(2, 19, 30, 3, dtype=torch.uint8)
+    wide[:, :, 3:-4] = plain
+    layouts = {
+        "lines apart": wide[:, :, 3:-4],
+        "channels first": plain.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        "of four channels": torch.cat([plain, plain[..., :1]], -1)[..., :3],
+        "odd offset": torch.cat([plain.flatten()[:1], plain.flatten()])[1:].view(plain.shape),
+    }
+    for name, view in layouts.items():
+        for given_maps in (view, list(view), [maps[0], view[1]], [view[0], maps[1]]):
             got = panoptic_lookup(given_maps, ids, classes, grid=(4, 5), backend=backend)
             assert torch.equal(got.row_index, expected.row_index), name
             assert torch.equal(got.row_box, expected.row_box), name
@@ -200,11 +240,14 @@ def test_any_small_problem_is_what_the_readme_says(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("coloured", [False, True])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("case", [*CASES.values(), *LARGE_CASES.values()])
-def test_triton_gives_the_reference_bits_on_a_gpu(case: Case, reduce: str) -> None:
+def test_triton_gives_the_reference_bits_on_a_gpu(case: Case, reduce: str, coloured: bool) -> None:
+    if coloured and not case.has_colours():
+        pytest.skip("ids that are no colours")
     expected = reference.forward(case.inputs(reduce))
-    maps = [each.cuda() for each in case.maps()]
+    maps = [(colours(each) if coloured else each).cuda() for each in case.maps()]
     torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the device
     try:
         got = panoptic_lookup(
