@@ -32,7 +32,16 @@ from collavo.panoptic.maps import (
 )
 from collavo.panoptic.prepare import PrepareReport, prepare_folder
 from collavo.panoptic.prepared import PreparedDataset, PreparedSample
-from collavo.panoptic.segmenters import Mask2FormerSegmenter
+from collavo.panoptic.prompts import (
+    BoxPrompt,
+    ClickPrompt,
+    MaskPrompt,
+    ScribblePrompt,
+    VisualPrompt,
+    rasterize_prompts,
+)
+from collavo.panoptic.segmenter_cache import CachedSegmenter
+from collavo.panoptic.segmenters import TransformersSegmenter
 from collavo.panoptic.shards import PrepareSettings
 from collavo.panoptic.streaming import SampleStream, SkipLog
 from collavo.panoptic.text import (
@@ -56,10 +65,13 @@ __all__ = [
     "NUM_CLASSES",
     "NUM_THINGS",
     "TEMPLATES",
+    "BoxPrompt",
+    "CachedSegmenter",
+    "ClickPrompt",
     "CocoPanopticDataset",
     "Detection",
     "Instruction",
-    "Mask2FormerSegmenter",
+    "MaskPrompt",
     "PanopticMap",
     "PanopticSample",
     "ParsedInstruction",
@@ -68,8 +80,11 @@ __all__ = [
     "PreparedDataset",
     "PreparedSample",
     "SampleStream",
+    "ScribblePrompt",
     "SkipLog",
     "Skipped",
+    "TransformersSegmenter",
+    "VisualPrompt",
     "build_instruction",
     "build_instructions",
     "category_id_from_index",
@@ -91,6 +106,7 @@ __all__ = [
     "parse_names",
     "parse_objects",
     "prepare_folder",
+    "rasterize_prompts",
     "read_image",
     "read_panoptic_colours",
     "read_panoptic_png",
