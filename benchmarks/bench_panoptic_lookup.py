@@ -137,6 +137,7 @@ def torch_operators(batch: Batch, maps: Tensor) -> list[tuple[Tensor, ...]]:
     y = torch.arange(height, device=maps.device)
     x = torch.arange(width, device=maps.device)
     cell = (y * grid_h // height)[:, None] * grid_w + x * grid_w // width
+    across, down = x.repeat(height), y.repeat_interleave(width)
     for segmentation, ids_here in zip(maps, batch.ids, strict=True):
         ids = ids_here.sort().values.to(maps.device)
         place = torch.searchsorted(ids, segmentation).clamp_max(len(ids) - 1)
@@ -145,15 +146,13 @@ def torch_operators(batch: Batch, maps: Tensor) -> list[tuple[Tensor, ...]]:
         pairs = torch.bincount((cell * count + rows).view(-1), minlength=grid_h * grid_w * count)
         index = pairs.view(-1, count).argmax(1)
         area = torch.bincount(rows.view(-1), minlength=count)
-        out.append((index, area, *_torch_boxes(rows, x, y, count)))
+        out.append((index, area, *_torch_boxes(rows.view(-1), across, down, count)))
     return out
 
 
-def _torch_boxes(rows: Tensor, x: Tensor, y: Tensor, count: int) -> Iterator[Tensor]:
-    flat = rows.view(-1)
-    across, down = x.expand(rows.shape).reshape(-1), y[:, None].expand(rows.shape).reshape(-1)
+def _torch_boxes(rows: Tensor, across: Tensor, down: Tensor, count: int) -> Iterator[Tensor]:
     for values, how in ((across, "amin"), (down, "amin"), (across, "amax"), (down, "amax")):
-        yield values.new_zeros(count).scatter_reduce(0, flat, values, how, include_self=False)
+        yield values.new_zeros(count).scatter_reduce(0, rows, values, how, include_self=False)
 
 
 def ours(batch: Batch, provider: str, reduce: str, device: torch.device) -> Callable[[], CrayonMap]:
