@@ -2,8 +2,9 @@
 
 A program takes the smallest and the largest id of its cell. Where they are the same, which they
 mostly are, it knows all the rest; otherwise it goes through the cell's ids in ascending order: each
-turn counts one id's pixels and finds the next id. Memory is read once, cache as often as there are
-ids. Sums over cells are integer atomics, so their order does not show.
+turn counts one id's pixels and finds the next id, past any that are not listed; what is not counted
+is unknown. Memory is read once, cache as often as there are ids. Sums over cells are integer
+atomics, so their order does not show.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collavo_kernels.ops.panoptic_lookup.inputs import (
 )
 
 LARGEST_BLOCK = 1024  # pixels a program looks at together; a cell may have more
-PIXELS_PER_WARP = 512
+PIXELS_PER_WARP = 256
 ROWS = 256  # rows a program of the second kernel writes
 FACTS = 5  # area, then the distances of the box's edges from the opposite sides
 NO_ID = tl.constexpr(2**31 - 1)
@@ -32,8 +33,8 @@ _captured: list[Tensor] = []
 
 
 @triton.jit
-def _row_of(row_ids, wanted, rows, STEPS: tl.constexpr):
-    """Binary search of an id in the image's sorted row ids; 0, the unknown row, on a miss."""
+def _place_of(row_ids, wanted, rows, STEPS: tl.constexpr):
+    """Binary search: the last of the image's sorted row ids, 0 first, that is not above an id."""
     low = wanted * 0
     high = low + rows
     for _ in tl.static_range(STEPS):
@@ -41,7 +42,14 @@ def _row_of(row_ids, wanted, rows, STEPS: tl.constexpr):
         not_above = tl.load(row_ids + middle) <= wanted
         low = tl.where(not_above, middle, low)
         high = tl.where(not_above, high, middle)
-    return tl.where(tl.load(row_ids + low) == wanted, low, 0)
+    return low
+
+
+@triton.jit
+def _row_of(row_ids, wanted, rows, STEPS: tl.constexpr):
+    """Return the row of an id; 0, the unknown row, if it is not listed."""
+    place = _place_of(row_ids, wanted, rows, STEPS)
+    return tl.where(tl.load(row_ids + place) == wanted, place, 0)
 
 
 @triton.jit
@@ -118,24 +126,29 @@ def lookup_cells(
         largest = tl.maximum(largest, tl.max(ids))
         start += BLOCK
 
-    unknown = 0  # pixels of all ids that are not listed, together
     best = 0
     best_row = 0
+    owned_total = (owned_bottom - top) * (owned_right - left)
     if smallest == largest:
         best_row = _row_of(ids_here, smallest, rows, STEPS)
-        area = (owned_bottom - top) * (owned_right - left)
         fact = facts_here + best_row * 5
-        _add_facts(fact, area, width - left, height - top, owned_right, owned_bottom)
+        _add_facts(fact, owned_total, width - left, height - top, owned_right, owned_bottom)
     else:
+        known = 0  # pixels of listed ids, and those of them that are no other cell's
+        known_area = 0
         candidate = smallest
         while candidate <= largest:
+            place = _place_of(ids_here, candidate, rows, STEPS)
+            listed = (place > 0) & (tl.load(ids_here + place) == candidate)
+            next_listed = tl.load(ids_here + place + 1, mask=place + 1 < rows, other=NO_ID)
+            # After the largest int32 there is none: then this is the last turn.
+            after = tl.where(listed, candidate + 1, next_listed)
             count = 0
             area = 0
             from_right = 0
             from_bottom = 0
             right = 0
             bottom = 0
-            # Beyond the largest id; that may be the largest int32, after which there is none.
             following = NO_ID
             start = 0
             while start < total:
@@ -144,7 +157,7 @@ def lookup_cells(
                 y = top + offset // wide
                 x = left + offset % wide
                 ids = _load_ids(pixels, coloured, y.to(tl.int64) * stride, x, inside)
-                here = inside & (ids == candidate)
+                here = inside & listed & (ids == candidate)
                 owned = here & (y < owned_bottom) & (x < owned_right)
                 count += tl.sum(here.to(tl.int32))
                 area += tl.sum(owned.to(tl.int32))
@@ -152,20 +165,22 @@ def lookup_cells(
                 from_bottom = tl.maximum(from_bottom, tl.max(tl.where(owned, height - y, 0)))
                 right = tl.maximum(right, tl.max(tl.where(owned, x + 1, 0)))
                 bottom = tl.maximum(bottom, tl.max(tl.where(owned, y + 1, 0)))
-                later = inside & (ids > candidate)
+                later = inside & (ids >= after) & (ids > candidate)
                 following = tl.minimum(following, tl.min(tl.where(later, ids, NO_ID)))
                 start += BLOCK
-            row = _row_of(ids_here, candidate, rows, STEPS)
-            fact = facts_here + row * 5
+            fact = facts_here + place * 5
             _add_facts(fact, area, from_right, from_bottom, right, bottom)
-            unknown += tl.where(row == 0, count, 0)
-            better = (row != 0) & (count > best)
+            known += count
+            known_area += area
+            better = count > best
             best = tl.where(better, count, best)
-            best_row = tl.where(better, row, best_row)
+            best_row = tl.where(better, place, best_row)
             done = candidate == largest
             candidate = tl.where(done, largest, following)
             largest = tl.where(done, -1, largest)
-        best_row = tl.where(unknown >= best, 0, best_row)
+        best_row = tl.where(total - known >= best, 0, best_row)
+        # The unknown row has no box.
+        _add_facts(facts_here, owned_total - known_area, 0, 0, 0, 0)
 
     if not MAJORITY:
         y = (2 * i + 1) * height // (2 * grid_h)

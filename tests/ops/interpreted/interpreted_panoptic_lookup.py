@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_colours_give_the_same(name: str) -> None:
     assert_same(triton_kernels.forward(inputs), expected)
     mixed = (*inputs.maps[:1], *CASES[name].inputs("majority").maps[1:])
     assert_same(triton_kernels.forward(inputs._replace(maps=mixed)), expected)
+
+
+def test_ids_that_are_not_listed_take_no_turn_each() -> None:
+    """Thousands of them in one cell, around three that are: a turn each would take minutes."""
+    ids = list(range(2, 6002))
+    case = Case("unlisted", lambda: [noise(80, 80, ids)], [[(300, 1), (301, 0), (5999, 0)]], (1, 1))
+    inputs = case.inputs("majority")
+    start = time.perf_counter()
+    assert_same(triton_kernels.forward(inputs), reference.forward(inputs))
+    assert time.perf_counter() - start < 60
 
 
 def test_a_cell_of_more_pixels_than_a_program_takes_at_once(
