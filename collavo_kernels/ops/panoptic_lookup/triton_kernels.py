@@ -114,6 +114,16 @@ def lookup_cells(
     wide = ((j + 1) * width + grid_w - 1) // grid_w - left
     total = tall * wide
 
+    if not MAJORITY:
+        # At once, so that nothing of it has to be kept until the end.
+        center_y = (2 * i + 1) * height // (2 * grid_h)
+        center_x = (2 * j + 1) * width // (2 * grid_w) + tl.arange(0, 1)
+        center = _load_ids(
+            pixels, coloured, center_y.to(tl.int64) * stride, center_x, center_x >= 0
+        )
+        row = _row_of(ids_here, tl.max(center), rows, STEPS)
+        tl.store(row_index + program, first_row.to(tl.int32) + row)
+
     smallest = NO_ID
     largest = 0
     start = 0
@@ -182,12 +192,8 @@ def lookup_cells(
         # The unknown row has no box.
         _add_facts(facts_here, owned_total - known_area, 0, 0, 0, 0)
 
-    if not MAJORITY:
-        y = (2 * i + 1) * height // (2 * grid_h)
-        x = (2 * j + 1) * width // (2 * grid_w) + tl.arange(0, 1)
-        ids = _load_ids(pixels, coloured, y.to(tl.int64) * stride, x, x >= 0)
-        best_row = _row_of(ids_here, tl.max(ids), rows, STEPS)
-    tl.store(row_index + program, first_row.to(tl.int32) + best_row)
+    if MAJORITY:
+        tl.store(row_index + program, first_row.to(tl.int32) + best_row)
 
 
 @triton.jit
