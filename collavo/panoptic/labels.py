@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 Rectangle = tuple[float, float, float, float]
+Rows = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
 
-def inner_points(rows: npt.NDArray[np.int32], num_rows: int) -> list[tuple[float, float] | None]:
+def inner_points(rows: Rows, num_rows: int) -> list[tuple[float, float] | None]:
     """Find, for every row, a point deep inside of its largest part.
 
     Args:
@@ -41,7 +43,7 @@ def inner_points(rows: npt.NDArray[np.int32], num_rows: int) -> list[tuple[float
     return points
 
 
-def _depth(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _depth(rows: Rows) -> Rows:
     """Count the steps from every pixel to another row or to the border."""
     height, width = rows.shape
     inside = np.ones((height, width), dtype=bool)
@@ -61,39 +63,106 @@ def _depth(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return depth
 
 
+def regions(cells: Rows) -> Iterator[tuple[int, tuple[int, int], Mask]]:
+    """Split a grid into its connected regions of one row each.
+
+    Args:
+        cells: int32 ``[H, W]``, row of every cell.
+
+    Yields:
+        The region's row, the line and column of its box's first cell, and which cells of its box
+        belong to it; regions in the order of their first cells.
+
+    Example:
+        >>> for row, corner, mask in regions(np.array([[1, 1], [2, 1]], dtype=np.int32)):
+        ...     print(row, corner, mask.tolist())
+        1 (0, 0) [[True, True], [False, True]]
+        2 (1, 0) [[True]]
+    """
+    height, width = cells.shape
+    rows = cells.tolist()
+    seen = [[False] * width for _ in range(height)]
+    for start in range(height * width):
+        i, j = divmod(start, width)
+        if seen[i][j]:
+            continue
+        seen[i][j] = True
+        found = [(i, j)]
+        for y, x in found:  # grows while it is walked
+            for near in ((y, x + 1), (y + 1, x), (y, x - 1), (y - 1, x)):
+                inside = 0 <= near[0] < height and 0 <= near[1] < width
+                if inside and not seen[near[0]][near[1]] and rows[near[0]][near[1]] == rows[i][j]:
+                    seen[near[0]][near[1]] = True
+                    found.append(near)
+        places = np.asarray(found)
+        corner = places.min(axis=0)
+        mask = np.zeros(places.max(axis=0) - corner + 1, dtype=bool)
+        mask[tuple((places - corner).T)] = True
+        yield rows[i][j], (int(corner[0]), int(corner[1])), mask
+
+
+def roomy_block(mask: Mask, block: tuple[int, int]) -> tuple[int, int] | None:
+    """Find where a block of cells lies wholly within a region: deep inside, near to its middle.
+
+    Args:
+        mask: bool ``[H, W]``, the region's cells.
+        block: Height and width of the block in cells.
+
+    Returns:
+        Line and column of the block's first cell, or None if the region has no such room.
+
+    Example:
+        >>> region = np.array([[True, False, False], [True, True, True]])
+        >>> roomy_block(region, (1, 2)), roomy_block(region, (2, 2))
+        ((1, 0), None)
+    """
+    for margin in (4, 2, 1, 0):
+        window = (block[0] + 2 * margin, block[1] + 2 * margin)
+        if window[0] > mask.shape[0] or window[1] > mask.shape[1]:
+            continue
+        inside = np.lib.stride_tricks.sliding_window_view(mask, window).all(axis=(2, 3))
+        places = np.argwhere(inside)
+        if len(places):
+            nearest = ((places - places.mean(axis=0)) ** 2).sum(axis=1).argmin()
+            return int(places[nearest, 0]) + margin, int(places[nearest, 1]) + margin
+    return None
+
+
 def place(
     anchor: tuple[float, float],
     size: tuple[float, float],
     bounds: Rectangle,
     taken: Sequence[Rectangle],
-) -> Rectangle:
-    """Choose where a label goes: as near to its anchor as others allow.
+    reach: int = 12,
+) -> Rectangle | None:
+    """Choose where a label goes: as near to its anchor as the others allow.
 
     Args:
         anchor: Where its centre would best be.
         size: Its width and height.
         bounds: What it must stay within.
         taken: The labels that are there already.
+        reach: How far from its anchor it may go; 3 is about its width or twice its height.
 
     Returns:
-        Left, top, right and bottom; over another label only where there is no free place.
+        Left, top, right and bottom, or None where nothing within reach is free.
     """
-    first: Rectangle | None = None
-    for x, y in _spiral(anchor, size):
-        left = min(max(x - size[0] / 2, bounds[0]), bounds[2] - size[0])
-        top = min(max(y - size[1] / 2, bounds[1]), bounds[3] - size[1])
+    for x, y in _spiral(anchor, size, reach):
+        left = max(min(x - size[0] / 2, bounds[2] - size[0]), bounds[0])
+        top = max(min(y - size[1] / 2, bounds[3] - size[1]), bounds[1])
         candidate = (left, top, left + size[0], top + size[1])
-        first = first or candidate
+        if candidate[2] > bounds[2] or candidate[3] > bounds[3]:
+            return None
         if not any(touches(candidate, other) for other in taken):
             return candidate
-    return first or (*anchor, *anchor)
+    return None
 
 
 def _spiral(
-    centre: tuple[float, float], size: tuple[float, float]
+    centre: tuple[float, float], size: tuple[float, float], reach: int
 ) -> Iterator[tuple[float, float]]:
     yield centre
-    for ring in range(1, 13):
+    for ring in range(1, reach + 1):
         for turn in range(8 * ring):
             angle = 2 * np.pi * turn / (8 * ring)
             x = centre[0] + np.sin(angle) * ring * size[0] * 0.3
