@@ -14,6 +14,7 @@ from collavo.panoptic.categories import (
     is_thing,
 )
 from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
+from collavo.panoptic.drawing import draw_scene, save_scene
 from collavo.panoptic.instructions import TEMPLATES, Instruction, build_instruction
 from collavo.panoptic.maps import (
     PanopticMap,
@@ -55,6 +56,7 @@ __all__ = [
     "detections_from_crayon",
     "detections_from_map",
     "display_name",
+    "draw_scene",
     "format_box",
     "format_names",
     "format_objects",
@@ -66,6 +68,7 @@ __all__ = [
     "read_image",
     "read_panoptic_colours",
     "read_panoptic_png",
+    "save_scene",
     "split_prefix",
     "write_panoptic_png",
 ]

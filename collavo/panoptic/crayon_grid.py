@@ -88,14 +88,14 @@ def _borders(canvas: Canvas, scene: SceneRows, xs: list[int], ys: list[int]) -> 
     cells = scene.cell_rows
     thin = [(x, 0, x + 1, ys[-1]) for x in xs[1:-1]] + [(0, y, xs[-1], y + 1) for y in ys[1:-1]]
     canvas.area(thin, _THIN)
-    below = _runs(cells[1:] != cells[:-1])
-    thick = [(xs[a] - 1, ys[i + 1] - 1, xs[b] + 1, ys[i + 1] + 1) for i, a, b in below]
-    beside = _runs((cells[:, 1:] != cells[:, :-1]).T)
-    thick += [(xs[j + 1] - 1, ys[a] - 1, xs[j + 1] + 1, ys[b] + 1) for j, a, b in beside]
     right, bottom = xs[-1], ys[-1]
-    frame = [(0, 0, right, 1), (0, bottom - 1, right, bottom)]
-    frame += [(0, 0, 1, bottom), (right - 1, 0, right, bottom)]
-    canvas.area(thick + frame, BLACK)
+    thick = [(0, 0, right, 1), (0, bottom - 1, right, bottom)]
+    thick += [(0, 0, 1, bottom), (right - 1, 0, right, bottom)]
+    for i, a, b in _runs(cells[1:] != cells[:-1]):
+        thick.append((max(xs[a] - 1, 0), ys[i + 1] - 1, min(xs[b] + 1, right), ys[i + 1] + 1))
+    for j, a, b in _runs((cells[:, 1:] != cells[:, :-1]).T):
+        thick.append((xs[j + 1] - 1, max(ys[a] - 1, 0), xs[j + 1] + 1, min(ys[b] + 1, bottom)))
+    canvas.area(thick, BLACK)
 
 
 def _words(scene: SceneRows, xs: list[int], ys: list[int]) -> Iterator[_Words]:

@@ -216,7 +216,8 @@ def _arrange(
     corners: list[tuple[int, int]] = []
     x, y, bottom, right = _MARGIN, top, top, 0
     for heading, canvas in pieces:
-        width = max(canvas.size[0], round(text_width(heading, _HEADING_FONT)) + 1)
+        # An SVG's reader may have none but a wider font.
+        width = max(canvas.size[0], round(1.1 * text_width(heading, _HEADING_FONT)))
         if x > _MARGIN and x + width > _MARGIN + limit:
             x, y = _MARGIN, bottom
         corners.append((x, y))

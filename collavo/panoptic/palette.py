@@ -1,21 +1,22 @@
 """Colours for segments that stay apart for colour-blind readers too.
 
-There are eight families, one per class, of five shades each, one per instance. What is guaranteed,
-as CIE Lab distances (Delta E 1976; about 2 is just noticeable), to readers with normal vision and
-to those without one kind of cones (protanopia, deuteranopia, tritanopia after Machado et al., 2009):
+There are eight families, one per class, of five shades each, one per instance. Distances are those
+of CIE Lab (Delta E 1976; about 2 is just noticeable). They hold for normal vision and for complete
+protanopia, deuteranopia and tritanopia, as Machado et al. (2009) simulate them:
 
-- the first shades of the eight families, so the first eight classes of a picture, are at least 23
-  apart from one another and 14 from the grey of what is unknown;
-- the five shades of a family, so the first five instances of a class, are at least 16 apart;
-- any two of the forty colours are at least 9 apart;
-- where a family has a shade free, rows that touch in the picture do not get the same one.
+- the first shades of the eight families are at least 23 apart, and 14 from the grey of the unknown
+  row; a picture of one segment each of up to eight classes uses these;
+- the five shades of a family are at least 16 apart; up to five instances of a class have one each;
+- any two of the forty colours are at least 9 apart.
 
-A picture with more than forty segments repeats colours. Colour is never the only sign: every
-picture also draws borders between segments and writes their labels or row numbers.
+More classes and instances repeat colours. Rows that touch in the picture have different ones, save
+where the neighbours of one have all the shades of its family. Colour is never the only sign: every
+picture also has lines between segments, and labels or row numbers on them.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -54,29 +55,49 @@ def row_colours(
 
     Returns:
         uint8 ``[T, 3]``, red, green and blue. Classes get their family in the order in which they
-        appear; the rows of a family get its shades in turn, rows that touch different ones.
+        appear; the rows of a family share its shades evenly, rows that touch take different ones.
 
     Example:
         >>> row_colours([0, 18, 18], [0, 1, 2]).tolist()
         [[226, 226, 226], [239, 124, 20], [253, 213, 175]]
     """
-    beside: dict[int, set[int]] = {}
+    beside: list[set[int]] = [set() for _ in classes]
     for one, other in touching:
-        beside.setdefault(one, set()).add(other)
-        beside.setdefault(other, set()).add(one)
-    families: dict[int, int] = {}
-    uses: Counter[Colour] = Counter()
-    colours: list[Colour] = []
+        beside[one].add(other)
+        beside[other].add(one)
+    families: dict[int, list[int]] = {}
+    order: dict[int, int] = {}
+    colours = [UNKNOWN] * len(classes)
     for row, (label, number) in enumerate(zip(classes, numbers, strict=True)):
-        if label <= 0 and number <= 0:
-            colours.append(UNKNOWN)
-            continue
-        shades = FAMILIES[families.setdefault(label, len(families)) % len(FAMILIES)]
-        near = {colours[other] for other in beside.get(row, ()) if other < row}
-        colour = min(shades, key=lambda shade: (shade in near, uses[shade]))
-        uses[colour] += 1
-        colours.append(colour)
+        if label > 0 or number > 0:
+            family = order.setdefault(label, len(order)) % len(FAMILIES)
+            families.setdefault(family, []).append(row)
+    for family, rows in families.items():
+        for row, shade in _share(rows, beside, len(FAMILIES[family])).items():
+            colours[row] = FAMILIES[family][shade]
     return np.asarray(colours, dtype=np.uint8).reshape(-1, 3)
+
+
+def _share(rows: Sequence[int], beside: Sequence[set[int]], count: int) -> dict[int, int]:
+    """Give every row of a family one of its shades, evenly, those that touch different ones.
+
+    The row whose neighbours already have most of the shades is always next (Brelaz' DSATUR).
+    """
+    given: dict[int, int] = {}
+    uses: Counter[int] = Counter()
+    queue = [(0, row) for row in sorted(rows)]
+    members = set(rows)
+    while queue:
+        _, row = heapq.heappop(queue)
+        if row in given:
+            continue
+        near = Counter(given[other] for other in beside[row] if other in given)
+        given[row] = min(range(count), key=lambda shade: (near[shade], uses[shade], shade))
+        uses[given[row]] += 1
+        for other in beside[row] & members - given.keys():
+            taken = {given[third] for third in beside[other] if third in given}
+            heapq.heappush(queue, (-len(taken), other))
+    return given
 
 
 def ink_on(colour: Sequence[int]) -> Colour:

@@ -28,11 +28,11 @@ _FONT = 13
 _LINE = 20
 # Labels stand beside a picture that is narrower or flatter than this, not over it.
 _NARROW, _FLAT = 260, 120
-_BESIDE, _BELOW = 170, 120
+_BESIDE, _BELOW = 170, 90
 # Labels may hide this part of a picture; what is above it gets its row number for a label.
 _HIDDEN = 0.22
-# Beyond this many, legend lines hide more than they tell.
-MOST_LINES = 150
+# Beyond this many, labels and legend lines hide more than they tell.
+_MOST = 150
 
 
 def draw_overlay(new: NewCanvas[AnyCanvas], photo: Image.Image, scene: SceneRows) -> AnyCanvas:
@@ -162,11 +162,12 @@ def _draw_labels(canvas: Canvas, size: tuple[int, int], scene: SceneRows, anchor
     taken: list[Rectangle] = []
     placed: list[tuple[int, str, Point, Rectangle]] = []
     # Small segments first: large ones have room elsewhere.
-    for row in sorted(scene.rows, key=lambda row: scene.shares[row]):
+    largest = sorted(scene.rows, key=lambda row: -scene.shares[row])[:_MOST]
+    for row in reversed(largest):
         anchor = anchors[row]
         if anchor is None:
             continue
-        for text, reach in ((texts[row], 6), (str(row), 8)):
+        for text, reach in ((texts[row], 6), (str(row), 3)):
             area = (text_width(text, _FONT) + 9, line_height(_FONT) + 5)
             where = place(anchor, area, bounds, taken, 60 if beside or below else reach)
             if where is not None:
@@ -211,7 +212,7 @@ def draw_legend(new: NewCanvas[AnyCanvas], scene: SceneRows, columns: int) -> An
         columns: How many columns of lines stand side by side.
     """
     counts = np.bincount(scene.cell_rows.reshape(-1), minlength=len(scene.classes)).tolist()
-    shown = min(len(scene.classes), MOST_LINES)
+    shown = min(len(scene.classes), _MOST)
     names = max(text_width(scene.label(row), _FONT) for row in range(shown))
     boxes = 76 + round(names) + 18
     stops = (28, 40, 76, boxes, boxes + 210, boxes + 256)
