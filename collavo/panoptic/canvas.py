@@ -133,7 +133,7 @@ class PixelCanvas(Canvas):
         """Write a line of text."""
         anchor = {"left": "ls", "middle": "ms", "right": "rs"}[side]
         at = (round(point[0]), round(_baseline(point[1], size)))
-        self._draw.text(at, text, fill=ink, font=_font(size), anchor=anchor)
+        self._draw.text(at, _spaced(text, size), fill=ink, font=_font(size), anchor=anchor)
 
 
 class VectorCanvas(Canvas):
@@ -238,7 +238,7 @@ def text_width(text: str, size: int) -> float:
         text: One line.
         size: Font size in pixels.
     """
-    return _font(size).getlength(text)
+    return _font(size).getlength(_spaced(text, size))
 
 
 def line_height(size: int) -> int:
@@ -269,6 +269,11 @@ def shorten(text: str, size: int, width: float) -> str:
         if text_width(cut, size) <= width:
             return cut
     return "..."
+
+
+def _spaced(text: str, size: int) -> str:
+    # Pillow's font is hinted: spaces of small letters come out too narrow to be seen.
+    return text if size >= 12 else text.replace(" ", "  ")
 
 
 def _baseline(middle: float, size: int) -> float:

@@ -17,7 +17,7 @@ from collavo.panoptic.scene import SceneRows
 _CELL, _WIDEST = 14, 2000
 # Every cell of this size carries its row number; smaller ones carry one per region.
 _LARGE_CELL = 26
-_LABEL_FONTS = (13, 11, 10)
+_LABEL_FONTS, _SMALL = (13, 12, 10), 10
 _NUMBER_FONTS = (13, 11, 10, 9, 8, 7)
 _THIN: Colour = (150, 150, 150)
 
@@ -102,9 +102,8 @@ def _words(scene: SceneRows, xs: list[int], ys: list[int]) -> Iterator[_Words]:
     """Find for every region the fullest and largest words that lie wholly within it."""
     cell = (xs[-1] / (len(xs) - 1), ys[-1] / (len(ys) - 1))
     for row, corner, mask in regions(scene.cell_rows):
-        for lines, size, margin in _choices(scene.label(row), row):
-            wide = max(text_width(line, size) for line in lines) + margin
-            high = line_height(size) * len(lines) + (margin if len(lines) > 1 else margin - 2)
+        for lines, size in _choices(scene.label(row), row):
+            wide, high = _plate(lines, size) if lines != (str(row),) else _bare(lines[0], size)
             block = (int(np.ceil(high / cell[1])), int(np.ceil(wide / cell[0])))
             at = roomy_block(mask, block)
             if at is not None:
@@ -112,25 +111,36 @@ def _words(scene: SceneRows, xs: list[int], ys: list[int]) -> Iterator[_Words]:
                 break
 
 
-def _choices(label: str, row: int) -> Iterator[tuple[tuple[str, ...], int, int]]:
-    """List what may stand in a region, best first: lines, font size, pixels to leave free."""
+def _choices(label: str, row: int) -> Iterator[tuple[tuple[str, ...], int]]:
+    """List what may stand in a region, best first: lines and font size."""
     number, _, name = label.partition(" ")
     for size in _LABEL_FONTS:
-        yield (label,), size, 8
+        yield (label,), size
         if name:
-            yield (number, name), size, 6
+            yield (number, name), size
     for size in _NUMBER_FONTS:
-        yield (str(row),), size, 1
+        yield (str(row),), size
+
+
+def _plate(lines: tuple[str, ...], size: int) -> tuple[float, float]:
+    """Return the width and height of a label's plate."""
+    wide = max(text_width(line, size) for line in lines) + 8
+    return wide, line_height(size) * len(lines) + (4 if size > _SMALL else 3)
+
+
+def _bare(text: str, size: int) -> tuple[float, float]:
+    """Return the width and height that a number without a plate needs."""
+    return text_width(text, size) + 1, size
 
 
 def _write(canvas: Canvas, scene: SceneRows, words: _Words, xs: list[int], ys: list[int]) -> None:
-    line, column, high, wide = words.block
-    x, y = (xs[column] + xs[column + wide]) / 2, (ys[line] + ys[line + high]) / 2
+    line, column, lines, columns = words.block
+    x, y = (xs[column] + xs[column + columns]) / 2, (ys[line] + ys[line + lines]) / 2
     colour = scene.colours[words.row]
     if words.lines == (str(words.row),):
         canvas.text((x, y), words.lines[0], words.size, ink=ink_on(colour), side="middle")
         return
-    half_wide = max(text_width(text, words.size) for text in words.lines) / 2 + 4
-    half_high = line_height(words.size) * len(words.lines) / 2 + 2
-    plate = (x - half_wide, y - half_high, x + half_wide, y + half_high)
-    canvas.label(plate, words.lines, colour, words.size)
+    wide, high = _plate(words.lines, words.size)
+    canvas.label(
+        (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2), words.lines, colour, words.size
+    )

@@ -67,8 +67,8 @@ def draw_scene(
         An RGB picture of the panels, side by side as there is room.
 
     Raises:
-        ValueError: if the grid or the panel is too small, or the panels are none, unknown or
-            named twice.
+        ValueError: if the image is empty, the grid or the panel is too small, or the panels are
+            none, unknown or named twice.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ def draw_scene(
         >>> picture.mode
         'RGB'
     """
-    _check(panel, panels)
+    _check(image, panel, panels)
     scene = SceneRows.of(panoptic, grid, max_number)
     return _compose(PixelCanvas, image, scene, panel, title, panels).image
 
@@ -125,7 +125,7 @@ def save_scene(
         True
     """
     path = check_suffix(path)
-    _check(panel, panels)
+    _check(image, panel, panels)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     scene = SceneRows.of(panoptic, grid, max_number)
@@ -153,7 +153,9 @@ def check_suffix(path: PathLike) -> Path:
     return path
 
 
-def _check(panel: int, panels: Sequence[str]) -> None:
+def _check(image: Image.Image, panel: int, panels: Sequence[str]) -> None:
+    if not image.width or not image.height:
+        raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
     if panel < _SMALLEST:
         raise ValueError(f"panel: expected at least {_SMALLEST} pixels, got {panel}")
     known = not isinstance(panels, str) and set(panels) <= set(PANELS)

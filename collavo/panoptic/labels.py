@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -147,26 +148,31 @@ def place(
     Returns:
         Left, top, right and bottom, or None where nothing within reach is free.
     """
-    for x, y in _spiral(anchor, size, reach):
-        left = max(min(x - size[0] / 2, bounds[2] - size[0]), bounds[0])
-        top = max(min(y - size[1] / 2, bounds[3] - size[1]), bounds[1])
-        candidate = (left, top, left + size[0], top + size[1])
-        if candidate[2] > bounds[2] or candidate[3] > bounds[3]:
-            return None
-        if not any(touches(candidate, other) for other in taken):
-            return candidate
-    return None
+    room = (bounds[2] - bounds[0] - size[0], bounds[3] - bounds[1] - size[1])
+    if min(room) < 0:
+        return None
+    spots = np.asarray(anchor) + _spiral(reach) * size - np.asarray(size) / 2
+    low = np.asarray(bounds[:2])
+    corners = np.clip(spots, low, low + room)
+    free = np.ones(len(corners), dtype=bool)
+    for other in taken:
+        beyond = (corners >= other[2:]) | (corners + size <= other[:2])
+        free &= beyond.any(axis=1)
+    if not free.any():
+        return None
+    # The bounds have moved some places, so the order of the spiral no longer says what is near.
+    away = np.abs((corners - corners[0]) / size / (0.3, 0.6)).max(axis=1)
+    left, top = corners[np.where(free, away, np.inf).argmin()].tolist()
+    return left, top, left + size[0], top + size[1]
 
 
-def _spiral(
-    centre: tuple[float, float], size: tuple[float, float], reach: int
-) -> Iterator[tuple[float, float]]:
-    yield centre
-    for ring in range(1, reach + 1):
-        for turn in range(8 * ring):
-            angle = 2 * np.pi * turn / (8 * ring)
-            x = centre[0] + np.sin(angle) * ring * size[0] * 0.3
-            yield float(x), float(centre[1] - np.cos(angle) * ring * size[1] * 0.6)
+@lru_cache(maxsize=8)
+def _spiral(reach: int) -> npt.NDArray[np.float64]:
+    """List places around a point, nearest first, in units of a label's width and height."""
+    turns = [(ring, turn / (8 * ring)) for ring in range(1, reach + 1) for turn in range(8 * ring)]
+    rings, angles = np.asarray([(0, 0.0), *turns]).T
+    angles = angles * 2 * np.pi
+    return np.stack((np.sin(angles) * rings * 0.3, -np.cos(angles) * rings * 0.6), axis=1)
 
 
 def touches(a: Rectangle, b: Rectangle) -> bool:

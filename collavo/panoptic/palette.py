@@ -6,7 +6,8 @@ protanopia, deuteranopia and tritanopia, as Machado et al. (2009) simulate them:
 
 - the first shades of the eight families are at least 23 apart, and 14 from the grey of the unknown
   row; a picture of one segment each of up to eight classes uses these;
-- the five shades of a family are at least 16 apart; up to five instances of a class have one each;
+- the five shades of a family are at least 16 apart: the first five instances of a class, where
+  there are at most eight classes;
 - any two of the forty colours are at least 9 apart.
 
 More classes and instances repeat colours. Rows that touch in the picture have different ones, save
@@ -81,11 +82,14 @@ def row_colours(
 def _share(rows: Sequence[int], beside: Sequence[set[int]], count: int) -> dict[int, int]:
     """Give every row of a family one of its shades, evenly, those that touch different ones.
 
-    The row whose neighbours already have most of the shades is always next (Brelaz' DSATUR).
+    The first rows get the shades in their order. Then the row whose neighbours already have most of
+    the shades is always next (Brelaz' DSATUR).
     """
     given: dict[int, int] = {}
     uses: Counter[int] = Counter()
-    queue = [(0, row) for row in sorted(rows)]
+    # Negative, so that the first rows come before all that a count of shades can bring forward.
+    queue = [(place - 2 * count if place < count else 0, row) for place, row in enumerate(rows)]
+    heapq.heapify(queue)
     members = set(rows)
     while queue:
         _, row = heapq.heappop(queue)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image
 
@@ -158,21 +160,23 @@ def _draw_labels(canvas: Canvas, size: tuple[int, int], scene: SceneRows, anchor
         canvas.size[0] - 2.0,
         canvas.size[1] - 2.0,
     )
-    texts = _texts(scene, anchors, _box_area(bounds))
+    largest = sorted(scene.rows, key=lambda row: -scene.shares[row])
+    points = {row: point for row in largest[:_MOST] if (point := anchors[row]) is not None}
+    # Small segments first: large ones have room elsewhere. In a margin, as they lie.
+    order = sorted(points, key=lambda row: points[row][1 if beside else 0])
+    if not beside and not below:
+        order = list(reversed(points))
+    full = _with_full_labels(scene, points, _box_area(bounds), 1 if beside or below else _HIDDEN)
     taken: list[Rectangle] = []
     placed: list[tuple[int, str, Point, Rectangle]] = []
-    # Small segments first: large ones have room elsewhere.
-    largest = sorted(scene.rows, key=lambda row: -scene.shares[row])[:_MOST]
-    for row in reversed(largest):
-        anchor = anchors[row]
-        if anchor is None:
-            continue
-        for text, reach in ((texts[row], 6), (str(row), 3)):
+    for row in order:
+        texts = [(str(row), 3)] if row not in full else [(scene.label(row), 6), (str(row), 3)]
+        for text, reach in texts:
             area = (text_width(text, _FONT) + 9, line_height(_FONT) + 5)
-            where = place(anchor, area, bounds, taken, 60 if beside or below else reach)
+            where = place(points[row], area, bounds, taken, 24 if beside or below else reach)
             if where is not None:
                 taken.append(where)
-                placed.append((row, text, anchor, where))
+                placed.append((row, text, points[row], where))
                 break
     for row, _, anchor, where in placed:
         if not (where[0] <= anchor[0] <= where[2] and where[1] <= anchor[1] <= where[3]):
@@ -181,18 +185,18 @@ def _draw_labels(canvas: Canvas, size: tuple[int, int], scene: SceneRows, anchor
         canvas.label(where, (text,), scene.colours[row], _FONT)
 
 
-def _texts(scene: SceneRows, anchors: Anchors, area: float) -> list[str]:
-    """Choose every row's label: its own, or its number once the larger rows fill the picture."""
-    texts = [str(row) for row in range(len(scene.classes))]
-    left = _HIDDEN * area
-    for row in sorted(scene.rows, key=lambda row: -scene.shares[row]):
-        if anchors[row] is None:
-            continue
+def _with_full_labels(
+    scene: SceneRows, rows: Iterable[int], area: float, hidden: float
+) -> set[int]:
+    """Choose the rows that get their label, largest first, until labels fill a part of an area."""
+    full: set[int] = set()
+    left = hidden * area
+    for row in rows:
         left -= (text_width(scene.label(row), _FONT) + 9) * (line_height(_FONT) + 5)
         if left < 0:
             break
-        texts[row] = scene.label(row)
-    return texts
+        full.add(row)
+    return full
 
 
 def _pointer(canvas: Canvas, label: Rectangle, anchor: Point, colour: Colour) -> None:

@@ -84,10 +84,12 @@ def test_the_first_classes_of_a_picture_stay_apart(vision):
 
 @pytest.mark.parametrize("vision", VISIONS)
 def test_instances_of_a_class_stay_apart(vision):
-    """Of every class: those of the eighth too."""
+    """The first five of each of eight classes, however many there are and whatever touches."""
     for before in range(8):
-        classes = [*range(1, before + 1), *[100] * 5]
-        colours = row_colours(classes, [*[1] * before, *range(1, 6)])[before:]
+        classes = [*range(1, before + 1), *[100] * 12]
+        touching = [(before + 5, before + 6), (before + 6, before + 1), (before, before + 7)]
+        colours = row_colours(classes, [*[1] * before, *range(1, 13)], touching)
+        colours = colours[before : before + 5]
         assert smallest_distance(colours, vision) >= 16
 
 
