@@ -77,7 +77,7 @@ def _edges(rows: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> Image.Image
             around |= shifted
     light = np.where(edges, 0, 255).astype(np.uint8)
     alpha = np.where(edges, 255, np.where(around, 200, 0)).astype(np.uint8)
-    return Image.fromarray(np.stack((light, alpha), axis=-1), "LA")
+    return Image.fromarray(np.stack((light, alpha), axis=-1))
 
 
 def draw_boxes(new: NewCanvas[AnyCanvas], photo: Image.Image, scene: SceneRows) -> AnyCanvas:
