@@ -1,13 +1,14 @@
-"""panoptic_lookup beside the released algorithm and careful NumPy; CrayonPrompt per row and token.
+"""panoptic_lookup beside the released algorithm, NumPy and torch; CrayonPrompt per row and token.
 
 The peers do the work of their own definition. The released algorithm is for maps of the grid's
-size; on a larger map it is given a nearest reduction, which it does not have. NumPy cuts cells
-where they share pixels.
+size; on a larger map it is given a nearest reduction, which it does not have. NumPy and torch cut
+cells where they share pixels. A case is size / segments / batch, on a grid of 35 x 35 unless it
+ends with another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,14 @@ from benchmarks.conftest import Measure
 from collavo_kernels import CrayonMap, panoptic_lookup
 from collavo_kernels.nn import CrayonPrompt
 
-GRID = (35, 35)
-QUICK = ("480x640/s15/b1", "480x640/s15/b16")
+QUICK = ("480x640/s15/b1", "480x640/s15/b16", "480x640/s15/b64")
 FULL = tuple(
-    f"{size}/s{segments}/b{batch}"
+    name
     for size in ("480x640", "960x1280")
     for segments in (5, 15, 60)
     for batch in (1, 16, 64)
-    if f"{size}/s{segments}/b{batch}" not in QUICK
+    for grid in ("", "/g24")
+    if (name := f"{size}/s{segments}/b{batch}{grid}") not in QUICK
 )
 CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
 
@@ -35,7 +36,9 @@ class Batch:
     """Maps with connected segments, as a segmenter or an annotator makes them."""
 
     def __init__(self, case: str) -> None:
-        size, segments, batch = case.split("/")
+        size, segments, batch, *others = case.split("/")
+        cells = int(others[0][1:]) if others else 35
+        self.grid = (cells, cells)
         self.height, self.width = (int(side) for side in size.split("x"))
         count = int(segments[1:])
         generator = torch.Generator().manual_seed(0)
@@ -46,6 +49,11 @@ class Batch:
         self.maps = torch.stack([maps[k] for k in images])
         self.ids = [ids[k] for k in images]
         self.classes = [torch.arange(count, dtype=torch.int32) % 40 for _ in images]
+
+    def in_colours(self) -> Tensor:
+        """Return the maps as a decoder of COCO's PNGs does, uint8 ``[B, H, W, 3]``."""
+        channels = (self.maps & 255, self.maps >> 8 & 255, self.maps >> 16)
+        return torch.stack(channels, -1).to(torch.uint8)
 
     def _map(self, ids: Tensor, generator: torch.Generator) -> Tensor:
         """Every pixel takes the id of the nearest of some points; a tenth stays unlabelled."""
@@ -81,8 +89,8 @@ def released_algorithm(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
             number[y, x] = seen[label]
             boxes.append(torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]))
         height, width = segmentation.shape
-        i = (2 * torch.arange(GRID[0]) + 1) * height // (2 * GRID[0])
-        j = (2 * torch.arange(GRID[1]) + 1) * width // (2 * GRID[1])
+        i = (2 * torch.arange(batch.grid[0]) + 1) * height // (2 * batch.grid[0])
+        j = (2 * torch.arange(batch.grid[1]) + 1) * width // (2 * batch.grid[1])
         cells = (semantic[i[:, None], j].flatten(), number[i[:, None], j].flatten())
         out.append((*cells, torch.stack(boxes) / 35))
     return out
@@ -94,14 +102,15 @@ def careful_numpy(batch: Batch) -> list[tuple[Any, ...]]:
     for tensor, ids_tensor in zip(batch.maps, batch.ids, strict=True):
         segmentation, ids = tensor.numpy(), np.sort(ids_tensor.numpy())
         height, width = segmentation.shape
+        grid_h, grid_w = batch.grid
         present, rows = np.unique(segmentation, return_inverse=True)
         rows = np.where(np.isin(present, ids), np.searchsorted(ids, present) + 1, 0)[rows]
         rows = rows.reshape(height, width)
         # Cells are cut, not shared, at their borders: what bincount can do in one go.
-        cell = (np.arange(height) * GRID[0] // height)[:, None] * GRID[1]
-        cell = cell + np.arange(width) * GRID[1] // width
+        cell = (np.arange(height) * grid_h // height)[:, None] * grid_w
+        cell = cell + np.arange(width) * grid_w // width
         count = len(ids) + 1
-        pairs = np.bincount((cell * count + rows).ravel(), minlength=GRID[0] * GRID[1] * count)
+        pairs = np.bincount((cell * count + rows).ravel(), minlength=grid_h * grid_w * count)
         index = pairs.reshape(-1, count).argmax(1)
         area = np.bincount(rows.ravel(), minlength=count)
         out.append((index, area, _numpy_boxes(rows, count)))
@@ -120,12 +129,40 @@ def _numpy_boxes(rows: np.ndarray, count: int) -> np.ndarray:
     return np.stack([x0 / width, y0 / height, x1 / width, y1 / height], 1)
 
 
-def ours(batch: Batch, backend: str, reduce: str, device: torch.device) -> Callable[[], CrayonMap]:
-    maps = batch.maps.to(device)
+def torch_operators(batch: Batch, maps: Tensor) -> list[tuple[Tensor, ...]]:
+    """Do what NumPy does in torch's operators: a search in the ids, and counts of pairs."""
+    out: list[tuple[Tensor, ...]] = []
+    height, width = maps.shape[1:]
+    grid_h, grid_w = batch.grid
+    y = torch.arange(height, device=maps.device)
+    x = torch.arange(width, device=maps.device)
+    cell = (y * grid_h // height)[:, None] * grid_w + x * grid_w // width
+    across, down = x.repeat(height), y.repeat_interleave(width)
+    for segmentation, ids_here in zip(maps, batch.ids, strict=True):
+        ids = ids_here.sort().values.to(maps.device)
+        place = torch.searchsorted(ids, segmentation).clamp_max(len(ids) - 1)
+        rows = torch.where(ids[place] == segmentation, place + 1, 0)
+        count = len(ids) + 1
+        pairs = torch.bincount((cell * count + rows).view(-1), minlength=grid_h * grid_w * count)
+        index = pairs.view(-1, count).argmax(1)
+        area = torch.bincount(rows.view(-1), minlength=count)
+        out.append((index, area, *_torch_boxes(rows.view(-1), across, down, count)))
+    return out
+
+
+def _torch_boxes(rows: Tensor, across: Tensor, down: Tensor, count: int) -> Iterator[Tensor]:
+    for values, how in ((across, "amin"), (down, "amin"), (across, "amax"), (down, "amax")):
+        yield values.new_zeros(count).scatter_reduce(0, rows, values, how, include_self=False)
+
+
+def ours(batch: Batch, provider: str, reduce: str, device: torch.device) -> Callable[[], CrayonMap]:
+    backend = provider.removeprefix("ours:").split("-")[0]
+    coloured = provider.endswith("-colours")
+    maps = (batch.in_colours() if coloured else batch.maps).to(device)
 
     def call() -> CrayonMap:
         return panoptic_lookup(
-            maps, batch.ids, batch.classes, grid=GRID, reduce=reduce, backend=backend
+            maps, batch.ids, batch.classes, grid=batch.grid, reduce=reduce, backend=backend
         )
 
     return call
@@ -135,8 +172,11 @@ PROVIDERS = {
     "released-algorithm": ("nearest", "cpu"),
     "numpy": ("majority", "cpu"),
     "ours:cpu": ("majority", "cpu"),
+    "torch": ("majority", ""),
     "ours:cpu-nearest": ("nearest", "cpu"),
+    "ours:cpu-colours": ("majority", "cpu"),
     "ours:triton": ("majority", "cuda"),
+    "ours:triton-colours": ("majority", "cuda"),
     "reference": ("majority", ""),
 }
 
@@ -148,22 +188,26 @@ def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str,
     if needs and device.type != needs:
         pytest.skip(f"{provider} runs on {needs}, the device is {device.type}")
     batch = Batch(case)
+    maps = batch.maps.to(device)
+    fn: Callable[[], object]
     if provider == "released-algorithm":
-        fn: Callable[[], object] = lambda: released_algorithm(batch)  # noqa: E731
+        fn = lambda: released_algorithm(batch)  # noqa: E731
     elif provider == "numpy":
         fn = lambda: careful_numpy(batch)  # noqa: E731
+    elif provider == "torch":
+        fn = lambda: torch_operators(batch, maps)  # noqa: E731
     else:
-        backend = provider.removeprefix("ours:").removesuffix("-nearest")
-        fn = ours(batch, backend, reduce, device)
+        fn = ours(batch, provider, reduce, device)
     measure(
         fn,
         op="panoptic_lookup",
         provider=provider,
         case=case,
         mode=reduce,
-        dtype=torch.int32,
-        bytes=batch.maps.numel() * 4,
-        config={"grid": GRID, "threads": torch.get_num_threads()},
+        # A row says what was read: three bytes a pixel, or four.
+        dtype=torch.uint8 if provider.endswith("-colours") else torch.int32,
+        bytes=batch.maps.numel() * (3 if provider.endswith("-colours") else 4),
+        config={"grid": batch.grid, "threads": torch.get_num_threads()},
     )
 
 
@@ -173,7 +217,7 @@ def bench_crayon_prompt(measure: Measure, device: torch.device, provider: str, c
     """Forward and backward for 16 images of 35x35 tokens; hidden size is four times the width."""
     batch, width = Batch("480x640/s15/b16"), int(case[1:])
     maps = batch.maps.to(device)
-    crayon = panoptic_lookup(maps, batch.ids, batch.classes, grid=GRID)
+    crayon = panoptic_lookup(maps, batch.ids, batch.classes, grid=batch.grid)
     module = CrayonPrompt(embed_dim=width, hidden_size=4 * width, zero_init=False).to(device)
     index = crayon.row_index.long()
 

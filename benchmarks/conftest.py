@@ -39,7 +39,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: a shape that only --full runs")
     config.stash[ROWS] = {}
     config.stash[SECONDS] = {}
     # Our table holds the same times and more; --benchmark-json still writes the plugin's own.

@@ -7,6 +7,7 @@ than a peer, the fraction of the roof, or memory. Nothing here measures, and not
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,10 @@ class Goal:
         mode: The rows' mode.
         bound: ``speed``: peer's median over ours, at least; ``price``: ours over the peer's, at
             most; ``roof``: fraction, at least; ``memory``: MB that ours allocates less than the
-            peer, at least.
-        metric: ``speed``, ``price``, ``roof`` or ``memory``.
+            peer, at least; ``threads``: our median with one thread over that with ``threads``, at
+            least; ``share``: part of ours that the peer's work is, at least; ``work``: tokens over
+            rows of our row, by which its products are fewer, at least.
+        metric: ``speed``, ``price``, ``roof``, ``memory``, ``threads``, ``share`` or ``work``.
         peer: The peer's provider, or what several begin with before a colon, of which the fastest
             counts; empty for ``roof``.
         ours: Our providers begin with this; the fastest counts. ``+graph`` at the end asks for
@@ -142,7 +145,31 @@ def _attention_gpu_goals() -> Iterator[Goal]:
     yield Goal(best, "7b/s8192/g8/b1", "fwd", 1.06, "price", "sdpa-alone", isa="")
 
 
+def _lookup_goals() -> Iterator[Goal]:
+    one, many = "480x640/s15/b1", "480x640/s15/b64"
+    released, cpu = "released-algorithm", "ours:cpu"
+    nearest = "ours:cpu-nearest"
+    yield Goal("the released algorithm", one, "nearest", 60.0, peer=released, ours=nearest)
+    yield Goal("NumPy (unique, bincount)", one, "majority", 8.0, peer="numpy", ours=cpu)
+    yield Goal("of the read bandwidth", many, "majority", 0.5, "roof", ours=cpu)
+    yield Goal("one thread", many, "majority", 1.7, "threads", ours=cpu, threads=2)
+    yield Goal("of the copy bandwidth", many, "majority", 0.6, "roof", ours="ours:triton", isa="")
+
+
+def _prompt_goals() -> Iterator[Goal]:
+    yield Goal("one row per token", "d1024", "fwd+bwd", 10.0, peer="per-token")
+    yield Goal("one row per token", "d1024", "fwd+bwd", 20.0, "work", peer="per-token")
+
+
+def _data_goals() -> Iterator[Goal]:
+    what = "of the time is PNG decoding"
+    yield Goal(what, "480x640/s15/b16", "images", 0.9, "share", peer="decoding-alone")
+
+
 GOALS = {
+    "panoptic_lookup": tuple(_lookup_goals()),
+    "panoptic_data": tuple(_data_goals()),
+    "crayon_prompt": tuple(_prompt_goals()),
     "qlora_linear": (*_cpu_goals(), *_gpu_goals()),
     "crayon_attention": (*_attention_goals(), *_attention_gpu_goals()),
 }
@@ -158,11 +185,19 @@ def check(goal: Goal, rows: Sequence[report.Measurement]) -> Outcome:
     best = min(ours, key=lambda row: row.p50_ms)
     if goal.metric == "roof":
         return Outcome(goal, best.roof, best)
+    if goal.metric == "threads":
+        alone = check(replace(goal, metric="roof", threads=1), rows).row
+        return Outcome(goal, None if alone is None else alone.p50_ms / best.p50_ms, best)
+    if goal.metric == "work":
+        config = json.loads(best.config_json)
+        return Outcome(goal, config["tokens"] / config["rows"], best)
     peer = min(peers, key=lambda row: row.p50_ms)
     if goal.metric == "speed":
         return Outcome(goal, peer.p50_ms / best.p50_ms, best)
     if goal.metric == "price":
         return Outcome(goal, best.p50_ms / peer.p50_ms, best)
+    if goal.metric == "share":
+        return Outcome(goal, peer.p50_ms / best.p50_ms, best)
     if best.peak_mb is None or peer.peak_mb is None:
         return Outcome(goal)
     return Outcome(goal, peer.peak_mb - best.peak_mb, best)
@@ -197,7 +232,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _number(value: float, metric: str) -> str:
-    if metric == "roof":
+    if metric in ("roof", "share"):
         return f"{value:.0%}"
     if metric == "memory":
         return f"{value:.0f} MB"
@@ -207,7 +242,14 @@ def _number(value: float, metric: str) -> str:
 def _words(goal: Goal) -> str:
     if goal.metric == "memory":
         return f"less than {goal.what}"
-    kinds = {"roof": "", "speed": "the speed of ", "price": "the time of "}
+    kinds = {
+        "roof": "",
+        "share": "",
+        "speed": "the speed of ",
+        "price": "the time of ",
+        "threads": "the speed of ",
+        "work": "fewer products than ",
+    }
     return kinds[goal.metric] + goal.what
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from collavo.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, OBJECTS_MARKER
 from collavo.configuration import CollavoConfig
 from collavo.panoptic.coco import read_image
-from collavo.panoptic.maps import PanopticMap
-from collavo.panoptic.text import detections_from_crayon, object_prefix
+from collavo.panoptic.maps import MapInput, PanopticMap
+from collavo.panoptic.text import detections_by_image, object_prefix
 from collavo.processing_inputs import (
     Conversation,
     ImageInput,
     Piece,
     answer_labels,
     batch_crayon,
+    check_crayon,
     crop_map,
     flatten_images,
     images_per_prompt,
@@ -94,7 +96,7 @@ class CollavoProcessor(ProcessorMixin):
         self,
         images: ImageInput | Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
-        panoptic: PanopticMap | Sequence[PanopticMap | None] | None = None,
+        panoptic: MapInput | Sequence[MapInput | None] | None = None,
         *,
         object_text: bool | Sequence[bool] | None = None,
         return_tensors: str | None = None,
@@ -108,6 +110,8 @@ class CollavoProcessor(ProcessorMixin):
             text: Prompts with one ``<image>`` per image. ``<objects>`` is where the object text
                 of an image goes; without that marker it follows the image's placeholder.
             panoptic: One map, or None, per image. An image without a map has one unknown segment.
+                A ``CrayonMap`` of one image takes a map's place where the image processor keeps
+                the whole image; it has been looked up for this grid.
             object_text: Whether to name objects in the prompt, for all or per prompt; None takes
                 the processor's own setting.
             return_tensors: ``"pt"``, ``"np"`` or None for lists.
@@ -120,7 +124,8 @@ class CollavoProcessor(ProcessorMixin):
             = none), ``crayon_class`` and ``crayon_number`` int32 ``[B, R]`` (class -1 = padding).
 
         Raises:
-            ValueError: if the numbers of prompts, placeholders, images and maps disagree.
+            ValueError: if the numbers of prompts, placeholders, images and maps disagree, or a
+                ``CrayonMap`` does not fit the processor.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts:
@@ -132,7 +137,7 @@ class CollavoProcessor(ProcessorMixin):
         self,
         conversations: Sequence[Conversation],
         images: Sequence[ImageInput] | None = None,
-        panoptic: Sequence[PanopticMap | None] | None = None,
+        panoptic: Sequence[MapInput | None] | None = None,
         *,
         object_text: bool | Sequence[bool] | None = None,
         return_tensors: str | None = "pt",
@@ -210,7 +215,7 @@ class CollavoProcessor(ProcessorMixin):
         self,
         samples: list[list[Piece]],
         images: ImageInput | Sequence[Any] | None,
-        panoptic: PanopticMap | Sequence[PanopticMap | None] | None,
+        panoptic: MapInput | Sequence[MapInput | None] | None,
         object_text: bool | Sequence[bool] | None,
         return_tensors: str | None,
         kwargs: dict[str, Any],
@@ -220,13 +225,13 @@ class CollavoProcessor(ProcessorMixin):
         maps = self._maps(panoptic, len(pictures))
         counts = self._count_images(samples, len(pictures), images_per_prompt(images))
         wanted = self._object_switch(object_text, len(samples))
-        crayon = self._look_up(pictures, maps) if pictures else None
+        crayon = self._crayon(pictures, maps) if pictures else None
+        objects = detections_by_image(crayon) if crayon is not None and any(wanted) else []
         expanded, first = [], 0
         for pieces, count, wants in zip(samples, counts, wanted, strict=True):
             prefixes = [""] * count
-            if crayon is not None and wants:
-                own = range(first, first + count)
-                prefixes = [object_prefix(detections_from_crayon(crayon, i)) for i in own]
+            if objects and wants:
+                prefixes = [object_prefix(own) for own in objects[first : first + count]]
             expanded.append(self._expand(pieces, prefixes))
             first += count
         data = self._tokenize(expanded, kwargs, with_labels)
@@ -238,17 +243,17 @@ class CollavoProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _maps(
-        self, panoptic: PanopticMap | Sequence[PanopticMap | None] | None, images: int
-    ) -> list[PanopticMap | None]:
+        self, panoptic: MapInput | Sequence[MapInput | None] | None, images: int
+    ) -> list[MapInput | None]:
         if panoptic is None:
             return [None] * images
-        if isinstance(panoptic, PanopticMap):
+        if isinstance(panoptic, MapInput):
             panoptic = [panoptic]
         maps = list(panoptic)
         for position, one in enumerate(maps):
-            if one is not None and not isinstance(one, PanopticMap):
+            if one is not None and not isinstance(one, MapInput):
                 raise TypeError(
-                    f"panoptic[{position}]: expected a PanopticMap or None, "
+                    f"panoptic[{position}]: expected a PanopticMap, a CrayonMap or None, "
                     f"got {type(one).__name__}"
                 )
         if len(maps) != images:
@@ -286,11 +291,41 @@ class CollavoProcessor(ProcessorMixin):
             )
         return list(wanted)
 
-    def _look_up(
-        self, pictures: Sequence[Image.Image], maps: Sequence[PanopticMap | None]
+    def _crayon(
+        self, pictures: Sequence[Image.Image], maps: Sequence[MapInput | None]
     ) -> CrayonMap:
+        """Look up all maps that are no crayon yet, neighbours in one call."""
+        parts: list[CrayonMap] = []
+        pairs = enumerate(zip(pictures, maps, strict=True))
+        for ready, run in groupby(pairs, lambda pair: isinstance(pair[1][1], CrayonMap)):
+            if ready:
+                parts += [self._checked(i, picture, crayon) for i, (picture, crayon) in run]
+            else:
+                parts.append(self._look_up([pair for _, pair in run]))
+        return CrayonMap.cat(parts)
+
+    def _checked(self, position: int, picture: Image.Image, crayon: Any) -> CrayonMap:
+        where = f"panoptic[{position}]"
+        whole = (0, 0, picture.height, picture.width)
+        if visible_region(self.image_processor, picture.height, picture.width) != whole:
+            raise ValueError(
+                f"{where}: expected a PanopticMap, since the image processor crops this image of "
+                f"{picture.width}x{picture.height} and its map has to be cropped alike, got a "
+                "CrayonMap; use a processor that squashes (make_image_processor)"
+            )
+        check_crayon(
+            crayon,
+            where,
+            cells=self.grid[0] * self.grid[1],
+            num_classes=self.num_classes,
+            max_number=self.max_number,
+        )
+        checked: CrayonMap = crayon
+        return checked
+
+    def _look_up(self, pairs: Sequence[tuple[Image.Image, Any]]) -> CrayonMap:
         visible = []
-        for picture, panoptic in zip(pictures, maps, strict=True):
+        for picture, panoptic in pairs:
             # A map without segments is all unknown, whatever its size.
             known = PanopticMap.empty(*self.grid) if panoptic is None else panoptic
             size = (picture.height, picture.width) if panoptic is None else known.size

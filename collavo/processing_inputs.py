@@ -118,6 +118,44 @@ def crop_map(panoptic: PanopticMap, region: Region) -> PanopticMap:
     return PanopticMap(cut, panoptic.segment_ids, panoptic.segment_classes)
 
 
+def check_crayon(
+    crayon: CrayonMap, where: str, *, cells: int, num_classes: int, max_number: int
+) -> None:
+    """Raise unless this is the crayon of one image, as a lookup for these sizes gives it.
+
+    Args:
+        crayon: Rows and cells.
+        where: What to call it in messages.
+        cells: How many grid cells there have to be.
+        num_classes: Number of classes.
+        max_number: Largest instance number.
+
+    Raises:
+        ValueError: naming ``where`` and what differs.
+    """
+    if crayon.device.type != "cpu":
+        raise ValueError(f"{where}: expected a CrayonMap on the CPU, got {crayon.device}")
+    if crayon.num_images != 1 or bool((crayon.row_image != 0).any()):
+        raise ValueError(
+            f"{where}: expected a CrayonMap of one image without dead rows, got "
+            f"{crayon.num_images} images and {crayon.num_rows} rows"
+        )
+    if crayon.num_cells != cells:
+        raise ValueError(
+            f"{where}: expected the processor's {cells} grid cells, got a CrayonMap with "
+            f"{crayon.num_cells}; look the map up with the processor's grid"
+        )
+    for name, values, most in (
+        ("class", crayon.row_class, num_classes),
+        ("number", crayon.row_number, max_number),
+    ):
+        if values.numel() and int(values.max()) > most:
+            raise ValueError(
+                f"{where}: expected a row's {name} to be at most {most}, as the processor's "
+                f"crayon has it, got {int(values.max())}"
+            )
+
+
 def flatten_images(images: ImageInput | Sequence[Any] | None) -> Iterator[ImageInput]:
     """Go through one image, a list of images, or lists of images per prompt, in order.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 COMMANDS = {
     "demo": "train and measure a tiny CoLLaVO on drawn scenes, in minutes on a CPU",
+    "prepare": "turn a COCO panoptic folder into shards of crayon maps and instructions",
     "train": "train a model: crayon prompt tuning (cpt) or instruction tuning (cit)",
     "chat": "answer questions about an image with its panoptic map",
     "eval": "measure Class2Binary and Box2Class on a COCO panoptic folder",

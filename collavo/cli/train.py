@@ -8,28 +8,35 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from collavo.panoptic.coco import CocoPanopticDataset
-from collavo.panoptic.maps import PanopticMap
+from collavo.panoptic.maps import MapInput
+from collavo.panoptic.prepared import PreparedDataset
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.schedule import STEP_KINDS
+
+Samples: TypeAlias = CocoPanopticDataset | PreparedDataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``collavo train`` that are not transformers'."""
     parser.usage = (
-        "collavo train --model DIR --stage {cpt,cit} --coco-images DIR --panoptic DIR "
-        "--annotations JSON [--vl-data JSON ...] [option of transformers.TrainingArguments ...]"
+        "collavo train --model DIR --stage {cpt,cit} --coco-images DIR (--panoptic DIR "
+        "--annotations JSON | --prepared DIR) [--vl-data JSON ...] "
+        "[option of transformers.TrainingArguments ...]"
     )
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", required=True, help="model folder: weights and processor")
     group.add_argument("--coco-images", type=Path, help="folder of the images")
     group.add_argument("--panoptic", type=Path, help="folder of the panoptic PNGs")
     group.add_argument("--annotations", type=Path, help="COCO panoptic JSON")
+    group.add_argument(
+        "--prepared", type=Path, help="what collavo prepare made of the last two, in their place"
+    )
     group.add_argument(
         "--vl-data", type=Path, nargs="*", default=[], help="JSON files in LLaVA's format (cit)"
     )
@@ -59,9 +66,14 @@ def run(args: argparse.Namespace) -> int:
     training = training_arguments(args)
     samples = coco_samples(args)
     model, processor = load_folder(args.model)
+    if isinstance(samples, PreparedDataset):
+        samples.check_crayon(
+            grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
+        )
     image_data, vl_data = datasets(args, training, samples, processor.max_number)
     missing = [name for name in STEP_KINDS if name not in model.config.adapters]
     if training.stage == "cit" and missing:
+        set_seed(training.seed)  # new adapters are drawn before the trainer sets it
         model.add_dual_qlora(
             missing, rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize
         )
@@ -90,29 +102,35 @@ def training_arguments(args: argparse.Namespace) -> CollavoTrainingArguments:
     return CollavoTrainingArguments(**values)
 
 
-def coco_samples(args: argparse.Namespace) -> CocoPanopticDataset | None:
-    """Open the COCO panoptic folder, or return None if none was named.
+def coco_samples(args: argparse.Namespace) -> Samples | None:
+    """Open the COCO panoptic folder or what was prepared of it, or return None if none was named.
 
     Raises:
-        ValueError: if only some of its three parts were named.
+        ValueError: if only some of its parts were named.
     """
     parts = {
         "--coco-images": args.coco_images,
         "--panoptic": args.panoptic,
         "--annotations": args.annotations,
     }
+    if args.prepared is not None:
+        if args.panoptic is not None or args.annotations is not None:
+            raise ValueError("--prepared: expected without --panoptic and --annotations, got both")
+        parts = {"--coco-images": args.coco_images, "--prepared": args.prepared}
     if all(path is None for path in parts.values()):
         return None
     missing = [name for name, path in parts.items() if path is None]
     if missing:
         raise ValueError(f"{missing[0]}: expected with {', '.join(parts)}, got none")
+    if args.prepared is not None:
+        return PreparedDataset(args.prepared, args.coco_images)
     return CocoPanopticDataset(args.coco_images, args.panoptic, args.annotations)
 
 
 def datasets(
     args: argparse.Namespace,
     training: CollavoTrainingArguments,
-    samples: CocoPanopticDataset | None,
+    samples: Samples | None,
     max_number: int,
 ) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
     """Build the two data sets; an image of the VL data has the map that COCO has for its name.
@@ -125,7 +143,7 @@ def datasets(
     if samples is None and (training.stage == "cpt" or training.vl_probability < 1.0):
         raise ValueError(
             f"--coco-images: stage {training.stage} trains on crayon instructions; name "
-            "--coco-images, --panoptic and --annotations"
+            "--coco-images and either --panoptic and --annotations or --prepared"
         )
     if training.stage == "cit" and training.vl_probability > 0.0 and not args.vl_data:
         raise ValueError(
@@ -140,9 +158,13 @@ def datasets(
     if training.stage == "cpt" or not args.vl_data:
         return image_data, None
 
-    def panoptic_map(path: Path) -> PanopticMap | None:
+    def panoptic_map(path: Path) -> MapInput | None:
         index = None if samples is None else samples.index_of(path.name)
-        return None if samples is None or index is None else samples.panoptic_map(index)
+        if samples is None or index is None:
+            return None
+        if isinstance(samples, PreparedDataset):
+            return samples.crayon(index)
+        return samples.panoptic_map(index)
 
     parts = [
         ConversationDataset.from_llava_json(path, images=args.vl_images, panoptic=panoptic_map)

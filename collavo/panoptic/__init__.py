@@ -14,17 +14,40 @@ from collavo.panoptic.categories import (
     is_thing,
 )
 from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
+from collavo.panoptic.coco_index import Skipped, find_coco_folder
 from collavo.panoptic.drawing import draw_scene, save_scene
-from collavo.panoptic.instructions import TEMPLATES, Instruction, build_instruction
+from collavo.panoptic.instructions import (
+    TEMPLATES,
+    Instruction,
+    ParsedInstruction,
+    build_instruction,
+    build_instructions,
+    draw_instruction,
+    parse_instruction,
+)
 from collavo.panoptic.maps import (
     PanopticMap,
     read_panoptic_colours,
     read_panoptic_png,
     write_panoptic_png,
 )
-from collavo.panoptic.segmenters import Mask2FormerSegmenter
+from collavo.panoptic.prepare import PrepareReport, prepare_folder
+from collavo.panoptic.prepared import PreparedDataset, PreparedSample
+from collavo.panoptic.prompts import (
+    BoxPrompt,
+    ClickPrompt,
+    MaskPrompt,
+    ScribblePrompt,
+    VisualPrompt,
+    rasterize_prompts,
+)
+from collavo.panoptic.segmenter_cache import CachedSegmenter
+from collavo.panoptic.segmenters import TransformersSegmenter
+from collavo.panoptic.shards import PrepareSettings
+from collavo.panoptic.streaming import SampleStream, SkipLog
 from collavo.panoptic.text import (
     Detection,
+    detections_by_image,
     detections_from_crayon,
     detections_from_map,
     format_box,
@@ -43,28 +66,49 @@ __all__ = [
     "NUM_CLASSES",
     "NUM_THINGS",
     "TEMPLATES",
+    "BoxPrompt",
+    "CachedSegmenter",
+    "ClickPrompt",
     "CocoPanopticDataset",
     "Detection",
     "Instruction",
-    "Mask2FormerSegmenter",
+    "MaskPrompt",
     "PanopticMap",
     "PanopticSample",
+    "ParsedInstruction",
+    "PrepareReport",
+    "PrepareSettings",
+    "PreparedDataset",
+    "PreparedSample",
+    "SampleStream",
+    "ScribblePrompt",
+    "SkipLog",
+    "Skipped",
+    "TransformersSegmenter",
+    "VisualPrompt",
     "build_instruction",
+    "build_instructions",
     "category_id_from_index",
     "class_index",
     "coco_categories",
+    "detections_by_image",
     "detections_from_crayon",
     "detections_from_map",
     "display_name",
+    "draw_instruction",
     "draw_scene",
+    "find_coco_folder",
     "format_box",
     "format_names",
     "format_objects",
     "index_from_category_id",
     "is_thing",
     "object_prefix",
+    "parse_instruction",
     "parse_names",
     "parse_objects",
+    "prepare_folder",
+    "rasterize_prompts",
     "read_image",
     "read_panoptic_colours",
     "read_panoptic_png",

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from collavo.panoptic.maps import (
-    PanopticMap,
-    PathLike,
-    category_table,
-    parse_segments,
-    read_panoptic_colours,
+from collavo.panoptic.coco_index import (
+    CocoIndex,
+    CocoRecord,
+    Skipped,
+    categories_of,
+    find_coco_folder,
+    list_of,
+    load_json,
 )
+from collavo.panoptic.maps import PanopticMap, PathLike, parse_segments, read_panoptic_colours
 
 _T = TypeVar("_T")
 _UNREADABLE = (
@@ -48,17 +49,6 @@ class PanopticSample:
     path: Path
 
 
-@dataclass(frozen=True)
-class _Record:
-    """Where one sample lies, and which entries of the flat segment lists belong to it."""
-
-    image: str
-    png: str
-    image_id: int
-    start: int
-    stop: int
-
-
 class CocoPanopticDataset(Dataset[PanopticSample]):
     """Images and panoptic maps of a COCO panoptic folder, in the order of the JSON's images.
 
@@ -71,6 +61,9 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         annotations: The JSON with ``images``, ``annotations`` and, optionally, ``categories``
             (classes are found by name; without the list COCO's own ids are meant).
         keep_crowd: Whether segments with ``iscrowd`` stay; otherwise their pixels are unknown.
+        skip_faults: Leave out images whose entry is faulty or whose files are missing, and list
+            them in ``skipped``, instead of raising. Unreadable pictures are found when they are
+            read; see ``SampleStream``.
 
     Raises:
         FileNotFoundError: naming the first missing folder or file.
@@ -87,74 +80,68 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         annotations: PathLike,
         *,
         keep_crowd: bool = True,
+        skip_faults: bool = False,
     ) -> None:
         self.images = Path(images)
         self.panoptic = Path(panoptic)
         self.annotations = Path(annotations)
         self.keep_crowd = keep_crowd
-        for argument, folder in (("images", self.images), ("panoptic", self.panoptic)):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{argument}: there is no folder {folder}")
-        self._read(_load_json(self.annotations))
-        self._check_files()
-
-    def _read(self, content: Mapping[str, Any]) -> None:
-        where = str(self.annotations)
-        table = _categories(content, where)
-        by_image = _annotations_by_image(content, where)
-        # Flat arrays: a worker process shares their pages, which lists of mappings would unshare.
-        ids: list[int] = []
-        classes: list[int] = []
-        self._records: list[_Record] = []
-        for position, entry in enumerate(_list(content, "images", where)):
-            number = _key(entry, "id", int, f"{where}: images[{position}]")
-            name = _key(entry, "file_name", str, f"{where}: images[{position}]")
-            annotation = by_image.get(number)
-            if annotation is None:
-                raise ValueError(f"{where}: image {number} ({name}) has no annotation")
-            label = f"{where}: annotation of image {number}"
-            png = _key(annotation, "file_name", str, label)
-            infos = self._kept(_list(annotation, "segments_info", label))
-            own_ids, own_classes = parse_segments(infos, table, label)
-            stop = len(ids) + len(own_ids)
-            self._records.append(_Record(name, png, number, len(ids), stop))
-            ids += own_ids
-            classes += own_classes
-        self._check_unique()
-        orphans = by_image.keys() - {record.image_id for record in self._records}
-        if orphans:
-            raise ValueError(f"{where}: image_id {min(orphans)} is annotated and not in 'images'")
+        self.skip_faults = skip_faults
+        check_folders(self.images, self.panoptic)
+        self._index = CocoIndex.read(annotations, keep_crowd=keep_crowd, skip_faults=skip_faults)
+        self._records = self._index.records
+        self._check_files(self.images, [r.image for r in self._records])
+        self._check_files(self.panoptic, [r.png for r in self._records])
         self._by_name = {record.image: i for i, record in enumerate(self._records)}
-        self._segment_ids = np.asarray(ids, dtype=np.int32)
-        self._segment_classes = np.asarray(classes, dtype=np.int32)
 
-    def _kept(self, infos: list[Any]) -> list[Any]:
-        if self.keep_crowd:
-            return infos
-        return [i for i in infos if not (isinstance(i, Mapping) and i.get("iscrowd"))]
+    @classmethod
+    def from_folder(
+        cls,
+        root: PathLike,
+        split: str = "val2017",
+        *,
+        keep_crowd: bool = True,
+        skip_faults: bool = False,
+    ) -> CocoPanopticDataset:
+        """Open COCO's own folder layout.
 
-    def _check_unique(self) -> None:
-        seen: set[object] = set()
-        for record in self._records:
-            named = (record.image_id, f"image {record.image}", f"map {record.png}")
-            for value in named:
-                if value in seen:
-                    kind = f"image id {value}" if isinstance(value, int) else value
-                    raise ValueError(f"{self.annotations}: {kind} is listed twice")
-                seen.add(value)
+        Args:
+            root: Has ``annotations/panoptic_<split>.json``; the PNGs in
+                ``annotations/panoptic_<split>/`` or ``panoptic_<split>/``; the images in
+                ``<split>/`` or ``images/<split>/``.
+            split: ``"train2017"`` or ``"val2017"``.
+            keep_crowd: As the class itself.
+            skip_faults: As the class itself.
 
-    def _check_files(self) -> None:
-        for folder, names in (
-            (self.images, [r.image for r in self._records]),
-            (self.panoptic, [r.png for r in self._records]),
-        ):
-            with os.scandir(folder) as entries:  # one listing instead of a call per file
-                present = {entry.name for entry in entries}
-            for name in names:
-                if name not in present and not (folder / name).is_file():
-                    raise FileNotFoundError(
-                        f"{folder / name}: listed in {self.annotations} and not there"
-                    )
+        Raises:
+            FileNotFoundError: naming the part that is missing and every place it was looked for.
+            ValueError: as the class itself.
+        """
+        found = find_coco_folder(root, split)
+        return cls(*found, keep_crowd=keep_crowd, skip_faults=skip_faults)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What ``skip_faults`` left out, and why."""
+        return self._index.skipped
+
+    def _check_files(self, folder: Path, names: list[str]) -> None:
+        with os.scandir(folder) as entries:  # one listing instead of a call per file
+            present = {entry.name for entry in entries}
+        missing = {n for n in names if n not in present and not (folder / n).is_file()}
+        if not missing:
+            return
+        if not self.skip_faults:
+            name = next(name for name in names if name in missing)
+            raise FileNotFoundError(f"{folder / name}: listed in {self.annotations} and not there")
+        kept: list[CocoRecord] = []
+        for record, name in zip(self._records, names, strict=True):
+            if name in missing:
+                reason = f"listed in {self.annotations.name} and not there"
+                self._index.skipped.append(Skipped(f"{folder.name}/{name}", reason))
+            else:
+                kept.append(record)
+        self._index.records = self._records = kept
 
     def __len__(self) -> int:
         return len(self._records)
@@ -190,12 +177,17 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
             ValueError: naming the file, if the PNG is unreadable.
         """
         record = self._records[index]
-        chosen = slice(record.start, record.stop)
-        return PanopticMap.from_segments(
-            read_panoptic_colours(self.panoptic / record.png),
-            self._segment_ids[chosen].tolist(),
-            self._segment_classes[chosen].tolist(),
-        )
+        ids, classes = self._index.segments(record)
+        colours = read_panoptic_colours(self.panoptic / record.png)
+        return PanopticMap.from_segments(colours, ids.tolist(), classes.tolist())
+
+    def file_name(self, index: int) -> str:
+        """Return the file name of a sample's image, as the JSON has it.
+
+        Args:
+            index: 0..len-1, or counted from the end.
+        """
+        return self._records[index].image
 
     def index_of(self, file_name: str) -> int | None:
         """Return the index of the sample whose image has this file name, or None.
@@ -215,6 +207,21 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         return record.stop - record.start
 
 
+def check_folders(images: Path, panoptic: Path) -> None:
+    """Raise unless both folders are there.
+
+    Args:
+        images: Folder of the images.
+        panoptic: Folder of the panoptic PNGs.
+
+    Raises:
+        FileNotFoundError: naming the first missing one.
+    """
+    for argument, folder in (("images", images), ("panoptic", panoptic)):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{argument}: there is no folder {folder}")
+
+
 def read_image(path: PathLike) -> Image.Image:
     """Read an image file as RGB.
 
@@ -225,12 +232,28 @@ def read_image(path: PathLike) -> Image.Image:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file, if it is no image or is truncated.
     """
-    path = Path(path)
+    return _read(Path(path), lambda picture: picture.convert("RGB"))
+
+
+def read_image_size(path: PathLike) -> tuple[int, int]:
+    """Read an image's height and width from its header; its pixels are not decoded.
+
+    Args:
+        path: Any format that Pillow reads.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is no image.
+    """
+    return _read(Path(path), lambda picture: (picture.height, picture.width))
+
+
+def _read(path: Path, take: Callable[[Image.Image], _T]) -> _T:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such image")
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return take(picture)
     except _UNREADABLE as error:
         raise ValueError(f"{path}: the image is unreadable or truncated ({error})") from error
 
@@ -249,10 +272,27 @@ def check_same_size(
     Raises:
         ValueError: naming both files, if the sizes differ.
     """
-    if panoptic.size != (image.height, image.width):
+    check_sizes(panoptic.size, png, (image.height, image.width), path)
+
+
+def check_sizes(
+    size: tuple[int, int], png: PathLike, image_size: tuple[int, int], path: PathLike
+) -> None:
+    """Raise unless a map and its image have the same height and width.
+
+    Args:
+        size: Height and width of the map.
+        png: Its file.
+        image_size: Height and width of the image.
+        path: Its file.
+
+    Raises:
+        ValueError: naming both files, if the sizes differ.
+    """
+    if size != image_size:
         raise ValueError(
-            f"{png}: the map is {panoptic.size[1]}x{panoptic.size[0]}, "
-            f"its image {path} is {image.width}x{image.height}"
+            f"{png}: the map is {size[1]}x{size[0]}, "
+            f"its image {path} is {image_size[1]}x{image_size[0]}"
         )
 
 
@@ -269,56 +309,11 @@ def find_panoptic_map(png: PathLike, annotations: PathLike) -> PanopticMap:
             malformed, or the PNG is unreadable.
     """
     png, path = Path(png), Path(annotations)
-    content = _load_json(path)
-    table = _categories(content, str(path))
-    for entry in _list(content, "annotations", str(path)):
+    content = load_json(path)
+    table = categories_of(content, str(path))
+    for entry in list_of(content, "annotations", str(path)):
         if isinstance(entry, Mapping) and Path(str(entry.get("file_name"))).name == png.name:
             where = f"{path}: annotation of {png.name}"
-            ids, classes = parse_segments(_list(entry, "segments_info", where), table, where)
+            ids, classes = parse_segments(list_of(entry, "segments_info", where), table, where)
             return PanopticMap.from_segments(read_panoptic_colours(png), ids, classes)
     raise ValueError(f"{path}: expected an annotation with file_name {png.name!r}, found none")
-
-
-def _load_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"annotations: there is no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _categories(content: Mapping[str, Any], where: str) -> Mapping[int, int]:
-    if "categories" not in content:
-        return category_table(None)
-    try:
-        return category_table(_list(content, "categories", where))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _annotations_by_image(content: Mapping[str, Any], where: str) -> dict[int, Mapping[str, Any]]:
-    found: dict[int, Mapping[str, Any]] = {}
-    for position, entry in enumerate(_list(content, "annotations", where)):
-        number = _key(entry, "image_id", int, f"{where}: annotations[{position}]")
-        if number in found:
-            raise ValueError(f"{where}: image_id {number} is annotated twice")
-        found[number] = entry
-    return found
-
-
-def _list(content: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    value = content.get(key)
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: expected a list {key!r}, got {type(value).__name__}")
-    return value
-
-
-def _key(entry: object, key: str, kind: type[_T], where: str) -> _T:
-    value = entry.get(key) if isinstance(entry, Mapping) else None
-    if not isinstance(value, kind):
-        raise ValueError(f"{where}: expected {key!r} as {kind.__name__}, got {value!r}")
-    return value

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from collavo.panoptic.categories import CATEGORY_TO_INDEX, NUM_CLASSES, class_index
+from collavo_kernels import CrayonMap
 from collavo_kernels.ops.panoptic_lookup import decode_colours
 
 PathLike = str | Path
@@ -61,8 +62,8 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no PNG, is truncated, or is paletted, grayscale,
-            16-bit or RGBA.
+        ValueError: naming the file, if it is no PNG, is truncated, has no pixels, or is paletted,
+            grayscale, 16-bit or RGBA.
 
     Source: COCO panoptic's file format.
     """
@@ -72,7 +73,7 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
     _check_png_header(path)
     try:
         with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB")))
+            return torch.from_numpy(np.array(picture))  # a copy that may be written to
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged ({error})") from error
 
@@ -85,12 +86,14 @@ def _check_png_header(path: Path) -> None:
         raise ValueError(f"{path}: expected a PNG with a panoptic map, got another kind of file")
     if len(head) < 26 or head[12:16] != b"IHDR":
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged (no header)")
-    depth, kind = struct.unpack(">BB", head[24:26])
+    width, height, depth, kind = struct.unpack(">IIBB", head[16:26])
     if (depth, kind) != (8, 2):
         found = f"{depth}-bit {_PNG_KINDS.get(kind, f'colour type {kind}')}"
         raise ValueError(
             f"{path}: expected an 8-bit RGB PNG (id = R + 256 G + 65536 B), got {found}"
         )
+    if not (width and height):
+        raise ValueError(f"{path}: expected a map with pixels, got {width}x{height}")
 
 
 def write_panoptic_png(path: PathLike, segmentation: Tensor) -> None:
@@ -324,6 +327,10 @@ class PanopticMap:
         return cls.from_segments(segmentation, ids, labels)
 
 
+MapInput: TypeAlias = PanopticMap | CrayonMap
+"""An image's segments: its map, or the rows and cells that a lookup has made of it already."""
+
+
 def _expect(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -393,6 +400,8 @@ def parse_segments(
 
 def _entry(info: object, key: str, where: str, position: int) -> int:
     value = info.get(key) if isinstance(info, Mapping) else None
+    if type(value) is int:  # by far the commonest, in files of a million segments
+        return value
     # Segmenters count with NumPy, whose integers are no ``int``.
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{where}[{position}]: expected an integer {key!r}, got {value!r}")

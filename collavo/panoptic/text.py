@@ -7,7 +7,7 @@ same. The parser is a strict grammar; nothing of the text is ever evaluated.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,9 @@ NO_OBJECTS = "None of detailed object information for image. "
 
 _WORD = r"[^\s()\[\],#.]+"
 _NAME = rf"{_WORD}(?: {_WORD})*"
+NAME_PATTERN = re.compile(_NAME)
+"""What a class may be called, so that it can be read back from a text."""
+
 _COORDINATE = r"(?:0\.[0-9][0-9]|1\.00)"
 _OBJECT = re.compile(
     rf"\(#([0-9]+) ({_NAME})\) "
@@ -55,7 +58,7 @@ class Detection:
     box: Box
 
     def __post_init__(self) -> None:
-        if re.fullmatch(_NAME, self.name) is None:
+        if NAME_PATTERN.fullmatch(self.name) is None:
             raise ValueError(
                 f"name: expected words without ()[],.# and single spaces, got {self.name!r}"
             )
@@ -88,6 +91,22 @@ def detections_from_crayon(crayon: CrayonMap, image: int = 0) -> list[Detection]
     count = crayon.row_index.shape[0]
     if not 0 <= image < count:
         raise ValueError(f"image: expected 0..{count - 1}, got {image}")
+    return [one for owner, one in _detections(crayon) if owner == image]
+
+
+def detections_by_image(crayon: CrayonMap) -> list[list[Detection]]:
+    """List the objects of every image of a crayon map, as ``detections_from_crayon`` does.
+
+    Args:
+        crayon: Rows and cells of a batch.
+    """
+    found: list[list[Detection]] = [[] for _ in range(crayon.num_images)]
+    for owner, one in _detections(crayon):
+        found[owner].append(one)
+    return found
+
+
+def _detections(crayon: CrayonMap) -> Iterator[tuple[int, Detection]]:
     rows = zip(
         crayon.row_image.tolist(),
         crayon.row_class.tolist(),
@@ -96,11 +115,9 @@ def detections_from_crayon(crayon: CrayonMap, image: int = 0) -> list[Detection]
         crayon.row_box.tolist(),
         strict=True,
     )
-    return [
-        Detection(display_name(label - 1), number, (box[0], box[1], box[2], box[3]))
-        for owner, label, number, area, box in rows
-        if owner == image and label > 0 and area > 0
-    ]
+    for owner, label, number, area, box in rows:
+        if label > 0 and area > 0:
+            yield owner, Detection(display_name(label - 1), number, tuple(box))
 
 
 def detections_from_map(panoptic: PanopticMap, *, max_number: int = 20) -> list[Detection]:
@@ -140,7 +157,8 @@ def format_box(box: Sequence[float]) -> str:
         >>> format_box((0, 0.384, 1, 0.5))
         '[0.00, 0.38, 1.00, 0.50]'
     """
-    return f"[{', '.join(f'{value:.2f}' for value in box)}]"
+    x1, y1, x2, y2 = box
+    return f"[{x1:.2f}, {y1:.2f}, {x2:.2f}, {y2:.2f}]"
 
 
 def format_objects(detections: Iterable[Detection], name: str | None = None) -> str:
@@ -175,11 +193,12 @@ def format_names(detections: Iterable[Detection]) -> str:
     return ", ".join(f"#{one.number} {one.name}" for one in detections)
 
 
-def parse_objects(text: str) -> list[Detection]:
+def parse_objects(text: str, *, start: int = 0) -> list[Detection]:
     """Read what ``format_objects`` writes; its exact inverse for boxes of two decimals.
 
     Args:
         text: The whole text, nothing before or after it; the empty text has no objects.
+        start: First character that is read.
 
     Raises:
         ValueError: naming the position, at anything that ``format_objects`` would not write.
@@ -189,17 +208,20 @@ def parse_objects(text: str) -> list[Detection]:
         [Detection(name='horse', number=1, box=(0.06, 0.38, 0.27, 0.91))]
     """
     detections = []
-    for match in _items(_OBJECT, text, "(#1 name) [0.00, 0.00, 1.00, 1.00]"):
+    for match in _items(_OBJECT, text, "(#1 name) [0.00, 0.00, 1.00, 1.00]", start):
         x1, y1, x2, y2 = (float(match.group(i)) for i in range(3, 7))
+        if x1 > x2 or y1 > y2:
+            raise _unexpected(text, match.start(3), "x1 <= x2 and y1 <= y2")
         detections.append(Detection(match.group(2), _number(match), (x1, y1, x2, y2)))
     return detections
 
 
-def parse_names(text: str) -> list[tuple[str, int]]:
+def parse_names(text: str, *, start: int = 0) -> list[tuple[str, int]]:
     """Read what ``format_names`` writes, as pairs of name and number.
 
     Args:
         text: The whole text; the empty text has no objects.
+        start: First character that is read.
 
     Raises:
         ValueError: naming the position, at anything that ``format_names`` would not write.
@@ -208,7 +230,7 @@ def parse_names(text: str) -> list[tuple[str, int]]:
         >>> parse_names("#1 horse, #1 traffic light")
         [('horse', 1), ('traffic light', 1)]
     """
-    return [(m.group(2), _number(m)) for m in _items(_NUMBERED, text, "#1 name")]
+    return [(m.group(2), _number(m)) for m in _items(_NUMBERED, text, "#1 name", start)]
 
 
 def object_prefix(detections: Sequence[Detection]) -> str:
@@ -252,10 +274,10 @@ def split_prefix(text: str) -> tuple[list[Detection], str]:
     return parse_objects(text[len(PREFIX) : end + 1]), text[end + 3 :]
 
 
-def _items(pattern: re.Pattern[str], text: str, form: str) -> list[re.Match[str]]:
+def _items(pattern: re.Pattern[str], text: str, form: str, start: int) -> list[re.Match[str]]:
     matches: list[re.Match[str]] = []
-    position = 0
-    while text:
+    position = start
+    while start < len(text):
         match = pattern.match(text, position)
         if match is None:
             raise _unexpected(text, position, repr(form))
@@ -277,5 +299,5 @@ def _unexpected(text: str, position: int, wanted: str) -> ValueError:
 def _number(match: re.Match[str]) -> int:
     digits = match.group(1)
     if len(digits) > 9 or (digits != "0" and digits.startswith("0")):
-        raise ValueError(f"text: expected a number without leading zeros, got #{digits[:20]}")
+        raise _unexpected(match.string, match.start(1), "a number without leading zeros")
     return int(digits)

@@ -1,8 +1,8 @@
 """Training records: crayon instructions made from COCO panoptic, and conversations about images.
 
 A record is a mapping: ``image`` (an RGB image, a path, a list of them, or None), ``panoptic`` (a
-``PanopticMap`` or None for each image), ``conversation`` (messages with ``role`` and ``content``)
-and, optionally, ``object_text`` (whether the prompt names the image's objects).
+``PanopticMap``, a ``CrayonMap`` or None for each image), ``conversation`` (messages with ``role``
+and ``content``) and, optionally, ``object_text`` (whether the prompt names the image's objects).
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ import torch
 from torch.utils.data import Dataset
 
 from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
-from collavo.panoptic.instructions import TEMPLATES, build_instruction
-from collavo.panoptic.maps import PanopticMap, PathLike
+from collavo.panoptic.instructions import (
+    TEMPLATES,
+    build_instructions,
+    check_templates,
+    draw_instruction,
+)
+from collavo.panoptic.maps import MapInput, PathLike
+from collavo.panoptic.prepared import PreparedDataset, PreparedSample
 from collavo.panoptic.text import detections_from_map
 
 Record: TypeAlias = dict[str, Any]
@@ -34,7 +40,8 @@ class CrayonInstructionDataset(Dataset[Record]):
     segment have nothing to ask about and are left out.
 
     Args:
-        samples: COCO panoptic samples.
+        samples: COCO panoptic samples, or what ``collavo prepare`` made of them: the same records
+            come from both, the second without a PNG being read.
         templates: The templates to draw from, each with the same probability.
         seed: Of the draws.
         max_number: Largest instance number, as the model's crayon has it.
@@ -42,25 +49,24 @@ class CrayonInstructionDataset(Dataset[Record]):
             default.
 
     Raises:
-        ValueError: if a template is unknown, or no image has a segment.
+        ValueError: if a template is unknown, no image has a segment, or samples were prepared
+            without one of the templates or with another largest number.
 
     Source: paper section 3 (crayon prompt tuning) and figure 5.
     """
 
     def __init__(
         self,
-        samples: CocoPanopticDataset,
+        samples: CocoPanopticDataset | PreparedDataset,
         *,
         templates: Sequence[str] = tuple(TEMPLATES),
         seed: int = 0,
         max_number: int = 20,
         object_text: bool = False,
     ) -> None:
-        unknown = [name for name in templates if name not in TEMPLATES]
-        if unknown or not templates:
-            raise ValueError(
-                f"templates: expected some of {', '.join(TEMPLATES)}, got {list(templates)}"
-            )
+        check_templates(templates)
+        if isinstance(samples, PreparedDataset):
+            _check_prepared(samples, templates, max_number)
         self.samples = samples
         self.templates = tuple(templates)
         self.seed = seed
@@ -68,7 +74,8 @@ class CrayonInstructionDataset(Dataset[Record]):
         self.object_text = object_text
         self._indices = [i for i in range(len(samples)) if samples.num_segments(i)]
         if not self._indices:
-            raise ValueError(f"samples: no image of {samples.annotations} has a segment")
+            where = samples.folder if isinstance(samples, PreparedDataset) else samples.annotations
+            raise ValueError(f"samples: no image of {where} has a segment")
         # In shared memory, so that workers which live over epochs see it change.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
@@ -100,19 +107,46 @@ class CrayonInstructionDataset(Dataset[Record]):
         rng = random.Random(f"{self.seed}/{int(self._epoch)}/{position}")
         return self._record(sample, rng)
 
-    def _record(self, sample: PanopticSample, rng: random.Random) -> Record:
-        detections = detections_from_map(sample.panoptic, max_number=self.max_number)
-        if not detections:
+    def file_name(self, index: int) -> str:
+        """Return the file name of a record's image, so that ``SampleStream`` can report it.
+
+        Args:
+            index: 0..len-1, or counted from the end.
+        """
+        return self.samples.file_name(self._indices[index])
+
+    def _record(self, sample: PanopticSample | PreparedSample, rng: random.Random) -> Record:
+        panoptic: MapInput
+        if isinstance(sample, PreparedSample):
+            image, panoptic, instructions = sample.image(), sample.crayon, sample.instructions
+        else:
+            image, panoptic = sample.image, sample.panoptic
+            detections = detections_from_map(panoptic, max_number=self.max_number)
+            instructions = tuple(build_instructions(detections, self.templates))
+        if not instructions:
             raise ValueError(
                 f"{sample.path}: none of its listed segments covers a pixel of its map"
             )
-        instruction = build_instruction(detections, rng.choice(self.templates), rng=rng)
         return {
-            "image": sample.image,
-            "panoptic": sample.panoptic,
-            "conversation": instruction.conversation(),
+            "image": image,
+            "panoptic": panoptic,
+            "conversation": draw_instruction(instructions, self.templates, rng).conversation(),
             "object_text": self.object_text,
         }
+
+
+def _check_prepared(samples: PreparedDataset, templates: Sequence[str], max_number: int) -> None:
+    missing = [name for name in templates if name not in samples.settings.templates]
+    if missing:
+        raise ValueError(
+            f"templates: expected some of {', '.join(samples.settings.templates)}, with which "
+            f"{samples.folder} was prepared, got {list(templates)}"
+        )
+    if max_number != samples.settings.max_number:
+        raise ValueError(
+            f"max_number: expected {samples.settings.max_number}, with which {samples.folder} was "
+            f"prepared, got {max_number}"
+        )
 
 
 class ConversationDataset(Dataset[Record]):
@@ -122,8 +156,8 @@ class ConversationDataset(Dataset[Record]):
         records: Mappings with ``conversation`` and, optionally, ``image`` and ``panoptic``.
             Images given as paths are read when a record is asked for.
         images: Folder that relative image paths start from.
-        panoptic: Gives the panoptic map of an image's path, or None, for records without one of
-            their own; a panoptic model or a store of its results.
+        panoptic: Gives the map or the crayon of an image's path, or None, for records without one
+            of their own; a panoptic model or a store of its results.
 
     Raises:
         ValueError: naming the record and the key, if one is malformed.
@@ -139,7 +173,7 @@ class ConversationDataset(Dataset[Record]):
         records: Sequence[Mapping[str, Any]],
         *,
         images: PathLike | None = None,
-        panoptic: Callable[[Path], PanopticMap | None] | None = None,
+        panoptic: Callable[[Path], MapInput | None] | None = None,
     ) -> None:
         self.records = [check_record(record, f"records[{i}]") for i, record in enumerate(records)]
         self.images = None if images is None else Path(images)
@@ -151,7 +185,7 @@ class ConversationDataset(Dataset[Record]):
         path: PathLike,
         *,
         images: PathLike | None = None,
-        panoptic: Callable[[Path], PanopticMap | None] | None = None,
+        panoptic: Callable[[Path], MapInput | None] | None = None,
     ) -> ConversationDataset:
         """Read LLaVA's format: a list of ``{"image", "conversations": [{"from", "value"}]}``.
 
@@ -206,8 +240,8 @@ class ConversationDataset(Dataset[Record]):
         return {**record, "image": opened, "panoptic": maps}
 
 
-def record_images(record: Mapping[str, Any]) -> tuple[list[Any], list[PanopticMap | None]]:
-    """Return a record's images and, for each, its panoptic map or None.
+def record_images(record: Mapping[str, Any]) -> tuple[list[Any], list[MapInput | None]]:
+    """Return a record's images and, for each, its map, crayon or None.
 
     Args:
         record: A training record.

@@ -15,6 +15,8 @@ namespace {
 
 // Ids of a tile that are looked for in all of its pixels; pixels of others are taken one by one.
 constexpr int kPasses = 8;
+// After an id with fewer, others are not likely to have more.
+constexpr int64_t kFewPixels = 8;
 constexpr int64_t kMostLines = 64;  // of a tile, beside kMostPixels
 constexpr int64_t kCacheLine = 64;  // bytes
 
@@ -183,19 +185,27 @@ class BandPass {
         tile.height = smaller(rows.end - y, kMostLines);
         tile.owned_width = smaller(columns.owned_end - x, kMostPixels);
         tile.owned_height = smaller(rows.owned_end - y, kMostLines);
-        Pixels::uniform(tile.pixels, image_.stride, tile.height, tile.width) ? add_whole(tile)
-                                                                             : add_parts(tile);
+        if (!Pixels::uniform(tile.pixels, image_.stride, tile.height, tile.width)) {
+          add_parts(tile);
+          continue;
+        }
+        const int64_t row = add_whole(tile);
+        if (tile.width == columns.end - columns.begin && tile.height == rows.end - rows.begin) {
+          return row;  // the tile is the cell
+        }
+        count(row, tile.width * tile.height);
       }
     }
     return take_majority();
   }
 
-  void add_whole(const Tile& tile) {
+  int64_t add_whole(const Tile& tile) {
     const int64_t row = finder_.find(Pixels::at(tile.pixels, 0));
-    count(row, tile.width * tile.height);
-    if (tile.owned_width <= 0 || tile.owned_height <= 0) return;
-    add_block(band_.facts[row], tile.owned_width * tile.owned_height, tile.x, tile.y,
-              tile.x + tile.owned_width, tile.y + tile.owned_height);
+    if (tile.owned_width > 0 && tile.owned_height > 0) {
+      add_block(band_.facts[row], tile.owned_width * tile.owned_height, tile.x, tile.y,
+                tile.x + tile.owned_width, tile.y + tile.owned_height);
+    }
+    return row;
   }
 
   // A tile with several ids, of which most have two: these are counted together.
@@ -243,6 +253,7 @@ class BandPass {
         left[y] &= ~bits[y].first;
       }
       add_part(tile, id, part);
+      if (part.pixels < kFewPixels) break;
     }
     for (; line < tile.height; ++line) {
       for (uint64_t bits = left[line]; bits != 0; bits &= bits - 1) {

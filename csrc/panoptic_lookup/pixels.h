@@ -65,28 +65,32 @@ inline void match(const uint8_t* block, int64_t stride, int64_t lines, int64_t c
   return match_lines<4, load>(block, stride, lines, count, bytes, a, b, bits);
 }
 
-// Whether all lines repeat `wanted`, of which a load has `step` bytes and the last one the rest.
-template <int kLoads>
-inline bool lines_are(__m512i wanted, int64_t step, const uint8_t* block, int64_t stride,
-                      int64_t lines, int64_t bytes) {
-  const __mmask64 whole = first_bits(step), rest = first_bits(bytes - (kLoads - 1) * step);
+// Whether all lines repeat `wanted`, of which a load has kStep bytes and the last one the rest.
+template <int kStep, int kLoads>
+inline bool lines_are(__m512i wanted, const uint8_t* block, int64_t stride, int64_t lines,
+                      int64_t bytes) {
+  const __mmask64 whole = first_bits(kStep), rest = first_bits(bytes - (kLoads - 1) * kStep);
   __m512i differ = _mm512_setzero_si512();
+  const auto add = [&](__m512i found) {
+    differ = _mm512_ternarylogic_epi32(differ, found, wanted, 0xF6);  // differ | found ^ wanted
+  };
   for (int64_t y = 0; y < lines; ++y) {
     const uint8_t* line = block + y * stride;
-    for (int k = 0; k < kLoads; ++k, line += step) {
-      const __m512i found = _mm512_mask_loadu_epi8(wanted, k + 1 < kLoads ? whole : rest, line);
-      differ = _mm512_ternarylogic_epi32(differ, found, wanted, 0xF6);  // differ | found ^ wanted
+    for (int k = 0; k + 1 < kLoads; ++k, line += kStep) {
+      add(kStep == 64 ? _mm512_loadu_si512(line) : _mm512_mask_loadu_epi8(wanted, whole, line));
     }
+    add(_mm512_mask_loadu_epi8(wanted, rest, line));
   }
   return _mm512_test_epi32_mask(differ, differ) == 0;
 }
 
-inline bool lines_repeat(__m512i wanted, int64_t step, const uint8_t* block, int64_t stride,
-                         int64_t lines, int64_t bytes) {
-  if (bytes <= step) return lines_are<1>(wanted, step, block, stride, lines, bytes);
-  if (bytes <= 2 * step) return lines_are<2>(wanted, step, block, stride, lines, bytes);
-  if (bytes <= 3 * step) return lines_are<3>(wanted, step, block, stride, lines, bytes);
-  return lines_are<4>(wanted, step, block, stride, lines, bytes);
+template <int kStep>
+inline bool lines_repeat(__m512i wanted, const uint8_t* block, int64_t stride, int64_t lines,
+                         int64_t bytes) {
+  if (bytes <= kStep) return lines_are<kStep, 1>(wanted, block, stride, lines, bytes);
+  if (bytes <= 2 * kStep) return lines_are<kStep, 2>(wanted, block, stride, lines, bytes);
+  if (bytes <= 3 * kStep) return lines_are<kStep, 3>(wanted, block, stride, lines, bytes);
+  return lines_are<kStep, 4>(wanted, block, stride, lines, bytes);
 }
 
 #else
@@ -140,7 +144,7 @@ struct Ids {
 
   static bool uniform(const uint8_t* block, int64_t stride, int64_t lines, int64_t count) {
     const __m512i id = _mm512_set1_epi32(at(block, 0));
-    return lines_repeat(id, 64, block, stride, lines, kBytes * count);
+    return lines_repeat<64>(id, block, stride, lines, kBytes * count);
   }
 
 #else
@@ -208,7 +212,7 @@ struct Colours {
                                            1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1,  //
                                            0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0);
     const __m512i id = _mm512_permutexvar_epi8(repeat, _mm512_set1_epi32(at(block, 0)));
-    return lines_repeat(id, 63, block, stride, lines, kBytes * count);
+    return lines_repeat<63>(id, block, stride, lines, kBytes * count);
   }
 
 #else

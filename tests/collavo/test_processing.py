@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 from collavo.configuration import CollavoConfig
 from collavo.panoptic import PanopticMap
 from collavo.processing import CollavoProcessor, make_image_processor
+from collavo_kernels import panoptic_lookup
 
 PROMPT = "USER: <image>\nIs there a horse ASSISTANT:"
 WITHOUT = "USER: Is there a horse ASSISTANT:"
@@ -201,10 +202,58 @@ def test_disagreements_are_named(tiny_processor, change, message):
 
 
 def test_wrong_types_are_named(tiny_processor):
-    with pytest.raises(TypeError, match=r"panoptic\[0\]: expected a PanopticMap or None, got str"):
+    with pytest.raises(TypeError, match=r"panoptic\[0\]: expected a PanopticMap, a CrayonMap or"):
         tiny_processor()(text=PROMPT, images=picture(), panoptic=["map.png"])
     with pytest.raises(TypeError, match="images: expected PIL images, paths or lists"):
         tiny_processor()(text=PROMPT, images=3)
+
+
+@pytest.fixture
+def crayon(panoptic):
+    """The picture's map, looked up for the tiny processor's grid."""
+    return look_up(panoptic)
+
+
+def look_up(panoptic, images=1, grid=(4, 4), **kwargs):
+    lists = [panoptic.segment_ids] * images, [panoptic.segment_classes] * images
+    return panoptic_lookup([panoptic.segmentation] * images, *lists, grid=grid, **kwargs)
+
+
+def test_a_crayon_in_place_of_a_map(tiny_processor, panoptic, crayon):
+    processor = tiny_processor()
+    one, other = (
+        processor(text=PROMPT, images=picture(), panoptic=each, return_tensors="pt")
+        for each in (panoptic, crayon)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_no_lookup_is_made_of_a_crayon(tiny_processor, crayon, monkeypatch):
+    monkeypatch.setattr("collavo.processing.panoptic_lookup", None)
+    tiny_processor()(text=PROMPT, images=picture(), panoptic=crayon)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda p: look_up(p, grid=(3, 4)), {}, "expected the processor's 16 grid cells, got a "),
+        (lambda p: look_up(p, images=2), {}, "expected a CrayonMap of one image .*got 2 images"),
+        (lambda p: look_up(p).pad(9), {}, "without dead rows, got 1 images and 9 rows"),
+        (look_up, {"num_classes": 100}, "a row's class to be at most 100, .*got 126"),
+        (look_up, {"max_number": 1}, "a row's number to be at most 1, .*got 2"),
+        (look_up, {"mode": "crop"}, "expected a PanopticMap, since the image processor crops"),
+    ],
+)
+def test_crayons_that_do_not_fit(tiny_processor, panoptic, change, options, message):
+    """A map is looked up as the processor wants it; what has been looked up already cannot be."""
+    with pytest.raises(ValueError, match=rf"panoptic\[0\]: .*{message}"):
+        tiny_processor(**options)(text=PROMPT, images=picture(), panoptic=change(panoptic))
+
+
+def test_a_crop_that_keeps_the_whole_image_takes_a_crayon(tiny_processor, panoptic, crayon):
+    """Nothing of a square image is cut off, so nothing of its crayon would have to be."""
+    tiny_processor(mode="crop")(text=PROMPT, images=picture(16, 16), panoptic=crayon)
 
 
 def test_tokenizer_without_the_image_token(tiny_tokenizer):

@@ -1,9 +1,10 @@
 """Triton kernels: one program per cell over the whole batch, then one small launch for the rows.
 
-A cell's program goes through the rows that occur in the cell in ascending order: each turn counts
-one row's pixels and finds the next row. Cells hold one to three rows, so the pixels, which
-stay in cache, are read two to four times. Sums over cells are integer atomics, so their order does
-not show.
+A program takes the smallest and the largest id of its cell. Where they are the same, which they
+mostly are, it knows all the rest; otherwise it goes through the cell's ids in ascending order: each
+turn counts one id's pixels and finds the next id, past any that are not listed; what is not counted
+is unknown. Memory is read once, cache as often as there are ids. Sums over cells are integer
+atomics, so their order does not show.
 """
 
 from __future__ import annotations
@@ -21,31 +22,64 @@ from collavo_kernels.ops.panoptic_lookup.inputs import (
     with_packed_lines,
 )
 
-BLOCK = 256  # pixels a program looks at together; a cell of 640x480 on a 35x35 grid has 280
+LARGEST_BLOCK = 1024  # pixels a program looks at together; a cell may have more
+PIXELS_PER_WARP = 256
 ROWS = 256  # rows a program of the second kernel writes
 FACTS = 5  # area, then the distances of the box's edges from the opposite sides
+NO_ID = tl.constexpr(2**31 - 1)
 
 # Host buffers whose copy a CUDA graph replays: they must outlive the graph.
 _captured: list[Tensor] = []
 
 
 @triton.jit
-def _find(row_ids, ids, mask, rows, STEPS: tl.constexpr):
-    """Binary search of each id in the image's sorted row ids; 0, the unknown row, on a miss."""
-    low = tl.zeros_like(ids)
+def _place_of(row_ids, wanted, rows, STEPS: tl.constexpr):
+    """Binary search: the last of the image's sorted row ids, 0 first, that is not above an id."""
+    low = wanted * 0
     high = low + rows
     for _ in tl.static_range(STEPS):
         middle = low + (high - low) // 2
-        not_above = tl.load(row_ids + middle, mask=mask, other=0) <= ids
+        not_above = tl.load(row_ids + middle) <= wanted
         low = tl.where(not_above, middle, low)
         high = tl.where(not_above, high, middle)
-    hit = tl.load(row_ids + low, mask=mask, other=0) == ids
-    return tl.where(hit, low, 0)
+    return low
+
+
+@triton.jit
+def _row_of(row_ids, wanted, rows, STEPS: tl.constexpr):
+    """Return the row of an id; 0, the unknown row, if it is not listed."""
+    place = _place_of(row_ids, wanted, rows, STEPS)
+    return tl.where(tl.load(row_ids + place) == wanted, place, 0)
+
+
+@triton.jit
+def _load_ids(pixels, coloured, at, x, inside):
+    """Read ids from int32, or from three bytes of colour; "no segment" is 0."""
+    if coloured != 0:
+        pixel = pixels + at + 3 * x
+        red = tl.load(pixel, mask=inside, other=0).to(tl.int32)
+        green = tl.load(pixel + 1, mask=inside, other=0).to(tl.int32)
+        blue = tl.load(pixel + 2, mask=inside, other=0).to(tl.int32)
+        ids = red | (green << 8) | (blue << 16)
+    else:
+        word = (pixels + at + 4 * x).to(tl.pointer_type(tl.int32), bitcast=True)
+        ids = tl.maximum(tl.load(word, mask=inside, other=0), 0)
+    return ids
+
+
+@triton.jit
+def _add_facts(fact, area, from_right, from_bottom, right, bottom):
+    if area > 0:
+        tl.atomic_add(fact, area, sem="relaxed")
+        tl.atomic_max(fact + 1, from_right, sem="relaxed")
+        tl.atomic_max(fact + 2, from_bottom, sem="relaxed")
+        tl.atomic_max(fact + 3, right, sem="relaxed")
+        tl.atomic_max(fact + 4, bottom, sem="relaxed")
 
 
 @triton.jit
 def lookup_cells(
-    images,  # [B, 6] int64: address, height, width, line stride, first row, rows
+    images,  # [B, 7] int64: address, coloured, height, width, line stride, first row, rows
     row_ids,  # [T] int32
     row_index,  # [B, grid_h * grid_w] int32
     facts,  # [T, 5] int32, zeros
@@ -58,16 +92,17 @@ def lookup_cells(
     """Write one cell's row; add the pixels that belong to no other cell to their rows' facts."""
     program = tl.program_id(0)
     cells = grid_h * grid_w
-    entry = images + program // cells * 6
+    entry = images + program // cells * 7
     cell = program % cells
     i = cell // grid_w
     j = cell % grid_w
-    pixels = tl.load(entry).to(tl.pointer_type(tl.int32))
-    height = tl.load(entry + 1).to(tl.int32)
-    width = tl.load(entry + 2).to(tl.int32)
-    stride = tl.load(entry + 3)
-    first_row = tl.load(entry + 4)
-    rows = tl.load(entry + 5).to(tl.int32)
+    pixels = tl.load(entry).to(tl.pointer_type(tl.uint8))
+    coloured = tl.load(entry + 1).to(tl.int32)
+    height = tl.load(entry + 2).to(tl.int32)
+    width = tl.load(entry + 3).to(tl.int32)
+    stride = tl.load(entry + 4)
+    first_row = tl.load(entry + 5)
+    rows = tl.load(entry + 6).to(tl.int32)
     ids_here = row_ids + first_row
     facts_here = facts + first_row * 5
 
@@ -79,61 +114,85 @@ def lookup_cells(
     wide = ((j + 1) * width + grid_w - 1) // grid_w - left
     total = tall * wide
 
+    smallest = NO_ID
+    largest = 0
+    start = 0
+    while start < total:
+        offset = start + tl.arange(0, BLOCK)
+        inside = offset < total
+        y = (top + offset // wide).to(tl.int64)
+        ids = _load_ids(pixels, coloured, y * stride, left + offset % wide, inside)
+        smallest = tl.minimum(smallest, tl.min(tl.where(inside, ids, NO_ID)))
+        largest = tl.maximum(largest, tl.max(ids))
+        start += BLOCK
+
     best = 0
     best_row = 0
-    candidate = 0
-    while candidate < rows:
-        count = 0
-        area = 0
-        from_right = 0
-        from_bottom = 0
-        right = 0
-        bottom = 0
-        following = rows
-        start = 0
-        while start < total:
-            offset = start + tl.arange(0, BLOCK)
-            inside = offset < total
-            y = top + offset // wide
-            x = left + offset % wide
-            at = y.to(tl.int64) * stride + x
-            ids = tl.maximum(tl.load(pixels + at, mask=inside, other=0), 0)
-            row = _find(ids_here, ids, inside, rows, STEPS)
-            here = inside & (row == candidate)
-            owned = here & (y < owned_bottom) & (x < owned_right)
-            count += tl.sum(here.to(tl.int32))
-            area += tl.sum(owned.to(tl.int32))
-            from_right = tl.maximum(from_right, tl.max(tl.where(owned, width - x, 0)))
-            from_bottom = tl.maximum(from_bottom, tl.max(tl.where(owned, height - y, 0)))
-            right = tl.maximum(right, tl.max(tl.where(owned, x + 1, 0)))
-            bottom = tl.maximum(bottom, tl.max(tl.where(owned, y + 1, 0)))
-            later = inside & (row > candidate)
-            following = tl.minimum(following, tl.min(tl.where(later, row, rows)))
-            start += BLOCK
-        better = count > best
-        best = tl.where(better, count, best)
-        best_row = tl.where(better, candidate, best_row)
-        if area > 0:
-            fact = facts_here + candidate * 5
-            tl.atomic_add(fact, area, sem="relaxed")
-            tl.atomic_max(fact + 1, from_right, sem="relaxed")
-            tl.atomic_max(fact + 2, from_bottom, sem="relaxed")
-            tl.atomic_max(fact + 3, right, sem="relaxed")
-            tl.atomic_max(fact + 4, bottom, sem="relaxed")
-        candidate = following
+    owned_total = (owned_bottom - top) * (owned_right - left)
+    if smallest == largest:
+        best_row = _row_of(ids_here, smallest, rows, STEPS)
+        fact = facts_here + best_row * 5
+        _add_facts(fact, owned_total, width - left, height - top, owned_right, owned_bottom)
+    else:
+        known = 0  # pixels of listed ids, and those of them that are no other cell's
+        known_area = 0
+        candidate = smallest
+        while candidate <= largest:
+            place = _place_of(ids_here, candidate, rows, STEPS)
+            listed = (place > 0) & (tl.load(ids_here + place) == candidate)
+            next_listed = tl.load(ids_here + place + 1, mask=place + 1 < rows, other=NO_ID)
+            # After the largest int32 there is none: then this is the last turn.
+            after = tl.where(listed, candidate + 1, next_listed)
+            count = 0
+            area = 0
+            from_right = 0
+            from_bottom = 0
+            right = 0
+            bottom = 0
+            following = NO_ID
+            start = 0
+            while start < total:
+                offset = start + tl.arange(0, BLOCK)
+                inside = offset < total
+                y = top + offset // wide
+                x = left + offset % wide
+                ids = _load_ids(pixels, coloured, y.to(tl.int64) * stride, x, inside)
+                here = inside & listed & (ids == candidate)
+                owned = here & (y < owned_bottom) & (x < owned_right)
+                count += tl.sum(here.to(tl.int32))
+                area += tl.sum(owned.to(tl.int32))
+                from_right = tl.maximum(from_right, tl.max(tl.where(owned, width - x, 0)))
+                from_bottom = tl.maximum(from_bottom, tl.max(tl.where(owned, height - y, 0)))
+                right = tl.maximum(right, tl.max(tl.where(owned, x + 1, 0)))
+                bottom = tl.maximum(bottom, tl.max(tl.where(owned, y + 1, 0)))
+                later = inside & (ids >= after) & (ids > candidate)
+                following = tl.minimum(following, tl.min(tl.where(later, ids, NO_ID)))
+                start += BLOCK
+            fact = facts_here + place * 5
+            _add_facts(fact, area, from_right, from_bottom, right, bottom)
+            known += count
+            known_area += area
+            better = count > best
+            best = tl.where(better, count, best)
+            best_row = tl.where(better, place, best_row)
+            done = candidate == largest
+            candidate = tl.where(done, largest, following)
+            largest = tl.where(done, -1, largest)
+        best_row = tl.where(total - known >= best, 0, best_row)
+        # The unknown row has no box.
+        _add_facts(facts_here, owned_total - known_area, 0, 0, 0, 0)
 
     if not MAJORITY:
         y = (2 * i + 1) * height // (2 * grid_h)
-        x = (2 * j + 1) * width // (2 * grid_w)
-        at = y.to(tl.int64) * stride + x + tl.arange(0, 1)
-        ids = tl.maximum(tl.load(pixels + at), 0)
-        best_row = tl.max(_find(ids_here, ids, ids >= 0, rows, STEPS))
+        x = (2 * j + 1) * width // (2 * grid_w) + tl.arange(0, 1)
+        ids = _load_ids(pixels, coloured, y.to(tl.int64) * stride, x, x >= 0)
+        best_row = _row_of(ids_here, tl.max(ids), rows, STEPS)
     tl.store(row_index + program, first_row.to(tl.int32) + best_row)
 
 
 @triton.jit
 def finish_rows(
-    images,  # [B, 6] int64
+    images,  # [B, 7] int64
     columns,  # [4, T] int32: class, number, image, segment id
     facts,  # [T, 5] int32
     row_class,
@@ -158,8 +217,8 @@ def finish_rows(
     area = tl.load(fact, mask=live, other=0)
     tl.store(row_area + row, area, mask=live)
     boxed = live & (segment > 0) & (area > 0)
-    height = tl.load(images + image.to(tl.int64) * 6 + 1, mask=live, other=1).to(tl.int32)
-    width = tl.load(images + image.to(tl.int64) * 6 + 2, mask=live, other=1).to(tl.int32)
+    height = tl.load(images + image.to(tl.int64) * 7 + 2, mask=live, other=1).to(tl.int32)
+    width = tl.load(images + image.to(tl.int64) * 7 + 3, mask=live, other=1).to(tl.int32)
     x0 = width - tl.load(fact + 1, mask=live, other=0)
     y0 = height - tl.load(fact + 2, mask=live, other=0)
     x1 = tl.load(fact + 3, mask=live, other=0)
@@ -199,6 +258,7 @@ def forward(inputs: LookupInputs) -> LookupResult:
     facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
     # The rows of one image are searched: enough halvings for the image with most rows.
     steps = max(inputs.counts).bit_length()
+    block = _block_of(inputs)
     with device_of(facts):
         lookup_cells[(images * cells,)](
             table,
@@ -209,10 +269,18 @@ def forward(inputs: LookupInputs) -> LookupResult:
             inputs.grid_w,
             STEPS=steps,
             MAJORITY=inputs.reduce == "majority",
-            BLOCK=BLOCK,
+            BLOCK=block,
+            num_warps=max(1, block // PIXELS_PER_WARP),
         )
         finish_rows[(triton.cdiv(rows, ROWS),)](table, columns, facts, *result[1:], rows, ROWS=ROWS)
     return result
+
+
+def _block_of(inputs: LookupInputs) -> int:
+    """Pixels that a program looks at together: the largest cell's, within bounds."""
+    sizes = [each.shape[1:3] for each in inputs.maps]
+    most = max((h // inputs.grid_h + 2) * (w // inputs.grid_w + 2) for h, w in sizes)
+    return int(min(max(triton.next_power_of_2(most), 128), LARGEST_BLOCK))
 
 
 def _send(inputs: LookupInputs, table: Tensor) -> tuple[Tensor, Tensor]:

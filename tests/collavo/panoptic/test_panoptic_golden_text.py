@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.models.mask2former import image_processing_pil_mask2former as processing
 
 from collavo.chat_templates import CHAT_TEMPLATES, OBJECTS_MARKER
 from collavo.panoptic import (
     DISPLAY_NAMES,
-    Mask2FormerSegmenter,
     PanopticMap,
     detections_from_crayon,
     detections_from_map,
@@ -276,30 +272,3 @@ def test_every_recorded_case_is_tested(golden):
         "none_in_map_but_info_present", "fused_same_id_twice_in_info", "label_id_133_out_of_range",
     }  # fmt: skip
     assert {*RIGHT, *OTHER_SIZES, *WRONG_ORDER, *elsewhere} == set(golden("panoptic")[1]["cases"])
-
-
-def test_mask2former_post_processing():
-    """The paper's settings: no fusing, and 0.95 of score times probability in some cell."""
-    masks = torch.full((1, 3, 16, 16), -10.0)
-    masks[0, 0, :, :8] = 10.0
-    masks[0, 1, :8, 8:] = 10.0
-    masks[0, 2, 8:, 8:] = 10.0
-    classes = torch.zeros(1, 3, 134)
-    classes[0, 0, 17] = classes[0, 1, 17] = 20.0  # certain: two horses, not fused
-    classes[0, 2, 119] = 6.5  # score 0.83: above 0.5, but no cell's product reaches 0.95
-    outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
-    segmenter = Mask2FormerSegmenter(
-        SimpleNamespace(config=SimpleNamespace(num_labels=133)),
-        processing.Mask2FormerImageProcessorPil(),
-        grid=(35, 35),
-    )
-    panoptic = segmenter.post_process(outputs)
-    assert panoptic.size == (35, 35)
-    assert [(d.name, d.number) for d in detections_from_map(panoptic)] == [
-        ("horse", 1),
-        ("horse", 2),
-    ]
-    nothing = SimpleNamespace(class_queries_logits=classes * 0, masks_queries_logits=masks)
-    assert segmenter.post_process(nothing).num_segments == 0
-    with pytest.raises(ValueError, match="expected the 133 labels of COCO panoptic, got 7"):
-        Mask2FormerSegmenter(SimpleNamespace(config=SimpleNamespace(num_labels=7)), None)

@@ -11,16 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-from transformers.models.mask2former.image_processing_pil_mask2former import (
-    Mask2FormerImageProcessorPil,
-)
 
 from collavo.panoptic import (
     CLASS_NAMES,
     NUM_CLASSES,
     NUM_THINGS,
-    Mask2FormerSegmenter,
     PanopticMap,
     category_id_from_index,
     class_index,
@@ -226,31 +221,6 @@ def test_from_segmenter():
         PanopticMap.from_segmenter(lambda _: None, image)
     with pytest.raises(ValueError, match="its result has no 'segments_info'"):
         PanopticMap.from_segmenter(lambda _: {"segmentation": IDS}, image)
-
-
-def test_mask2former_from_a_folder(tmp_path):
-    """A tiny random model, saved and read as a user's would be; then an image goes through it."""
-    pytest.importorskip("scipy", reason="transformers' Mask2Former needs scipy")
-    backbone = SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2, image_size=64,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=backbone, num_labels=133, hidden_dim=32, feature_size=32,
-        mask_feature_size=32, dim_feedforward=16, encoder_feedforward_dim=16, encoder_layers=1,
-        decoder_layers=2, num_attention_heads=2, num_queries=5,
-    )  # fmt: skip
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
-    size = {"height": 64, "width": 64}
-    Mask2FormerImageProcessorPil(size=size).save_pretrained(tmp_path)
-    segmenter = Mask2FormerSegmenter.from_pretrained(str(tmp_path), grid=(6, 9))
-    assert not segmenter.model.training
-    panoptic = PanopticMap.from_segmenter(segmenter, Image.new("L", (40, 30)))
-    # Random weights are sure of nothing: every cell is unknown.
-    assert panoptic.size == (6, 9) and panoptic.num_segments == 0
-    segmenter.threshold = segmenter.mask_threshold = 0.0
-    panoptic = PanopticMap.from_segmenter(segmenter, Image.new("L", (40, 30)))
-    assert panoptic.size == (6, 9) and panoptic.num_segments > 0
 
 
 def test_a_map_may_stay_in_cocos_colours(tmp_path):

@@ -87,6 +87,44 @@ def test_both_stages_one_after_the_other(
     assert (tmp_path / "cit" / "model.safetensors").read_bytes() == final
 
 
+def test_prepared_shards_train_the_model_that_the_pngs_train(
+    words: list[str], vl_json: Path, coco_folder: Path, tmp_path: Path
+) -> None:
+    """Both data sets of cit: crayon instructions, and the maps of conversations by image name."""
+    start = words.index("--panoptic")
+    inputs, shards = words[start : start + 4], str(tmp_path / "shards")
+    prepare = ["prepare", "--images", str(coco_folder / "images"), *inputs, "--output", shards]
+    assert main([*prepare, "--grid", "2", "--num-images-per-shard", "2", "--no-progress"]) == 0
+    images = str(coco_folder / "images")
+    cit = ["--stage", "cit", "--vl-data", str(vl_json), "--vl-images", images, "--lora-rank", "4"]
+    cit += ["--save_strategy", "no"]
+    assert main([*words, *cit]) == 0
+    for path in (coco_folder / "panoptic").iterdir():
+        path.unlink()  # they are not read again
+    plain = words[:start] + words[start + 4 :]
+    other = ["--prepared", shards, "--output_dir", str(tmp_path / "prepared")]
+    assert main([*plain, *cit, *other]) == 0
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "prepared")]
+    assert saved[0] == saved[1]
+
+
+def test_prepared_shards_have_to_fit(
+    words: list[str], coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = words.index("--panoptic")
+    inputs, shards = words[start : start + 4], str(tmp_path / "shards")
+    prepare = ["prepare", "--images", str(coco_folder / "images"), *inputs, "--output", shards]
+    assert main([*prepare, "--grid", "3", "--no-progress"]) == 0
+    plain = words[:start] + words[start + 4 :]
+    for command, message in (
+        ([*plain, "--prepared", shards], "was prepared with grid (3, 3), the processor has (2, 2)"),
+        ([*words, "--prepared", shards], "--prepared: expected without --panoptic"),
+        (plain, "--panoptic: expected with --coco-images"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

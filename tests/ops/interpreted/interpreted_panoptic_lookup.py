@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "panoptic_lookup"))
 
-from panoptic_cases import CASES, Case, noise
+from panoptic_cases import CASES, Case, colours, noise
 
 from collavo_kernels.ops.panoptic_lookup import reference, triton_kernels
 from collavo_kernels.ops.panoptic_lookup.inputs import LookupResult
@@ -38,11 +39,33 @@ def test_every_case_gives_the_reference_bits(name: str, reduce: str) -> None:
         assert_same(triton_kernels.forward(inputs), reference.forward(inputs))
 
 
-def test_a_cell_of_more_pixels_than_a_program_takes_at_once() -> None:
+# One map in colours beside the ids: the kernel asks each image which it has.
+@pytest.mark.parametrize("name", ["colours", "ties", "list-out-of-order"])
+def test_colours_give_the_same(name: str) -> None:
+    inputs = CASES[name].inputs("majority", coloured=True)
+    expected = reference.forward(CASES[name].inputs("majority"))
+    assert_same(triton_kernels.forward(inputs), expected)
+    mixed = (*inputs.maps[:1], *CASES[name].inputs("majority").maps[1:])
+    assert_same(triton_kernels.forward(inputs._replace(maps=mixed)), expected)
+
+
+def test_ids_that_are_not_listed_take_no_turn_each() -> None:
+    """Thousands of them in one cell, around three that are: a turn each would take minutes."""
+    ids = list(range(2, 6002))
+    case = Case("unlisted", lambda: [noise(80, 80, ids)], [[(300, 1), (301, 0), (5999, 0)]], (1, 1))
+    inputs = case.inputs("majority")
+    start = time.perf_counter()
+    assert_same(triton_kernels.forward(inputs), reference.forward(inputs))
+    assert time.perf_counter() - start < 60
+
+
+def test_a_cell_of_more_pixels_than_a_program_takes_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ids = [0, 1, 2, 3]
     pairs = [[(i, 0) for i in ids[1:]]]
     case = Case("two rounds per row", lambda: [noise(40, 30, ids)], pairs, (1, 2))
-    assert 2 * triton_kernels.BLOCK < 40 * 15
+    monkeypatch.setattr(triton_kernels, "LARGEST_BLOCK", 128)
     inputs = case.inputs("majority")
     assert_same(triton_kernels.forward(inputs), reference.forward(inputs))
 
@@ -62,5 +85,7 @@ def test_views_are_read_where_they_lie() -> None:
     expected = reference.forward(inputs)
     wide = torch.zeros(2, 12, 20, dtype=torch.int32)
     wide[:, 2:11, 5:16] = maps
-    for view in (offset_view(maps), wide[:, 2:11, 5:16]):
+    coloured = torch.zeros(2, 12, 20, 3, dtype=torch.uint8)
+    coloured[:, 2:11, 5:16] = colours(maps.clamp_min(0))
+    for view in (offset_view(maps), wide[:, 2:11, 5:16], coloured[:, 2:11, 5:16]):
         assert_same(triton_kernels.forward(inputs._replace(maps=(view,))), expected)

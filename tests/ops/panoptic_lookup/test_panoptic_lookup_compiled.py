@@ -10,16 +10,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("majority", [True, False])
-def test_cells_compile(target: str, majority: bool) -> None:
+@pytest.mark.parametrize(("majority", "block"), [(True, 128), (True, 1024), (False, 512)])
+def test_cells_compile(target: str, majority: bool, block: int) -> None:
     from collavo_kernels.ops.panoptic_lookup import triton_kernels as kernels
 
     pointers = {"images": "*i64", "row_ids": "*i32", "row_index": "*i32", "facts": "*i32"}
     compiled = compile_ahead(
         kernels.lookup_cells,
         {**pointers, "grid_h": "i32", "grid_w": "i32"},
-        {"STEPS": 6, "MAJORITY": majority, "BLOCK": kernels.BLOCK},
+        {"STEPS": 6, "MAJORITY": majority, "BLOCK": block},
         target,
+        num_warps=max(1, block // kernels.PIXELS_PER_WARP),
     )
     assert compiled.spill_bytes == 0
     assert compiled.shared_bytes <= compiled.shared_limit

@@ -1,0 +1,309 @@
+"""What a COCO panoptic folder holds: where its parts lie, and what its JSON lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from collavo.panoptic.maps import PathLike, category_table, parse_segments
+
+_T = TypeVar("_T")
+
+
+class CocoFolder(NamedTuple):
+    """The three parts of a COCO panoptic folder.
+
+    Attributes:
+        images: Folder of the images.
+        panoptic: Folder of the panoptic PNGs.
+        annotations: The JSON.
+    """
+
+    images: Path
+    panoptic: Path
+    annotations: Path
+
+
+def find_coco_folder(root: PathLike, split: str = "val2017") -> CocoFolder:
+    """Find the parts of COCO's panoptic layout, as people unzip it.
+
+    Args:
+        root: Has ``annotations/panoptic_<split>.json``; the PNGs in
+            ``annotations/panoptic_<split>/`` or ``panoptic_<split>/``; the images in ``<split>/``
+            or ``images/<split>/``.
+        split: ``"train2017"`` or ``"val2017"``.
+
+    Raises:
+        FileNotFoundError: naming the part that is missing and every place it was looked for.
+
+    Source: COCO panoptic 2017's archives.
+    """
+    root = Path(root)
+    name = f"panoptic_{split}"
+    if not root.is_dir():
+        raise FileNotFoundError(f"root: there is no folder {root}")
+    return CocoFolder(
+        images=_first("images", root / split, root / "images" / split),
+        panoptic=_first("panoptic PNGs", root / "annotations" / name, root / name),
+        annotations=_first("annotations", root / "annotations" / f"{name}.json"),
+    )
+
+
+def _first(part: str, *places: Path) -> Path:
+    for place in places:
+        if place.is_file() if place.suffix == ".json" else place.is_dir():
+            return place
+    looked = " or ".join(str(place) for place in places)
+    raise FileNotFoundError(f"{part}: expected {looked}, found nothing there")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something of a data set that is left out, and why.
+
+    Args:
+        name: The file, or the entry of the JSON.
+        reason: What is wrong with it.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CocoRecord:
+    """Where one sample lies, and which entries of the flat segment lists belong to it.
+
+    Args:
+        image: The image's file name.
+        png: The panoptic PNG's file name.
+        image_id: COCO's number of the image.
+        start: First entry of the segment lists.
+        stop: One past the last.
+    """
+
+    image: str
+    png: str
+    image_id: int
+    start: int
+    stop: int
+
+
+@dataclass
+class CocoIndex:
+    """What a COCO panoptic JSON lists, checked, in the order of its images.
+
+    Args:
+        path: The JSON.
+        records: One per image.
+        segment_ids: int32, of all records one after the other.
+        segment_classes: int32, class indices, in the same order.
+        skipped: What was left out; see :meth:`read`.
+    """
+
+    path: Path
+    records: list[CocoRecord] = field(default_factory=list)
+    segment_ids: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.int32))
+    segment_classes: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.int32))
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @classmethod
+    def read(
+        cls, path: PathLike, *, keep_crowd: bool = True, skip_faults: bool = False
+    ) -> CocoIndex:
+        """Read and check the JSON.
+
+        Args:
+            path: With ``images``, ``annotations`` and, optionally, ``categories`` (classes are
+                found by name; without the list COCO's own ids are meant).
+            keep_crowd: Whether segments with ``iscrowd`` stay.
+            skip_faults: Leave out what is wrong with single entries and list it in ``skipped``. An
+                image whose segments are not all right is left out; of entries that contradict each
+                other the first counts.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the JSON and what is malformed as a whole; and, unless faults are
+                skipped, the entry, if a key is missing, an image has no annotation, an annotation
+                has no image, a file or an id occurs twice, or a category is unknown.
+        """
+        index = cls(Path(path))
+        _Reader(index, keep_crowd, skip_faults).read(load_json(index.path))
+        return index
+
+    def segments(self, record: CocoRecord) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the ids and the classes of a record's segments, int32 ``[S]`` each.
+
+        Args:
+            record: One of ``records``.
+        """
+        chosen = slice(record.start, record.stop)
+        return self.segment_ids[chosen], self.segment_classes[chosen]
+
+
+class _Reader:
+    """Fills an index from a JSON's content."""
+
+    def __init__(self, index: CocoIndex, keep_crowd: bool, skip_faults: bool) -> None:
+        self.index = index
+        self.where = str(index.path)
+        self.keep_crowd = keep_crowd
+        self.skip_faults = skip_faults
+        self.seen: set[str] = set()
+        self.ids: list[int] = []
+        self.classes: list[int] = []
+
+    def read(self, content: Mapping[str, Any]) -> None:
+        table = categories_of(content, self.where)
+        images = list_of(content, "images", self.where)
+        by_image = self.annotations(list_of(content, "annotations", self.where))
+        for position, entry in enumerate(images):
+            try:
+                self.add(entry, by_image, table, f"images[{position}]")
+            except ValueError as error:
+                name = entry.get("file_name") if isinstance(entry, Mapping) else None
+                self.fault(name if isinstance(name, str) else f"images[{position}]", error)
+        self.check_orphans(images, by_image)
+        # Flat arrays: a worker process shares their pages, which lists of mappings would unshare.
+        self.index.segment_ids = np.asarray(self.ids, dtype=np.int32)
+        self.index.segment_classes = np.asarray(self.classes, dtype=np.int32)
+
+    def fault(self, name: str, error: ValueError) -> None:
+        if not self.skip_faults:
+            raise error
+        reason = str(error).removeprefix(f"{self.where}: ")
+        self.index.skipped.append(Skipped(name, reason))
+
+    def annotations(self, entries: list[Any]) -> dict[int, Mapping[str, Any]]:
+        found: dict[int, Mapping[str, Any]] = {}
+        for position, entry in enumerate(entries):
+            name = f"annotations[{position}]"
+            try:
+                number = key_of(entry, "image_id", int, f"{self.where}: {name}")
+                if number in found:
+                    raise ValueError(f"{self.where}: image_id {number} is annotated twice")
+            except ValueError as error:
+                self.fault(name, error)
+            else:
+                found[number] = entry
+        return found
+
+    def add(
+        self,
+        entry: object,
+        by_image: Mapping[int, Mapping[str, Any]],
+        table: Mapping[int, int],
+        position: str,
+    ) -> None:
+        where = self.where
+        number = key_of(entry, "id", int, f"{where}: {position}")
+        name = key_of(entry, "file_name", str, f"{where}: {position}")
+        annotation = by_image.get(number)
+        if annotation is None:
+            raise ValueError(f"{where}: image {number} ({name}) has no annotation")
+        label = f"{where}: annotation of image {number}"
+        png = key_of(annotation, "file_name", str, label)
+        infos = self.kept(list_of(annotation, "segments_info", label))
+        ids, classes = parse_segments(infos, table, label)
+        named = (f"image id {number}", f"image {name}", f"map {png}")
+        for text in named:
+            if text in self.seen:
+                raise ValueError(f"{where}: {text} is listed twice")
+        self.seen.update(named)
+        start = len(self.ids)
+        self.index.records.append(CocoRecord(name, png, number, start, start + len(ids)))
+        self.ids += ids
+        self.classes += classes
+
+    def kept(self, infos: list[Any]) -> list[Any]:
+        if self.keep_crowd:
+            return infos
+        return [i for i in infos if not (isinstance(i, Mapping) and i.get("iscrowd"))]
+
+    def check_orphans(self, images: list[Any], by_image: Mapping[int, Mapping[str, Any]]) -> None:
+        numbers = (entry.get("id") for entry in images if isinstance(entry, Mapping))
+        listed = {number for number in numbers if isinstance(number, int)}
+        for number in sorted(by_image.keys() - listed):
+            name = str(by_image[number].get("file_name"))
+            text = f"{self.where}: image_id {number} is annotated and not in 'images'"
+            self.fault(name, ValueError(text))
+
+
+def load_json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is no JSON or holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations: there is no file {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def categories_of(content: Mapping[str, Any], where: str) -> Mapping[int, int]:
+    """Return the class index of every category id of a JSON.
+
+    Args:
+        content: Of the JSON; without ``categories`` COCO's own ids are meant.
+        where: What to call it in messages.
+
+    Raises:
+        ValueError: naming ``where`` and the entry.
+    """
+    if "categories" not in content:
+        return category_table(None)
+    try:
+        return category_table(list_of(content, "categories", where))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def list_of(content: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """Return a list of a JSON object.
+
+    Args:
+        content: The object.
+        key: The list's key.
+        where: What to call the object in messages.
+
+    Raises:
+        ValueError: naming ``where`` and the key, if there is no list.
+    """
+    value = content.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: expected a list {key!r}, got {type(value).__name__}")
+    return value
+
+
+def key_of(entry: object, key: str, kind: type[_T], where: str) -> _T:
+    """Return a value of a JSON object.
+
+    Args:
+        entry: What should be an object.
+        key: The value's key.
+        kind: The value's type.
+        where: What to call the object in messages.
+
+    Raises:
+        ValueError: naming ``where`` and the key, if there is no such value.
+    """
+    value = entry.get(key) if isinstance(entry, Mapping) else None
+    # JSON's true and false are integers to Python.
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where}: expected {key!r} as {kind.__name__}, got {value!r}")
+    return value
