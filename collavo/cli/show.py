@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collavo.panoptic import detections_from_map, format_objects
 from collavo.panoptic.coco import check_same_size, find_panoptic_map, read_image
-from collavo.panoptic.drawing import draw_scene
+from collavo.panoptic.drawing import PANELS, check_suffix, save_scene
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-number", type=int, default=20, help="largest instance number (default 20)"
     )
     parser.add_argument(
-        "--output", type=Path, help="picture to write (default: IMAGE's name with -crayon.png)"
+        "--panels",
+        nargs="+",
+        default=list(PANELS),
+        metavar="PANEL",
+        help=f"what to draw, in this order: some of {', '.join(PANELS)} (default: all)",
+    )
+    parser.add_argument(
+        "--panel-size",
+        type=int,
+        default=760,
+        help="longer side of the drawn image in pixels (default 760)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="picture to write: .png, or .svg for vectors (default: IMAGE's name with -crayon.png)",
     )
 
 
@@ -34,18 +49,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--grid: expected one or two sizes of at least 1, got {args.grid}")
     if args.max_number < 0:
         raise ValueError(f"--max-number: expected at least 0, got {args.max_number}")
+    output = check_suffix(args.output or f"{args.image.stem}-crayon.png")
     image = read_image(args.image)
     panoptic = find_panoptic_map(args.panoptic, args.annotations)
     check_same_size(panoptic, args.panoptic, image, args.image)
-    output = args.output or Path(f"{args.image.stem}-crayon.png")
-    picture = draw_scene(
+    save_scene(
+        output,
         image,
         panoptic,
         grid=(args.grid[0], args.grid[-1]),
         max_number=args.max_number,
+        panel=args.panel_size,
         title=f"{args.image.name}  {image.width} x {image.height}",
+        panels=args.panels,
     )
-    picture.save(output)
     text = format_objects(detections_from_map(panoptic, max_number=args.max_number))
     print(text or "no object")
     print(f"saved {output}")

@@ -15,6 +15,7 @@ from collavo.panoptic.categories import (
 )
 from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
 from collavo.panoptic.coco_index import Skipped, find_coco_folder
+from collavo.panoptic.drawing import draw_scene, save_scene
 from collavo.panoptic.instructions import (
     TEMPLATES,
     Instruction,
@@ -95,6 +96,7 @@ __all__ = [
     "detections_from_map",
     "display_name",
     "draw_instruction",
+    "draw_scene",
     "find_coco_folder",
     "format_box",
     "format_names",
@@ -110,6 +112,7 @@ __all__ = [
     "read_image",
     "read_panoptic_colours",
     "read_panoptic_png",
+    "save_scene",
     "split_prefix",
     "write_panoptic_png",
 ]
