@@ -53,7 +53,8 @@ class CollavoTrainer(Trainer):
 
     Raises:
         ValueError: if the model lacks what the stage trains, a data set that the stage draws from
-            is missing or empty or was prepared for another processor than the collator's, or FSDP is asked for something it cannot do here.
+            is missing or empty or was prepared for another processor than the collator's, or FSDP
+            is asked for something it cannot do here.
     """
 
     args: CollavoTrainingArguments
