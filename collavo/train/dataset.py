@@ -90,6 +90,10 @@ class CrayonInstructionDataset(Dataset[Record]):
         """
         self._epoch.fill_(epoch)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
     def __len__(self) -> int:
         return len(self._indices)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,8 @@ def test_a_map_of_uncovered_segments_raises_from_pngs_and_is_left_out_of_shards(
     with pytest.raises(ValueError, match=r"002\.png: none of its listed segments covers a pixel"):
         pngs[1]
     assert len(CrayonInstructionDataset(prepare(coco_folder, tmp_path / "out"))) == 2
+
+
+def test_a_copy_shares_its_epoch_with_workers_too(shards: PreparedDataset) -> None:
+    copied = copy.deepcopy(CrayonInstructionDataset(shards))
+    assert copied._epoch.is_shared()
