@@ -167,6 +167,15 @@ def test_a_map_that_cannot_be_used_is_skipped(coco_folder, tmp_path, kind):
     assert str(tmp_path) not in skipped.reason
 
 
+def test_a_map_beyond_the_lookups_limit_is_skipped_with_its_image(coco_folder, tmp_path):
+    """Its image fits it, so that the lookup itself would be the first to refuse."""
+    break_map(coco_folder / "panoptic" / "001.png", "too wide")
+    Image.new("RGB", (33000, 2)).save(coco_folder / "images" / "001.png")
+    report = prepare_folder(parts(coco_folder), tmp_path / "out", SMALL)
+    reason = "expected a map of at most 32767 pixels per side, got 33000x2"
+    assert report.skipped == (Skipped("panoptic/001.png", reason),) and report.images == 2
+
+
 def test_images_are_decoded_where_that_is_asked_for(coco_folder, tmp_path):
     """A cut image still has its header: by default training is where it is found."""
     path = coco_folder / "images" / "002.png"
