@@ -59,6 +59,10 @@ class CollavoProcessor(ProcessorMixin):
         ValueError: if the tokenizer lacks the image token, the grid is not two positive sizes, or
             the image processor resizes in another way.
 
+    A ``CrayonMap`` given in a map's place must have been looked up with this processor's grid and
+    reduction: it tells the number of its cells alone, which is all that can be checked here (7x5
+    passes for 5x7). ``PreparedDataset.check_crayon`` checks the rest.
+
     Source: released code (35x35 grid, squashed images, prompt protocol).
     """
 

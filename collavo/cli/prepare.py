@@ -1,12 +1,14 @@
 """``collavo prepare``: turn a COCO panoptic folder into shards of crayon maps and instructions.
 
-The exit status is 0 if all was prepared, 3 if something was skipped and the rest is done, and 2
-after an error. A run that was broken off goes on where it stopped when it is started again.
+The exit status is 0 if all was prepared, 3 if something was skipped and the rest is done, 2 after
+an error and 130 after Ctrl-C. A run that was broken off goes on where it stopped when it is
+started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from collavo.panoptic.coco_index import CocoFolder, find_coco_folder
@@ -14,6 +16,7 @@ from collavo.panoptic.instructions import TEMPLATES
 from collavo.panoptic.shards import PrepareSettings
 
 SKIPPED_STATUS = 3
+INTERRUPTED_STATUS = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,15 +76,25 @@ def run(args: argparse.Namespace) -> int:
         verify_images=args.verify_images,
         limit=args.limit,
     )
-    report = prepare_folder(
-        coco_folder(args),
-        args.output,
-        settings,
-        workers=args.workers,
-        overwrite=args.overwrite,
-        progress=not args.no_progress,
-    )
-    print(report.summary())
+    try:
+        report = prepare_folder(
+            coco_folder(args),
+            args.output,
+            settings,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            progress=not args.no_progress,
+        )
+    except KeyboardInterrupt:
+        again = "without --overwrite " if args.overwrite else ""
+        print(
+            f"collavo prepare: interrupted; run it again {again}to go on where it stopped",
+            file=sys.stderr,
+        )
+        return INTERRUPTED_STATUS
+    # A file's name may hold characters that no encoding has.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(report.summary().encode(encoding, "backslashreplace").decode(encoding))
     return SKIPPED_STATUS if report.skipped else 0
 
 

@@ -114,7 +114,12 @@ class CocoIndex:
 
     @classmethod
     def read(
-        cls, path: PathLike, *, keep_crowd: bool = True, skip_faults: bool = False
+        cls,
+        path: PathLike,
+        *,
+        keep_crowd: bool = True,
+        skip_faults: bool = False,
+        limit: int | None = None,
     ) -> CocoIndex:
         """Read and check the JSON.
 
@@ -125,6 +130,8 @@ class CocoIndex:
             skip_faults: Leave out what is wrong with single entries and list it in ``skipped``. An
                 image whose segments are not all right is left out; of entries that contradict each
                 other the first counts.
+            limit: Only so many records from the JSON's beginning; what is wrong with images after
+                them, or with annotations of other images, is then no fault. None takes all.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -133,7 +140,7 @@ class CocoIndex:
                 has no image, a file or an id occurs twice, or a category is unknown.
         """
         index = cls(Path(path))
-        _Reader(index, keep_crowd, skip_faults).read(load_json(index.path))
+        _Reader(index, keep_crowd, skip_faults, limit).read(load_json(index.path))
         return index
 
     def segments(self, record: CocoRecord) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -149,12 +156,17 @@ class CocoIndex:
 class _Reader:
     """Fills an index from a JSON's content."""
 
-    def __init__(self, index: CocoIndex, keep_crowd: bool, skip_faults: bool) -> None:
+    def __init__(
+        self, index: CocoIndex, keep_crowd: bool, skip_faults: bool, limit: int | None
+    ) -> None:
         self.index = index
         self.where = str(index.path)
         self.keep_crowd = keep_crowd
         self.skip_faults = skip_faults
+        self.limit = limit
         self.seen: set[str] = set()
+        # The image, where it is known, of every faulty annotation.
+        self.owners: list[int | None] = []
         self.ids: list[int] = []
         self.classes: list[int] = []
 
@@ -162,13 +174,18 @@ class _Reader:
         table = categories_of(content, self.where)
         images = list_of(content, "images", self.where)
         by_image = self.annotations(list_of(content, "annotations", self.where))
+        doubtful = len(self.index.skipped)
         for position, entry in enumerate(images):
+            if self.limit is not None and len(self.index.records) >= self.limit:
+                self.forget_faults(doubtful, images[:position])
+                break
             try:
                 self.add(entry, by_image, table, f"images[{position}]")
             except ValueError as error:
                 name = entry.get("file_name") if isinstance(entry, Mapping) else None
                 self.fault(name if isinstance(name, str) else f"images[{position}]", error)
-        self.check_orphans(images, by_image)
+        else:
+            self.check_orphans(images, by_image)
         # Flat arrays: a worker process shares their pages, which lists of mappings would unshare.
         self.index.segment_ids = np.asarray(self.ids, dtype=np.int32)
         self.index.segment_classes = np.asarray(self.classes, dtype=np.int32)
@@ -179,16 +196,25 @@ class _Reader:
         reason = str(error).removeprefix(f"{self.where}: ")
         self.index.skipped.append(Skipped(name, reason))
 
+    def forget_faults(self, count: int, images: list[Any]) -> None:
+        """Keep, of the annotations' faults, which come first, those of these images."""
+        numbers = [entry.get("id") for entry in images if isinstance(entry, Mapping)]
+        faults = zip(self.index.skipped[:count], self.owners, strict=True)
+        kept = [fault for fault, owner in faults if owner is not None and owner in numbers]
+        self.index.skipped[:count] = kept
+
     def annotations(self, entries: list[Any]) -> dict[int, Mapping[str, Any]]:
         found: dict[int, Mapping[str, Any]] = {}
         for position, entry in enumerate(entries):
             name = f"annotations[{position}]"
+            number = None
             try:
                 number = key_of(entry, "image_id", int, f"{self.where}: {name}")
                 if number in found:
                     raise ValueError(f"{self.where}: image_id {number} is annotated twice")
             except ValueError as error:
                 self.fault(name, error)
+                self.owners.append(number)
             else:
                 found[number] = entry
         return found

@@ -17,6 +17,7 @@ from torch import Tensor
 from collavo.panoptic.categories import CATEGORY_TO_INDEX, NUM_CLASSES, class_index
 from collavo_kernels import CrayonMap
 from collavo_kernels.ops.panoptic_lookup import decode_colours
+from collavo_kernels.ops.panoptic_lookup.registration import MAX_SIDE
 
 PathLike = str | Path
 
@@ -62,8 +63,8 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no PNG, is truncated, has no pixels, or is paletted,
-            grayscale, 16-bit or RGBA.
+        ValueError: naming the file, if it is no PNG, is truncated, has no pixels or too many for
+            the lookup on a side, or is paletted, grayscale, 16-bit or RGBA.
 
     Source: COCO panoptic's file format.
     """
@@ -94,6 +95,10 @@ def _check_png_header(path: Path) -> None:
         )
     if not (width and height):
         raise ValueError(f"{path}: expected a map with pixels, got {width}x{height}")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(
+            f"{path}: expected a map of at most {MAX_SIDE} pixels per side, got {width}x{height}"
+        )
 
 
 def write_panoptic_png(path: PathLike, segmentation: Tensor) -> None:
@@ -225,6 +230,8 @@ class PanopticMap:
             raise ValueError(
                 f"segmentation: expected ids that fit into int32, got {int(raw.max())}"
             )
+        if raw.dtype == torch.int64:
+            raw = raw.clamp_min(-1)  # else ids below int32's least would come round to others
         coloured = raw.dtype == torch.uint8 and raw.dim() == 3
         return cls(
             raw.cpu().to(raw.dtype if coloured else torch.int32).contiguous(),
@@ -323,7 +330,9 @@ class PanopticMap:
         ids = [_entry(info, "id", where, i) for i, info in infos]
         labels = [_entry(info, "label_id", where, i) for i, info in infos]
         # The map comes as float where nothing at all was found.
-        segmentation = _tensor(result["segmentation"]).to(torch.int32)
+        segmentation = _tensor(result["segmentation"])
+        if segmentation.dtype != torch.int64:
+            segmentation = segmentation.to(torch.int32)
         return cls.from_segments(segmentation, ids, labels)
 
 

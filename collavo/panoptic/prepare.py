@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,11 +30,13 @@ from collavo.panoptic.instructions import build_instructions
 from collavo.panoptic.maps import PathLike, read_panoptic_colours
 from collavo.panoptic.shards import (
     FORMAT,
+    LOCK,
     MANIFEST,
     REPORT,
     PreparedImage,
     PrepareSettings,
     Shard,
+    lock_folder,
     read_manifest,
     shard_files,
     write_file,
@@ -47,6 +50,10 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 # Maps of one lookup: 15 MB of colours, and calls so few that their fixed cost is lost in decoding.
 _CHUNK = 16
+# What a run writes, and no more than that is ever removed.
+_OWN = re.compile(
+    rf"(shard-[0-9]{{5,}}\.(jsonl|safetensors)|{re.escape(MANIFEST)}|{re.escape(REPORT)})(\.tmp)?"
+)
 
 
 @dataclass(frozen=True)
@@ -101,35 +108,52 @@ def prepare_folder(
     """Prepare a COCO panoptic folder, or go on where an earlier run was broken off.
 
     Faulty entries of the JSON, missing and unreadable files are skipped and reported. One run at a
-    time may write to a folder.
+    time may write to a folder: it holds a lock there, where the system has such locks.
 
     Args:
         coco: The folder's parts; see ``find_coco_folder``.
         output: Folder to write; it must be new, empty or of an earlier run.
         settings: What to make; None takes the defaults.
         workers: Threads that decode PNGs.
-        overwrite: Remove what an earlier run made and begin again.
+        overwrite: Remove what an earlier run made, and nothing else, and begin again.
         progress: Whether to show a bar.
 
     Raises:
         FileNotFoundError: naming the part of the COCO folder that is missing.
         ValueError: if the JSON is malformed as a whole, nothing at all could be prepared, or the
-            output was made with other settings or inputs (saying which) or has other files.
+            output was made with other settings or inputs (saying which), has other files or is
+            being written by another run.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     settings = settings or PrepareSettings()
     coco = CocoFolder(*(Path(os.path.abspath(path)) for path in coco))
     check_folders(coco.images, coco.panoptic)
-    index = CocoIndex.read(coco.annotations, skip_faults=True)
+    index = CocoIndex.read(coco.annotations, skip_faults=True, limit=settings.limit)
     folder = Path(output)
     manifest = {
         "format": FORMAT,
         "settings": settings.to_json(),
         "inputs": _fingerprint(coco),
     }
-    _open_output(folder, manifest, overwrite)
-    records = index.records[: settings.limit]
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_own(folder)
+    with lock_folder(folder):
+        _open_output(folder, manifest, overwrite)
+        report = _write_shards(folder, coco, index, settings, workers, progress)
+        _finish(folder, manifest, report)
+    return report
+
+
+def _write_shards(
+    folder: Path,
+    coco: CocoFolder,
+    index: CocoIndex,
+    settings: PrepareSettings,
+    workers: int,
+    progress: bool,
+) -> PrepareReport:
+    records = index.records
     size = settings.images_per_shard
     parts = [records[start : start + size] for start in range(0, len(records), size)]
     done = [_is_done(folder, number) for number in range(len(parts))]
@@ -143,9 +167,7 @@ def prepare_folder(
             results = islice(decoded, len(parts[number]))
             crayon, entries = builder.build(parts[number], results, bar.update)
             write_shard(folder, number, crayon, entries)
-    report = _report(folder, len(parts), sum(done), index.skipped)
-    _finish(folder, manifest, report)
-    return report
+    return _report(folder, len(parts), sum(done), index.skipped)
 
 
 class _Builder:
@@ -248,23 +270,32 @@ def _fingerprint(coco: CocoFolder) -> dict[str, str]:
 
 
 def _open_output(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
-    if overwrite:
-        own = [*folder.glob("shard-*.safetensors"), *folder.glob("shard-*.jsonl")]
-        for file in [*own, *folder.glob("*.tmp"), folder / REPORT, path]:
-            file.unlink(missing_ok=True)
     if path.is_file():
-        _check_same(path, read_manifest(path), manifest)
+        there = read_manifest(path)
+        if not overwrite:
+            _check_same(path, there, manifest)
+            return
+        own = [file for file in folder.iterdir() if _OWN.fullmatch(file.name)]
+        # The settings' file goes last: until then it says whose folder this is.
+        for file in sorted(own, key=lambda file: file.name == MANIFEST):
+            if not file.is_dir():
+                file.unlink()
+    _write_json(path, {**manifest, "complete": False})
+
+
+def _check_own(folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder / MANIFEST)
         return
-    # A run that was killed at once has left no more than a temporary file.
-    others = sorted(file.name for file in folder.iterdir() if file.suffix != ".tmp")
+    # A run that was killed at once has left no more than its lock and a temporary file.
+    names = (file.name for file in folder.iterdir() if file.suffix != ".tmp")
+    others = sorted(name for name in names if name != LOCK)
     if others:
         raise ValueError(
             f"{folder}: expected a new or empty folder, or one of an earlier run, found "
             f"{others[0]!r} and no {MANIFEST}; name another folder"
         )
-    _write_json(path, {**manifest, "complete": False})
 
 
 def _check_same(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -287,7 +318,9 @@ def _is_done(folder: Path, number: int) -> bool:
     try:
         Shard(folder, number)
     except (ValueError, OSError):
-        return False  # damaged since: it is made again
+        # Truncated since, or no shard at all: it is made again. Bytes that were changed in place
+        # are not noticed here, since that would mean to read all of it.
+        return False
     return True
 
 

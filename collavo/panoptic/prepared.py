@@ -60,6 +60,10 @@ class PreparedDataset(Dataset[PreparedSample]):
     Shards are opened when a sample of theirs is asked for, a few at a time, and of these only the
     sample's own bytes are read. It can be pickled and used by any number of workers.
 
+    Its crayons fit a processor of the same grid, reduction and largest number alone.
+    ``CollavoTrainer`` and ``collavo train`` check that; elsewhere call :meth:`check_crayon` once,
+    since a single crayon does not tell of which grid it is.
+
     Args:
         folder: That ``collavo prepare`` wrote.
         images: Folder of the images; None leaves samples' paths relative to it.

@@ -10,13 +10,19 @@ done, the counts. Shard ``k`` has the images ``k n`` to ``(k + 1) n`` of the ind
   not skipped, and what finds one of them without reading the others.
 
 Every file is written beside its place and then renamed, so that a file that is there is whole.
+What is noticed of later damage: files that are missing or of another length, tensors without their
+names or sizes, lines that are no JSON. Bytes that changed in place are not: there are no checksums,
+since reading all of a shard would cost more than opening it is worth.
+
+``prepared.lock`` is empty; a run that writes to the folder holds a lock on it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +36,17 @@ from torch import Tensor
 from collavo.panoptic.coco_index import Skipped
 from collavo.panoptic.instructions import TEMPLATES, Instruction, check_templates
 from collavo_kernels import CrayonMap
+from collavo_kernels.ops.panoptic_lookup.registration import MAX_SIDE
+
+try:
+    import fcntl
+except ImportError:  # only POSIX systems have it
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 MANIFEST = "prepared.json"
 REPORT = "skipped.jsonl"
+LOCK = "prepared.lock"
 
 _SKIPPED_LINE = b'{"skipped"'
 _CRAYON = tuple(field.name for field in fields(CrayonMap))
@@ -70,6 +83,8 @@ class PrepareSettings:
         check_templates(self.templates)
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid: expected a positive height and width, got {self.grid}")
+        if max(self.grid) > MAX_SIDE:
+            raise ValueError(f"grid: expected at most {MAX_SIDE} cells per side, got {self.grid}")
         if self.reduce not in ("majority", "nearest"):
             raise ValueError(f"reduce: expected majority or nearest, got {self.reduce!r}")
         limit = 1 if self.limit is None else self.limit
@@ -80,6 +95,8 @@ class PrepareSettings:
         ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if self.max_number >= 2**31:
+            raise ValueError(f"max_number: expected at most {2**31 - 1}, got {self.max_number}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
@@ -169,6 +186,35 @@ def write_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock ends with the process at the latest.
+
+    Where the system or the folder's file system has no such locks, nothing is kept out.
+
+    Args:
+        folder: Of the prepared data set.
+
+    Raises:
+        ValueError: if another run holds the lock.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{folder}: another run of collavo prepare writes to it; wait until it is "
+                    "done, or name another folder"
+                ) from error
+            except OSError:
+                pass  # this file system has no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -267,7 +313,8 @@ class Shard:
 
     Raises:
         FileNotFoundError: naming the file that is missing.
-        ValueError: naming the file that is truncated or no shard.
+        ValueError: naming the file that is truncated or no shard. Bytes that changed in place are
+            not noticed; see the module.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
@@ -284,6 +331,11 @@ class Shard:
             raise ValueError(f"{self.tensors}: truncated, or no shard ({error})") from error
         if missing:
             raise ValueError(f"{self.tensors}: no shard: it has no {sorted(missing)[0]}")
+        if not self._line_start or len(self._line_start) != len(self._first_row):
+            raise ValueError(
+                f"{self.tensors}: no shard: its first_row has {len(self._first_row)} entries and "
+                f"its line_start {len(self._line_start)}"
+            )
         size = self.lines.stat().st_size
         if size != self._line_start[-1]:
             raise ValueError(f"{self.lines}: expected {self._line_start[-1]} bytes, got {size}")
@@ -338,13 +390,24 @@ class Shard:
             raise ValueError(f"{self.lines}: damaged at byte {start} ({error})") from error
 
     def skipped(self) -> list[Skipped]:
-        """Return what was skipped in place of an image, in order."""
-        found = []
+        """Return what was skipped in place of an image, in order.
+
+        Raises:
+            ValueError: naming the file, if a line is damaged.
+        """
+        found, start = [], 0
         with self.lines.open("rb") as file:
             for line in file:
                 if line.startswith(_SKIPPED_LINE):
-                    entry = json.loads(line)
-                    found.append(Skipped(entry["skipped"], entry["reason"]))
+                    try:
+                        entry = json.loads(line)
+                        found.append(Skipped(entry["skipped"], entry["reason"]))
+                    except (ValueError, TypeError, KeyError) as error:
+                        raise ValueError(
+                            f"{self.lines}: damaged at byte {start} ({error}); remove it and "
+                            "run collavo prepare again"
+                        ) from error
+                start += len(line)
         return found
 
     def _get(self, name: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -35,9 +36,10 @@ class SampleStream(IterableDataset[_T]):
     """The samples of a data set, each of them once per epoch over all ranks and workers.
 
     Rank ``r`` of ``n`` takes every n-th sample of the epoch's order, beginning with the r-th, and
-    its DataLoader workers share these out in the same way; so without shuffling the order of one
-    rank does not depend on the number of its workers. Ranks may differ by one sample. In memory is
-    the order alone.
+    its DataLoader workers share these out in the same way. Where a DataLoader gives out samples one
+    by one (a batch size of 1 or None) and none is left out, their order does not depend on the
+    number of workers; larger batches are of one worker's share each, so that which samples meet in
+    a batch does depend on it. Ranks may differ by one sample. In memory is the order alone.
 
     Args:
         samples: A map-style data set, such as ``CocoPanopticDataset``, ``PreparedDataset`` or
@@ -132,9 +134,16 @@ class SampleStream(IterableDataset[_T]):
                 yield sample
 
     def __getstate__(self) -> dict[str, object]:
-        # A spawned worker gets the stream pickled and knows nothing of torch.distributed.
+        # A spawned worker gets the stream pickled and knows nothing of torch.distributed. Any other
+        # copy asks for its rank itself, since it may have been made before there were ranks.
+        if get_spawning_popen() is None:
+            return self.__dict__.copy()
         rank, world_size = self._place()
         return {**self.__dict__, "rank": rank, "world_size": world_size}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
 
     def _order(self, first: int, step: int) -> Iterator[int]:
         if not self.shuffle:

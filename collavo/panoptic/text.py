@@ -32,6 +32,8 @@ _OBJECT = re.compile(
     rf"\(#([0-9]+) ({_NAME})\) "
     rf"\[({_COORDINATE}), ({_COORDINATE}), ({_COORDINATE}), ({_COORDINATE})\]"
 )
+# Longest number that is read.
+_DIGITS = 9
 _NUMBERED = re.compile(rf"#([0-9]+) ({_NAME})")
 
 
@@ -45,8 +47,8 @@ class Detection:
         box: ``(x1, y1, x2, y2)`` in 0..1 of the image's width and height, x2 and y2 exclusive.
 
     Raises:
-        ValueError: if the name could not be read back from the text, the number is negative, or
-            the box does not lie in 0..1 with x1 <= x2 and y1 <= y2.
+        ValueError: if the name could not be read back from the text, the number is negative or has
+            more than nine digits, or the box does not lie in 0..1 with x1 <= x2 and y1 <= y2.
 
     Example:
         >>> str(Detection("horse", 1, (0.06, 0.38, 0.27, 0.91)))
@@ -64,6 +66,8 @@ class Detection:
             )
         if self.number < 0:
             raise ValueError(f"number: expected at least 0, got {self.number}")
+        if self.number >= 10**_DIGITS:
+            raise ValueError(f"number: expected below 10**{_DIGITS}, got {self.number}")
         x1, y1, x2, y2 = self.box
         if not (0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1):
             raise ValueError(f"box: expected 0 <= x1 <= x2 <= 1 and y alike, got {self.box}")
@@ -298,6 +302,6 @@ def _unexpected(text: str, position: int, wanted: str) -> ValueError:
 
 def _number(match: re.Match[str]) -> int:
     digits = match.group(1)
-    if len(digits) > 9 or (digits != "0" and digits.startswith("0")):
+    if len(digits) > _DIGITS or (digits != "0" and digits.startswith("0")):
         raise _unexpected(match.string, match.start(1), "a number without leading zeros")
     return int(digits)

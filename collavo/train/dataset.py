@@ -40,8 +40,10 @@ class CrayonInstructionDataset(Dataset[Record]):
     segment have nothing to ask about and are left out.
 
     Args:
-        samples: COCO panoptic samples, or what ``collavo prepare`` made of them: the same records
-            come from both, the second without a PNG being read.
+        samples: COCO panoptic samples, or what ``collavo prepare`` made of them, which needs no
+            PNG. The same records come from both, but for images whose listed segments cover no
+            pixel: preparing has seen that and they are left out, which moves the records after
+            them; of COCO's own samples, asking for such a record raises.
         templates: The templates to draw from, each with the same probability.
         seed: Of the draws.
         max_number: Largest instance number, as the model's crayon has it.
@@ -87,6 +89,10 @@ class CrayonInstructionDataset(Dataset[Record]):
             epoch: The number of the epoch.
         """
         self._epoch.fill_(epoch)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -12,12 +12,26 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
+from collavo.panoptic.prepared import PreparedDataset
 from collavo.train import checkpoint
 from collavo.train.arguments import CollavoTrainingArguments
+from collavo.train.collator import CrayonCollator
+from collavo.train.dataset import CrayonInstructionDataset
 from collavo.train.sampler import StepSampler, join
 from collavo.train.schedule import StepKind, StepSchedule
 from collavo.train.sharding import SHARDS_BYTES, full_state_dict, replicated_parameters
 from collavo.train.stages import drop_idle_gradients, prepare_stage
+
+
+def _check_crayons(dataset: Dataset[Any] | None, collator: object) -> None:
+    # A crayon does not tell of which grid its cells are; what was prepared does.
+    if not (isinstance(dataset, CrayonInstructionDataset) and isinstance(collator, CrayonCollator)):
+        return
+    if isinstance(dataset.samples, PreparedDataset):
+        processor = collator.processor
+        dataset.samples.check_crayon(
+            grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
+        )
 
 
 class CollavoTrainer(Trainer):
@@ -39,7 +53,8 @@ class CollavoTrainer(Trainer):
 
     Raises:
         ValueError: if the model lacks what the stage trains, a data set that the stage draws from
-            is missing or empty, or FSDP is asked for something it cannot do here.
+            is missing or empty or was prepared for another processor than the collator's, or FSDP
+            is asked for something it cannot do here.
     """
 
     args: CollavoTrainingArguments
@@ -59,6 +74,7 @@ class CollavoTrainer(Trainer):
         self.schedule = StepSchedule(args.stream_seed, probability)
         self._sizes: dict[StepKind, int] = {}
         self._logged_kinds: Counter[StepKind] = Counter()
+        _check_crayons(train_dataset, kwargs.get("data_collator"))
         joined = self._join(train_dataset, vl_dataset if probability > 0.0 else None)
         super().__init__(model=cast(Any, model), args=args, train_dataset=joined, **kwargs)
         self._check_fsdp()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from collavo.cli import main
-from collavo.panoptic import PreparedDataset, PrepareSettings
+from collavo.panoptic import PreparedDataset, PrepareSettings, prepare
 
 
 @pytest.fixture
@@ -63,6 +64,8 @@ def test_cocos_own_layout(coco_folder: Path, tmp_path: Path) -> None:
     [
         (["--grid", "3", "4", "5"], "--grid: expected one or two sizes, got [3, 4, 5]"),
         (["--grid", "0"], "grid: expected a positive height and width"),
+        (["--grid", "40000", "1"], "grid: expected at most 32767 cells per side"),
+        (["--max-number", "9" * 20], "max_number: expected at most 2147483647"),
         (["--root", "."], "--images: expected without --root, got both"),
         (["--workers", "0"], "workers: expected at least 1, got 0"),
         (["--num-images-per-shard", "0"], "images_per_shard: expected at least 1, got 0"),
@@ -103,3 +106,28 @@ def test_progress_is_shown_unless_it_is_not_wanted(
     words.remove("--no-progress")
     assert main(words) == 0
     assert "3/3" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_and_status_130(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "write_shard", interrupt)
+    assert main(words) == 130
+    err = capsys.readouterr().err
+    assert err == "collavo prepare: interrupted; run it again to go on where it stopped\n"
+    monkeypatch.undo()
+    assert main(words) == 0
+
+
+def test_names_that_no_encoding_has_are_printed(
+    words: list[str], coco_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = coco_folder / "panoptic.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "\ud800.png"
+    path.write_text(json.dumps(content))
+    assert main(words) == 3
+    assert "\\ud800.png" in capsys.readouterr().out

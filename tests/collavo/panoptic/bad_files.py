@@ -42,6 +42,8 @@ def break_map(path: Path, kind: str) -> None:
         raw_png(path, 16, 12, depth=16)
     elif kind == "no pixels":
         raw_png(path, 0, 12)
+    elif kind == "too wide":
+        raw_png(path, 33000, 2)
     elif kind == "other size":
         write_panoptic_png(path, torch.ones(12, 15, dtype=torch.int32))
     elif kind == "missing":
@@ -61,6 +63,7 @@ BAD_MAPS = {
     "16-bit RGB": "expected an 8-bit RGB PNG .*got 16-bit RGB",
     "RGBA": "expected an 8-bit RGB PNG .*got 8-bit RGBA",
     "no pixels": "expected a map with pixels, got 0x12",
+    "too wide": "expected a map of at most 32767 pixels per side, got 33000x2",
     "other size": "the map is 15x12, its image .*001.png is 16x12",
     "missing": "there is no such panoptic PNG",
 }

@@ -167,6 +167,18 @@ def test_from_segments_takes_any_integer_map():
         PanopticMap.from_segments(torch.tensor([[2**40]]), [], [])
 
 
+def test_ids_below_int32_are_no_segment():
+    """Cut to 32 bits, -2**32 + 5 would be the segment 5."""
+    ids = torch.tensor([[-(2**32) + 5, 5]])
+    result = {"segmentation": ids, "segments_info": [{"id": 5, "label_id": 17}]}
+    for panoptic in (
+        PanopticMap.from_segments(ids, [5], [17]),
+        PanopticMap.from_segmenter(lambda _: result, Image.new("RGB", (2, 1))),
+    ):
+        assert (panoptic.ids() == 5).tolist() == [[False, True]]
+        assert int(panoptic.ids()[0, 0]) <= 0
+
+
 @pytest.mark.filterwarnings("error")
 def test_what_numpy_and_pillow_give_is_taken():
     """A segmenter's ids come from ``np.unique``, its map from a picture that cannot be written."""

@@ -22,6 +22,7 @@ from collavo.panoptic import (
     parse_instruction,
     prepare,
     prepare_folder,
+    shards,
     write_panoptic_png,
 )
 from collavo.panoptic.coco_index import CocoFolder
@@ -91,8 +92,8 @@ def test_bytes_depend_on_inputs_and_settings_alone(coco_folder, tmp_path, monkey
     prepare_folder(parts(Path()), tmp_path / "moved", SMALL, workers=2)
     one = contents(tmp_path / "one")
     assert sorted(one) == [
-        "prepared.json", "shard-00000.jsonl", "shard-00000.safetensors", "shard-00001.jsonl",
-        "shard-00001.safetensors", "skipped.jsonl",
+        "prepared.json", "prepared.lock", "shard-00000.jsonl", "shard-00000.safetensors",
+        "shard-00001.jsonl", "shard-00001.safetensors", "skipped.jsonl",
     ]  # fmt: skip
     assert contents(tmp_path / "three") == one and contents(tmp_path / "moved") == one
 
@@ -166,6 +167,15 @@ def test_a_map_that_cannot_be_used_is_skipped(coco_folder, tmp_path, kind):
     assert str(tmp_path) not in skipped.reason
 
 
+def test_a_map_beyond_the_lookups_limit_is_skipped_with_its_image(coco_folder, tmp_path):
+    """Its image fits it, so that the lookup itself would be the first to refuse."""
+    break_map(coco_folder / "panoptic" / "001.png", "too wide")
+    Image.new("RGB", (33000, 2)).save(coco_folder / "images" / "001.png")
+    report = prepare_folder(parts(coco_folder), tmp_path / "out", SMALL)
+    reason = "expected a map of at most 32767 pixels per side, got 33000x2"
+    assert report.skipped == (Skipped("panoptic/001.png", reason),) and report.images == 2
+
+
 def test_images_are_decoded_where_that_is_asked_for(coco_folder, tmp_path):
     """A cut image still has its header: by default training is where it is found."""
     path = coco_folder / "images" / "002.png"
@@ -232,6 +242,45 @@ def test_folders_of_others_are_left_alone(coco_folder, tmp_path):
         prepare_folder(parts(coco_folder), tmp_path / "photos" / "a.jpg", SMALL)
 
 
+def test_overwriting_removes_what_a_run_has_written_and_no_more(coco_folder, tmp_path):
+    """Files whose names are nearly a shard's, and folders, are somebody else's."""
+    prepare_folder(parts(coco_folder), tmp_path / "out", SMALL)
+    mine = {"shard-a.jsonl": b"1", "shard-00001.jsonl.old": b"2", "notes.tmp": b"3"}
+    for name, content in mine.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    (tmp_path / "out" / "shard-00099.jsonl").mkdir()
+    (tmp_path / "out" / "shard-00098.jsonl.tmp").write_bytes(b"left by a run")
+    prepare_folder(parts(coco_folder), tmp_path / "out", SMALL, overwrite=True)
+    assert not (tmp_path / "out" / "shard-00098.jsonl.tmp").exists()
+    (tmp_path / "out" / "shard-00099.jsonl").rmdir()
+    found = contents(tmp_path / "out")
+    assert {name: found[name] for name in mine} == mine
+
+
+@pytest.mark.parametrize("manifest", [None, b"{}", b"of somebody else"])
+def test_overwriting_leaves_a_folder_that_no_run_made(coco_folder, tmp_path, manifest):
+    (tmp_path / "mine").mkdir()
+    names = ["shard-00000.jsonl", "shard-a.jsonl", "notes.tmp", "skipped.jsonl"]
+    files = {name: b"mine" for name in names} | ({"prepared.json": manifest} if manifest else {})
+    for name, content in files.items():
+        (tmp_path / "mine" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="mine"):
+        prepare_folder(parts(coco_folder), tmp_path / "mine", SMALL, overwrite=True)
+    assert contents(tmp_path / "mine") == files
+
+
+def test_a_second_run_on_one_folder_is_refused(coco_folder, tmp_path):
+    """Both would write, and rename, temporary files of the same names."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with (
+        shards.lock_folder(out),
+        pytest.raises(ValueError, match=r"out: another run of collavo prepare writes to it"),
+    ):
+        prepare_folder(parts(coco_folder), out, SMALL)
+    assert prepare_folder(parts(coco_folder), out, SMALL).images == 3
+
+
 def test_nothing_prepared_is_an_error_with_a_report(coco_folder, tmp_path):
     for path in (coco_folder / "panoptic").iterdir():
         path.write_bytes(b"")
@@ -252,6 +301,29 @@ def test_a_limit_takes_the_first(coco_folder, tmp_path):
     ]
 
 
+def test_faults_beyond_the_limit_are_none(coco_folder, tmp_path):
+    """A bad image, a bad annotation and one without an image come later; one bad image is first."""
+
+    def spoil(content):
+        images, annotations = content["images"], content["annotations"]
+        images.insert(0, {"id": 9, "file_name": "009.png"})
+        annotations += [
+            {**annotations[0]},
+            {**annotations[2]},
+            {},
+            {**annotations[1], "image_id": 77},
+        ]
+        images.append({"id": 10, "file_name": "010.png"})
+
+    edit(coco_folder, spoil)
+    settings = PrepareSettings(grid=(3, 4), limit=2)
+    report = prepare_folder(parts(coco_folder), tmp_path / "out", settings)
+    assert report.images == 2
+    assert [one.name for one in report.skipped] == ["annotations[3]", "009.png"]
+    whole = prepare_folder(parts(coco_folder), tmp_path / "all", PrepareSettings(grid=(3, 4)))
+    assert whole.images == 3 and len(whole.skipped) == 6
+
+
 def test_one_template_alone(coco_folder, tmp_path):
     settings = PrepareSettings(grid=(3, 4), templates=("names",))
     prepare_folder(parts(coco_folder), tmp_path / "out", settings)
@@ -268,6 +340,8 @@ def test_one_template_alone(coco_folder, tmp_path):
         ({"max_number": -1}, "max_number: expected at least 0, got -1"),
         ({"images_per_shard": 0}, "images_per_shard: expected at least 1, got 0"),
         ({"limit": 0}, "limit: expected at least 1, got 0"),
+        ({"grid": (40000, 1)}, r"grid: expected at most 32767 cells per side, got \(40000, 1\)"),
+        ({"max_number": 2**31}, "max_number: expected at most 2147483647, got 2147483648"),
     ],
 )
 def test_settings_out_of_range(setting, message):

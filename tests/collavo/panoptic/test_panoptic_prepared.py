@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from collavo.panoptic import (
@@ -18,6 +19,7 @@ from collavo.panoptic import (
     prepared,
 )
 from collavo.panoptic.coco_index import CocoFolder
+from collavo.panoptic.shards import Shard
 
 
 @pytest.fixture
@@ -159,6 +161,27 @@ def test_a_damaged_line_is_named(folder):
     path.write_bytes(b"?" + path.read_bytes()[1:])
     with pytest.raises(ValueError, match=r"shard-00001\.jsonl: damaged at byte 0"):
         PreparedDataset(folder)[1]
+
+
+def test_tensors_without_lines_are_named(folder):
+    """What stands where the lines' places should be may be empty and still be well-formed."""
+    path = folder / "shard-00001.safetensors"
+    tensors = {**load_file(path), "line_start": torch.zeros(0, dtype=torch.int64)}
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=r"shard-00001\.safetensors: no shard: its first_row has 2"
+    ):
+        PreparedDataset(folder)
+
+
+def test_a_damaged_report_of_a_skipped_image_is_named(folder):
+    path = folder / "shard-00001.jsonl"
+    line = path.read_bytes()
+    path.write_bytes(b'{"skipped"' + line[10:])
+    with pytest.raises(
+        ValueError, match=r"shard-00001\.jsonl: damaged at byte 0 .*; remove it and"
+    ):
+        Shard(folder, 1).skipped()
 
 
 def test_no_folder_of_images(folder, tmp_path):

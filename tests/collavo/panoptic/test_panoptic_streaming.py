@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import pickle
 
@@ -123,9 +124,9 @@ def test_coco_files_that_break_while_training(coco_folder):
 
 
 def test_pickles(coco_dataset):
-    copy = pickle.loads(pickle.dumps(SampleStream(coco_dataset, shuffle=True, seed=3)))
+    copied = pickle.loads(pickle.dumps(SampleStream(coco_dataset, shuffle=True, seed=3)))
     again = SampleStream(coco_dataset, shuffle=True, seed=3)
-    assert [one.image_id for one in copy] == [one.image_id for one in again]
+    assert [one.image_id for one in copied] == [one.image_id for one in again]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -137,6 +138,16 @@ def test_rank_of_a_running_process_group_reaches_the_workers(monkeypatch, contex
     assert list(stream) == [1, 4, 7] and len(stream) == 3
     loader = DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context=context)
     assert list(loader) == [1, 4, 7]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_asks_for_its_rank_and_shares_its_epoch(monkeypatch, copied):
+    """It may have been made before the processes knew of each other, as data sets often are."""
+    stream = copied(SampleStream(Numbers(8)))
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 3)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert list(stream) == [1, 4, 7]
+    assert stream._epoch.is_shared()
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,10 @@ def test_instructions_that_cannot_be_made(arguments, message):
 def test_class_that_is_not_there():
     with pytest.raises(ValueError, match="select_class: expected one of horse, sky, got 'cow'"):
         build_instruction(OBJECTS, "class", select_class="cow")
+
+
+def test_numbers_are_written_only_if_they_are_read_back():
+    one = Detection("horse", 10**9 - 1, (0, 0, 1, 1))
+    assert parse_objects(str(one)) == [one]
+    with pytest.raises(ValueError, match=r"number: expected below 10\*\*9, got 1000000000"):
+        Detection("horse", 10**9, (0, 0, 1, 1))

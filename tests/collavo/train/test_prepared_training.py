@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from toy_model import make_toy
 
 from collavo.panoptic import (
     TEMPLATES,
@@ -22,8 +24,10 @@ from collavo.panoptic import (
     write_panoptic_png,
 )
 from collavo.panoptic.coco_index import CocoFolder
+from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import CrayonInstructionDataset
+from collavo.train.trainer import CollavoTrainer
 
 
 def prepare(coco: Path, out: Path, **settings: Any) -> PreparedDataset:
@@ -129,3 +133,41 @@ def test_what_was_not_prepared_cannot_be_drawn(coco_folder: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"max_number: expected 20, with which .*out was"):
         CrayonInstructionDataset(samples, templates=["names"], max_number=9)
     assert len(CrayonInstructionDataset(samples, templates=["names"])) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"grid": (8, 2)}, "was prepared with grid"), ({"reduce": "nearest"}, "prepared with reduce")],
+)
+def test_the_trainer_refuses_crayons_of_another_processor(
+    coco_folder: Path,
+    tmp_path: Path,
+    tiny_processor: Callable[..., Any],
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    """As many cells, so that no single crayon would be refused."""
+    data = CrayonInstructionDataset(prepare(coco_folder, tmp_path / "out", **change))
+    args = CollavoTrainingArguments(output_dir=str(tmp_path / "run"), stage="cpt", use_cpu=True)
+    collator = CrayonCollator(tiny_processor())
+    with pytest.raises(ValueError, match=message):
+        CollavoTrainer(make_toy(), args, data, data_collator=collator)
+    fits = CrayonInstructionDataset(prepare(coco_folder, tmp_path / "fits"))
+    CollavoTrainer(make_toy(), args, fits, data_collator=collator)
+
+
+def test_a_map_of_uncovered_segments_raises_from_pngs_and_is_left_out_of_shards(
+    coco_folder: Path, coco_dataset: CocoPanopticDataset, tmp_path: Path
+) -> None:
+    empty = torch.zeros(20, 18, dtype=torch.int32)
+    write_panoptic_png(coco_folder / "panoptic" / "002.png", empty)
+    pngs = CrayonInstructionDataset(coco_dataset)
+    assert len(pngs) == 3
+    with pytest.raises(ValueError, match=r"002\.png: none of its listed segments covers a pixel"):
+        pngs[1]
+    assert len(CrayonInstructionDataset(prepare(coco_folder, tmp_path / "out"))) == 2
+
+
+def test_a_copy_shares_its_epoch_with_workers_too(shards: PreparedDataset) -> None:
+    copied = copy.deepcopy(CrayonInstructionDataset(shards))
+    assert copied._epoch.is_shared()
