@@ -12,6 +12,8 @@ from collavo_kernels.ops.panoptic_lookup.crayon_map import CrayonMap
 from collavo_kernels.ops.panoptic_lookup.inputs import decode_colours
 from collavo_kernels.ops.panoptic_lookup.registration import OPERATOR, check_map
 
+_HOST = torch.device("cpu")
+
 __all__ = ["OPERATOR", "CrayonMap", "decode_colours", "panoptic_lookup"]
 
 
@@ -81,7 +83,8 @@ def panoptic_lookup(
     classes = _flat("segment_classes", segment_classes, images)
     counts = [each.shape[0] for each in segment_ids]
     for i, each in enumerate(segment_classes):
-        expect_tensor(f"segment_classes[{i}]", each, shape=[counts[i]], hint="one class per id")
+        if each.shape[0] != counts[i]:
+            expect_tensor(f"segment_classes[{i}]", each, shape=[counts[i]], hint="one class per id")
     grid_h, grid_w = _grid(grid)
     outputs = torch.ops.collavo.panoptic_lookup(
         maps, ids, classes, counts, grid_h, grid_w, num_classes, max_number, reduce, backend
@@ -110,15 +113,27 @@ def _flat(name: str, tensors: Sequence[Tensor], images: int) -> Tensor:
         came = describe(tensors) if isinstance(tensors, Tensor) else f"{len(tensors)} entries"
         raise ValueError(f"{name}: expected a list of one tensor per image ({images}), got {came}")
     for i, each in enumerate(tensors):
+        # There is one for every image of a batch: messages are made only where they are needed.
+        if _is_list(each):
+            continue
         expect_tensor(
             f"{name}[{i}]",
             each,
             shape=("S",),
             dtypes=[torch.int32],
-            device=torch.device("cpu"),
+            device=_HOST,
             hint="the lists stay on the CPU, where T is known without waiting for a GPU",
         )
     return torch.cat(list(tensors)) if tensors else torch.empty(0, dtype=torch.int32)
+
+
+def _is_list(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == torch.int32
+        and value.dim() == 1
+        and value.device == _HOST
+    )
 
 
 def _grid(grid: tuple[int, int]) -> tuple[int, int]:

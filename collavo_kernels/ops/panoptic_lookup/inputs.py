@@ -108,14 +108,18 @@ def row_columns(
     columns[1, row] = _numbers(image * (num_classes + 1) + sorted_classes + 1, max_number)
     columns[2, row] = image
     columns[3, row] = own_ids[order]
-    columns[2, first_rows(counts).numpy()] = images
+    columns[2, _first_rows(counts)] = images
     return torch.from_numpy(columns)
 
 
 def first_rows(counts: Sequence[int]) -> Tensor:
     """Return the first row of each image, ``[B]`` int64: its unknown row."""
-    sizes = torch.tensor(counts, dtype=torch.int64) + 1
-    return sizes.cumsum(0) - sizes
+    return torch.from_numpy(_first_rows(counts))
+
+
+def _first_rows(counts: Sequence[int]) -> Integers:
+    sizes = np.asarray(counts, dtype=np.int64) + 1
+    return sizes.cumsum() - sizes
 
 
 def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -140,7 +144,7 @@ def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         own[:, 1:5] = (each.dtype == torch.uint8, height, width, each.stride(1) * size)
         image += images
     table[:, 6] = np.asarray(counts, dtype=np.int64) + 1
-    table[:, 5] = table[:, 6].cumsum() - table[:, 6]
+    table[:, 5] = _first_rows(counts)
     return torch.from_numpy(table)
 
 
