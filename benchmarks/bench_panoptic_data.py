@@ -19,8 +19,9 @@ from torch import Tensor
 
 from benchmarks.bench_panoptic_lookup import Batch, released_algorithm
 from benchmarks.conftest import Measure
-from collavo.panoptic import detections_from_crayon, format_objects, write_panoptic_png
+from collavo.panoptic import format_objects, write_panoptic_png
 from collavo.panoptic.maps import read_panoptic_colours
+from collavo.panoptic.text import detections_by_image
 from collavo_kernels import panoptic_lookup
 from collavo_kernels.ops.panoptic_lookup import decode_colours
 
@@ -48,7 +49,7 @@ def read(paths: Sequence[Path]) -> list[Tensor]:
 def ours(paths: Sequence[Path], batch: Batch) -> list[str]:
     """Decode, look up all maps in one call, and write every image's objects as text."""
     crayon = panoptic_lookup(read(paths), batch.ids, batch.classes, grid=batch.grid)
-    return [format_objects(detections_from_crayon(crayon, i)) for i in range(len(paths))]
+    return [format_objects(objects) for objects in detections_by_image(crayon)]
 
 
 def released(paths: Sequence[Path], batch: Batch) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,18 +72,17 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such panoptic PNG")
-    _check_png_header(path)
+    content = path.read_bytes()
+    _check_png_header(path, content)
     try:
-        with Image.open(path) as picture:
+        with Image.open(BytesIO(content)) as picture:
             return torch.from_numpy(np.array(picture))  # a copy that may be written to
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged ({error})") from error
 
 
-def _check_png_header(path: Path) -> None:
+def _check_png_header(path: Path, head: bytes) -> None:
     # Pillow turns 16-bit RGB into 8 bits without a word, so the header itself is read.
-    with path.open("rb") as file:
-        head = file.read(26)
     if not head.startswith(_PNG_SIGNATURE):
         raise ValueError(f"{path}: expected a PNG with a panoptic map, got another kind of file")
     if len(head) < 26 or head[12:16] != b"IHDR":

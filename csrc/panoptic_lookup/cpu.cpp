@@ -101,9 +101,9 @@ struct Tile {
   int64_t width, height;
   int64_t owned_width, owned_height;
 
-  uint64_t owned(int64_t line) const {
-    return line < owned_height && owned_width > 0 ? first_bits(owned_width) : 0;
-  }
+  uint64_t owned_columns() const { return owned_width > 0 ? first_bits(owned_width) : 0; }
+
+  uint64_t owned(int64_t line) const { return line < owned_height ? owned_columns() : 0; }
 };
 
 // The pixels of a tile that have one id.
@@ -215,8 +215,9 @@ class BandPass {
     Pixels::match(tile.pixels, image_.stride, tile.height, tile.width, id, other, bits);
     uint64_t left[kMostLines], any = 0;  // pixels with neither
     Part part, second;
+    const uint64_t columns = tile.owned_columns();
     for (int64_t y = 0; y < tile.height; ++y) {
-      const uint64_t owned = tile.owned(y);
+      const uint64_t owned = y < tile.owned_height ? columns : 0;
       part.add(bits[y].first, owned, y);
       second.add(bits[y].second, owned, y);
       left[y] = first_bits(tile.width) & ~(bits[y].first | bits[y].second);
