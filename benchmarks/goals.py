@@ -157,8 +157,9 @@ def _lookup_goals() -> Iterator[Goal]:
 
 
 def _prompt_goals() -> Iterator[Goal]:
-    yield Goal("one row per token", "d1024", "fwd+bwd", 10.0, peer="per-token")
-    yield Goal("one row per token", "d1024", "fwd+bwd", 20.0, "work", peer="per-token")
+    for case in ("d128", "d1024"):
+        yield Goal("one row per token", case, "fwd+bwd", 10.0, peer="per-token")
+        yield Goal("one row per token", case, "fwd+bwd", 20.0, "work", peer="per-token")
 
 
 def _data_goals() -> Iterator[Goal]:

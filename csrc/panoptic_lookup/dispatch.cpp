@@ -8,8 +8,8 @@ namespace collavo::panoptic_lookup {
 
 namespace {
 
-// Pixels of a band: enough work to be worth a hand-over, and half a megabyte of map at most.
-constexpr int64_t kBandPixels = 128 * 1024;
+// Pixels of a band: enough work to be worth waking a thread, which takes as long as a small map.
+constexpr int64_t kBandPixels = 256 * 1024;
 
 void run(int isa, const Problem& problem, const Band* bands, const int64_t* first_band) {
   COLLAVO_RETURN_PER_ISA(isa, forward(problem, bands, first_band));
