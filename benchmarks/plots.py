@@ -17,9 +17,16 @@ from benchmarks.plot_style import COLOURS, MARKERS, TEXT, pyplot, write
 from benchmarks.qlora_problem import BASE_ONLY
 
 PLOTS = Path(__file__).parent / "plots"
-# They do other work (no crayon and RoPE, no adapters, a weight of 16 bits): the operator's own plot
-# and table show them, a speed over them would compare different things.
-OTHER_WORK = ("sdpa-alone", "ours-alone", "dense+lora", *BASE_ONLY)
+# They do other work (no crayon and RoPE, no adapters, a weight of 16 bits, decoding and no more):
+# the operator's own plot and table show them, a speed over them would compare different things.
+OTHER_WORK = (
+    "sdpa-alone",
+    "ours-alone",
+    "dense+lora",
+    "pillow-alone",
+    "decoding-alone",
+    *BASE_ONLY,
+)
 # Longer plots are split; of a mode this many lines stand in the overview.
 MOST_LINES, OVERVIEW_LINES = 30, 6
 
