@@ -185,7 +185,7 @@ class BandPass {
         tile.height = smaller(rows.end - y, kMostLines);
         tile.owned_width = smaller(columns.owned_end - x, kMostPixels);
         tile.owned_height = smaller(rows.owned_end - y, kMostLines);
-        if (!Pixels::uniform(tile.pixels, image_.stride, tile.height, tile.width)) {
+        if (!uniform<Pixels>(block_of(tile))) {
           add_parts(tile);
           continue;
         }
@@ -197,6 +197,10 @@ class BandPass {
       }
     }
     return take_majority();
+  }
+
+  Block block_of(const Tile& tile) const {
+    return {tile.pixels, image_.stride, tile.height, tile.width};
   }
 
   int64_t add_whole(const Tile& tile) {
@@ -212,7 +216,7 @@ class BandPass {
   void add_parts(const Tile& tile) {
     const int32_t id = Pixels::at(tile.pixels, 0), other = other_id(tile, id);
     Pair bits[kMostLines];
-    Pixels::match(tile.pixels, image_.stride, tile.height, tile.width, id, other, bits);
+    match<Pixels>(block_of(tile), id, other, bits);
     uint64_t left[kMostLines], any = 0;  // pixels with neither
     Part part, second;
     const uint64_t columns = tile.owned_columns();
@@ -233,7 +237,7 @@ class BandPass {
     for (const int64_t y : {int64_t{0}, tile.height - 1}) {
       const uint8_t* line = tile.pixels + y * image_.stride;
       Pair same;
-      Pixels::match(line, 0, 1, tile.width, id, id, &same);
+      match<Pixels>({line, 0, 1, tile.width}, id, id, &same);
       const uint64_t others = first_bits(tile.width) & ~same.first;
       if (others != 0) return Pixels::at(line, lowest_bit(others));
     }
@@ -247,7 +251,7 @@ class BandPass {
       if (line == tile.height) return;
       const int32_t id = Pixels::at(tile.pixels + line * image_.stride, lowest_bit(left[line]));
       Pair bits[kMostLines];
-      Pixels::match(tile.pixels, image_.stride, tile.height, tile.width, id, id, bits);
+      match<Pixels>(block_of(tile), id, id, bits);
       Part part;
       for (int64_t y = line; y < tile.height; ++y) {
         part.add(bits[y].first, tile.owned(y), y);

@@ -1,14 +1,6 @@
 // How the pixels of a map are read: segment ids as int32, or COCO's colours, id = R + 256 G +
 // 65536 B in three bytes. The kernel is written once for both and sees ids only; no copy of the map
-// in ids is made of colours.
-//
-//   at(line, x)                           id of a pixel
-//   match(block, stride, lines, count,    bit k of line y's words is set where its pixel k has an
-//         a, b, bits)                     id: the first word for a, the second for b (none if b =
-//         a)
-//   uniform(block, stride, lines, count)  whether lines of count pixels have one id
-//
-// count is 1 to 64, and no read goes beyond the pixels that are asked for.
+// in ids is made of colours. No read goes beyond the pixels that are asked for.
 #pragma once
 
 #include <cstdint>
@@ -29,99 +21,21 @@ inline uint64_t first_bits(int64_t count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
 
+// Lines of `count` pixels, 1 to 64, at `stride` bytes from each other.
+struct Block {
+  const uint8_t* pixels;
+  int64_t stride;
+  int64_t lines;
+  int64_t count;
+};
+
+// Bit k is set where pixel k of a line has the first, or the second of two ids.
 struct Pair {
   uint64_t first;
   uint64_t second;
 };
 
-#if defined(__AVX512F__)
-
-// The ids of sixteen pixels, or of the first ones that `inside` has.
-using LoadIds = __m512i (*)(const uint8_t* pixels, __mmask16 inside);
-
-template <int kLoads, LoadIds load>
-inline void match_lines(const uint8_t* block, int64_t stride, int64_t lines, int64_t count,
-                        int64_t bytes, int32_t a, int32_t b, Pair* bits) {
-  const __m512i first = _mm512_set1_epi32(a), second = _mm512_set1_epi32(b);
-  const auto rest = static_cast<__mmask16>(first_bits(count - 16 * (kLoads - 1)));
-  for (int64_t y = 0; y < lines; ++y) {
-    uint64_t found = 0, others = 0;
-    for (int k = 0; k < kLoads; ++k) {
-      const __mmask16 inside = k + 1 < kLoads ? static_cast<__mmask16>(0xFFFF) : rest;
-      const __m512i ids = load(block + y * stride + 16 * k * bytes, inside);
-      found |= uint64_t{_mm512_mask_cmpeq_epi32_mask(inside, ids, first)} << 16 * k;
-      others |= uint64_t{_mm512_mask_cmpeq_epi32_mask(inside, ids, second)} << 16 * k;
-    }
-    bits[y] = {found, others & ~found};
-  }
-}
-
-template <LoadIds load>
-inline void match(const uint8_t* block, int64_t stride, int64_t lines, int64_t count, int64_t bytes,
-                  int32_t a, int32_t b, Pair* bits) {
-  if (count <= 16) return match_lines<1, load>(block, stride, lines, count, bytes, a, b, bits);
-  if (count <= 32) return match_lines<2, load>(block, stride, lines, count, bytes, a, b, bits);
-  if (count <= 48) return match_lines<3, load>(block, stride, lines, count, bytes, a, b, bits);
-  return match_lines<4, load>(block, stride, lines, count, bytes, a, b, bits);
-}
-
-// Whether all lines repeat `wanted`, of which a load has kStep bytes and the last one the rest.
-template <int kStep, int kLoads>
-inline bool lines_are(__m512i wanted, const uint8_t* block, int64_t stride, int64_t lines,
-                      int64_t bytes) {
-  const __mmask64 whole = first_bits(kStep), rest = first_bits(bytes - (kLoads - 1) * kStep);
-  __m512i differ = _mm512_setzero_si512();
-  const auto add = [&](__m512i found) {
-    differ = _mm512_ternarylogic_epi32(differ, found, wanted, 0xF6);  // differ | found ^ wanted
-  };
-  for (int64_t y = 0; y < lines; ++y) {
-    const uint8_t* line = block + y * stride;
-    for (int k = 0; k + 1 < kLoads; ++k, line += kStep) {
-      add(kStep == 64 ? _mm512_loadu_si512(line) : _mm512_mask_loadu_epi8(wanted, whole, line));
-    }
-    add(_mm512_mask_loadu_epi8(wanted, rest, line));
-  }
-  return _mm512_test_epi32_mask(differ, differ) == 0;
-}
-
-template <int kStep>
-inline bool lines_repeat(__m512i wanted, const uint8_t* block, int64_t stride, int64_t lines,
-                         int64_t bytes) {
-  if (bytes <= kStep) return lines_are<kStep, 1>(wanted, block, stride, lines, bytes);
-  if (bytes <= 2 * kStep) return lines_are<kStep, 2>(wanted, block, stride, lines, bytes);
-  if (bytes <= 3 * kStep) return lines_are<kStep, 3>(wanted, block, stride, lines, bytes);
-  return lines_are<kStep, 4>(wanted, block, stride, lines, bytes);
-}
-
-#else
-
-// Every line is compared with the first, and that with itself, moved by a pixel.
-inline bool lines_repeat(const uint8_t* block, int64_t stride, int64_t lines, int64_t bytes,
-                         int64_t pixel) {
-  if (std::memcmp(block, block + pixel, static_cast<size_t>(bytes - pixel)) != 0) return false;
-  for (int64_t y = 1; y < lines; ++y) {
-    if (std::memcmp(block, block + y * stride, static_cast<size_t>(bytes)) != 0) return false;
-  }
-  return true;
-}
-
-// Joins the bits of kLanes pixels at a time; the last lanes of a line overlap those before.
-template <typename Pixels>
-inline uint64_t equal_in_line(const uint8_t* line, int64_t count, int32_t id) {
-  uint64_t bits = 0;
-  if (count < Pixels::kLanes) {
-    for (int64_t x = 0; x < count; ++x) bits |= uint64_t{Pixels::at(line, x) == id} << x;
-    return bits;
-  }
-  for (int64_t x = 0; x < count; x += Pixels::kLanes) {
-    const int64_t from = x + Pixels::kLanes <= count ? x : count - Pixels::kLanes;
-    bits |= Pixels::equal_lanes(line + Pixels::kBytes * from, id) << from;
-  }
-  return bits;
-}
-
-#endif
-
+// What is particular to int32 ids.
 struct Ids {
   static constexpr int64_t kBytes = 4;
 
@@ -132,24 +46,14 @@ struct Ids {
   }
 
 #if defined(__AVX512F__)
+  static constexpr int64_t kStep = 64;  // bytes of whole pixels in a vector
 
   static __m512i load(const uint8_t* pixels, __mmask16 inside) {
     return _mm512_maskz_loadu_epi32(inside, pixels);
   }
 
-  static void match(const uint8_t* block, int64_t stride, int64_t lines, int64_t count, int32_t a,
-                    int32_t b, Pair* bits) {
-    panoptic_lookup::match<load>(block, stride, lines, count, kBytes, a, b, bits);
-  }
-
-  static bool uniform(const uint8_t* block, int64_t stride, int64_t lines, int64_t count) {
-    const __m512i id = _mm512_set1_epi32(at(block, 0));
-    return lines_repeat<64>(id, block, stride, lines, kBytes * count);
-  }
-
-#else
-
-#if defined(__AVX2__)
+  static __m512i repeat(int32_t id) { return _mm512_set1_epi32(id); }
+#elif defined(__AVX2__)
   static constexpr int64_t kLanes = 8;
 
   static uint64_t equal_lanes(const uint8_t* pixels, int32_t id) {
@@ -162,22 +66,9 @@ struct Ids {
 
   static uint64_t equal_lanes(const uint8_t* pixel, int32_t id) { return at(pixel, 0) == id; }
 #endif
-
-  static void match(const uint8_t* block, int64_t stride, int64_t lines, int64_t count, int32_t a,
-                    int32_t b, Pair* bits) {
-    for (int64_t y = 0; y < lines; ++y) {
-      const uint64_t found = equal_in_line<Ids>(block + y * stride, count, a);
-      bits[y] = {found, equal_in_line<Ids>(block + y * stride, count, b) & ~found};
-    }
-  }
-
-  static bool uniform(const uint8_t* block, int64_t stride, int64_t lines, int64_t count) {
-    return lines_repeat(block, stride, lines, kBytes * count, kBytes);
-  }
-
-#endif
 };
 
+// What is particular to colours.
 struct Colours {
   static constexpr int64_t kBytes = 3;
 
@@ -187,6 +78,7 @@ struct Colours {
   }
 
 #if defined(__AVX512F__)
+  static constexpr int64_t kStep = 63;  // so that every vector begins with red
 
   static __m512i load(const uint8_t* pixels, __mmask16 inside) {
     // Three bytes into every four: byte 4 k + c is byte 3 k + c, and 4 k + 3 is 0.
@@ -200,24 +92,14 @@ struct Colours {
     return _mm512_maskz_permutexvar_epi8(0x7777777777777777, spread, bytes);
   }
 
-  static void match(const uint8_t* block, int64_t stride, int64_t lines, int64_t count, int32_t a,
-                    int32_t b, Pair* bits) {
-    panoptic_lookup::match<load>(block, stride, lines, count, kBytes, a, b, bits);
+  static __m512i repeat(int32_t id) {
+    const __m512i order = _mm512_set_epi8(0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0,  //
+                                          2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2,  //
+                                          1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1,  //
+                                          0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0);
+    return _mm512_permutexvar_epi8(order, _mm512_set1_epi32(id));
   }
-
-  static bool uniform(const uint8_t* block, int64_t stride, int64_t lines, int64_t count) {
-    // Whole pixels, 21 of them, so that every load begins with red.
-    const __m512i repeat = _mm512_set_epi8(0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0,  //
-                                           2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2,  //
-                                           1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1,  //
-                                           0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0, 2, 1, 0);
-    const __m512i id = _mm512_permutexvar_epi8(repeat, _mm512_set1_epi32(at(block, 0)));
-    return lines_repeat<63>(id, block, stride, lines, kBytes * count);
-  }
-
-#else
-
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
   static constexpr int64_t kLanes = 8;
 
   static uint64_t equal_lanes(const uint8_t* pixels, int32_t id) {
@@ -237,21 +119,106 @@ struct Colours {
 
   static uint64_t equal_lanes(const uint8_t* pixel, int32_t id) { return at(pixel, 0) == id; }
 #endif
+};
 
-  static void match(const uint8_t* block, int64_t stride, int64_t lines, int64_t count, int32_t a,
-                    int32_t b, Pair* bits) {
-    for (int64_t y = 0; y < lines; ++y) {
-      const uint64_t found = equal_in_line<Colours>(block + y * stride, count, a);
-      bits[y] = {found, equal_in_line<Colours>(block + y * stride, count, b) & ~found};
+#if defined(__AVX512F__)
+
+template <typename Pixels, int kLoads>
+inline void match_lines(const Block& block, int32_t a, int32_t b, Pair* bits) {
+  const __m512i first = _mm512_set1_epi32(a), second = _mm512_set1_epi32(b);
+  const auto rest = static_cast<__mmask16>(first_bits(block.count - 16 * (kLoads - 1)));
+  for (int64_t y = 0; y < block.lines; ++y) {
+    const uint8_t* line = block.pixels + y * block.stride;
+    uint64_t found = 0, others = 0;
+    for (int k = 0; k < kLoads; ++k) {
+      const __mmask16 inside = k + 1 < kLoads ? static_cast<__mmask16>(0xFFFF) : rest;
+      const __m512i ids = Pixels::load(line + 16 * k * Pixels::kBytes, inside);
+      found |= uint64_t{_mm512_mask_cmpeq_epi32_mask(inside, ids, first)} << 16 * k;
+      others |= uint64_t{_mm512_mask_cmpeq_epi32_mask(inside, ids, second)} << 16 * k;
     }
+    bits[y] = {found, others & ~found};
   }
+}
 
-  static bool uniform(const uint8_t* block, int64_t stride, int64_t lines, int64_t count) {
-    return lines_repeat(block, stride, lines, kBytes * count, kBytes);
+// Whether the lines repeat one pixel, in so many loads of Pixels::kStep bytes, the last one
+// shorter.
+template <typename Pixels, int kLoads>
+inline bool lines_repeat(const Block& block) {
+  constexpr int64_t kStep = Pixels::kStep;
+  const __m512i wanted = Pixels::repeat(Pixels::at(block.pixels, 0));
+  const int64_t last = Pixels::kBytes * block.count - (kLoads - 1) * kStep;
+  const __mmask64 whole = first_bits(kStep), rest = first_bits(last);
+  __m512i differ = _mm512_setzero_si512();
+  const auto add = [&](__m512i found) {
+    differ = _mm512_ternarylogic_epi32(differ, found, wanted, 0xF6);  // differ | found ^ wanted
+  };
+  for (int64_t y = 0; y < block.lines; ++y) {
+    const uint8_t* line = block.pixels + y * block.stride;
+    for (int k = 0; k + 1 < kLoads; ++k, line += kStep) {
+      add(kStep == 64 ? _mm512_loadu_si512(line) : _mm512_mask_loadu_epi8(wanted, whole, line));
+    }
+    add(_mm512_mask_loadu_epi8(wanted, rest, line));
   }
+  return _mm512_test_epi32_mask(differ, differ) == 0;
+}
+
+#else
+
+// Joins the bits of kLanes pixels at a time; the last lanes of a line overlap those before.
+template <typename Pixels>
+inline uint64_t equal_in_line(const uint8_t* line, int64_t count, int32_t id) {
+  uint64_t bits = 0;
+  if (count < Pixels::kLanes) {
+    for (int64_t x = 0; x < count; ++x) bits |= uint64_t{Pixels::at(line, x) == id} << x;
+    return bits;
+  }
+  for (int64_t x = 0; x < count; x += Pixels::kLanes) {
+    const int64_t from = x + Pixels::kLanes <= count ? x : count - Pixels::kLanes;
+    bits |= Pixels::equal_lanes(line + Pixels::kBytes * from, id) << from;
+  }
+  return bits;
+}
 
 #endif
-};
+
+// Finds the pixels with the ids a and b, a pair of words for every line; if b is a, none has b.
+template <typename Pixels>
+inline void match(const Block& block, int32_t a, int32_t b, Pair* bits) {
+#if defined(__AVX512F__)
+  if (block.count <= 16) return match_lines<Pixels, 1>(block, a, b, bits);
+  if (block.count <= 32) return match_lines<Pixels, 2>(block, a, b, bits);
+  if (block.count <= 48) return match_lines<Pixels, 3>(block, a, b, bits);
+  match_lines<Pixels, 4>(block, a, b, bits);
+#else
+  for (int64_t y = 0; y < block.lines; ++y) {
+    const uint8_t* line = block.pixels + y * block.stride;
+    const uint64_t found = equal_in_line<Pixels>(line, block.count, a);
+    bits[y] = {found, equal_in_line<Pixels>(line, block.count, b) & ~found};
+  }
+#endif
+}
+
+// Whether all pixels have one id.
+template <typename Pixels>
+inline bool uniform(const Block& block) {
+  const int64_t bytes = Pixels::kBytes * block.count;
+#if defined(__AVX512F__)
+  if (bytes <= Pixels::kStep) return lines_repeat<Pixels, 1>(block);
+  if (bytes <= 2 * Pixels::kStep) return lines_repeat<Pixels, 2>(block);
+  if (bytes <= 3 * Pixels::kStep) return lines_repeat<Pixels, 3>(block);
+  return lines_repeat<Pixels, 4>(block);
+#else
+  // The first line is compared with itself, moved by a pixel, and every other one with it.
+  const auto same = [&](const uint8_t* pixels, int64_t count) {
+    return std::memcmp(block.pixels, pixels, static_cast<size_t>(count)) == 0;
+  };
+  if (!same(block.pixels + Pixels::kBytes, bytes - Pixels::kBytes)) return false;
+  for (int64_t y = 1; y < block.lines; ++y) {
+    if (!same(block.pixels + y * block.stride, bytes)) return false;
+  }
+  return true;
+#endif
+}
 
 }  // namespace
 
