@@ -184,6 +184,20 @@ def test_the_table_of_backends_is_each_operators_own() -> None:
         assert re.findall(r"`(\w+)` \(by name only", row[1]) == by_name, name
 
 
+def test_operators_stand_apart_and_below_the_modules() -> None:
+    """An operator imports no other operator, and what lies under them imports neither."""
+    for path in files("collavo_kernels/*.py", "collavo_kernels/ops/*/*.py"):
+        own = path.relative_to(ROOT).with_suffix("").parts
+        if path.name in ("__init__.py", "__main__.py", "info.py") and len(own) == 2:
+            continue  # the package's public face, and the report on all of it
+        mine = f"collavo_kernels.ops.{own[2]}" if own[1] == "ops" else "none"
+        imports = re.findall(
+            r"^ *(?:from|import) (collavo_kernels\.\w+(?:\.\w+)?)", path.read_text(), re.M
+        )
+        above = [n for n in imports if re.match(r"collavo_kernels\.(nn|ops)\b", n) and n != mine]
+        assert not above, f"{path.relative_to(ROOT)} imports {above}"
+
+
 def test_rooms_import_lower_floors_only() -> None:
     """As the document's table has them; rooms of floor 4 may import each other."""
     floor = {room: int(row[0]) for row in table("| floor | rooms") for room in quoted(row[1])}
