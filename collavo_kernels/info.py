@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +98,7 @@ def collect() -> Report:
         platform={
             "python": platform.python_version(),
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor_name(),
         },
         devices=devices,
         threads=_threads(),
@@ -210,13 +212,24 @@ def _peer_version(module: str) -> str | None:
     return _version(PEERS[module]) or "present"
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name the processor as its maker does, e.g. ``AMD EPYC 9654``.
+
+    Virtual machines may leave the number out; the name then ends with the processor's family and
+    model, since such names stand for several generations: ``AMD EPYC family 25 model 17``.
+
+    Args:
+        cpuinfo: Linux's description of the processors; where there is none, Python's is taken.
+    """
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    pairs = re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", cpuinfo.read_text(), re.M)
+    found = dict(reversed(pairs))  # the first processor's stay
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbered = re.search(r"\d", name) is not None
+    if numbered or "cpu family" not in found or "model" not in found:
+        return name
+    return f"{name} family {found['cpu family']} model {found['model']}"
 
 
 def _devices() -> dict[str, list[str]]:

@@ -2,8 +2,9 @@
 
 Scenes are written to disk in COCO panoptic format and read back, a tiny model gets a base training
 that stands in for a pretrained LLaVA, then crayon prompt tuning (CPT) and instruction tuning (CIT)
-with Dual QLoRA. Questions about objects of held-out scenes show what the Crayon Prompt does, beside
-controls. The exit status is 1 if the run does not show it.
+with Dual QLoRA, its steps of both kinds in turn. Questions about objects of held-out scenes show
+what the Crayon Prompt does, beside a control and, if asked for, ablations. A score below what is
+expected is a line of the report; the exit status is 1 only if something moved that must not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,23 +33,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="about a minute: fewer steps, no control training"
     )
+    parser.add_argument(
+        "--ablations",
+        action="store_true",
+        help="also train one adapter in place of two, and two phases in place of the alternation",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the experiment, print and write its report, and return 1 if a check failed."""
+    """Run the experiment, print and write its report; return 1 if what must hold does not."""
     if args.seed < 0:
         raise ValueError(f"--seed: expected at least 0, got {args.seed}")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output: {args.output} is a file, expected a folder")
     _quiet_libraries()
     from collavo.demo import report
+    from collavo.demo.estimate import estimate_seconds, in_words
     from collavo.demo.experiment import Experiment
     from collavo.demo.settings import FULL, QUICK
 
-    settings = QUICK if args.quick else FULL
+    settings = replace(QUICK if args.quick else FULL, ablations=args.ablations)
     args.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    here = report.machine()
+    print(
+        f"collavo demo, seed {args.seed}: {in_words(estimate_seconds(settings))} on this machine "
+        f"({here['processor']}, {here['isa']}, {here['threads']} threads)",
+        flush=True,
+    )
     # In a log file a progress bar is thousands of lines.
     progress = sys.stderr.isatty() and not args.no_progress
     experiment = Experiment(settings, args.seed, args.output, tqdm.write, progress=progress)
@@ -68,10 +82,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verdict(found: list[Check], args: argparse.Namespace) -> int:
-    failed = [check.name for check in found if not check.passed]
-    if failed:
-        print(f"collavo demo: seed {args.seed} does not show: {'; '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    broken = [check.name for check in found if check.exact and not check.passed]
+    if broken:
+        print(
+            f"collavo demo: seed {args.seed}: does not hold: {'; '.join(broken)}", file=sys.stderr
+        )
+    return 1 if broken else 0
 
 
 def _quiet_libraries() -> None:

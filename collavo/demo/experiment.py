@@ -1,4 +1,4 @@
-"""The demo's experiment: base, CPT, CIT with Dual QLoRA, controls, and what is measured of them."""
+"""The demo's experiment: base, CPT, CIT with Dual QLoRA, a control, ablations, and their scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from collavo.demo import base
-from collavo.demo.construction import Before, is_base
-from collavo.demo.conversations import Talks, base_talk, image_talk, list_talk, vl_talk
+from collavo.demo.construction import Before, base_state, same_state
+from collavo.demo.conversations import Talk, Talks, base_talk, image_talk, list_talk, vl_talk
 from collavo.demo.language import build_tokenizer
 from collavo.demo.model import build_model, build_processor
 from collavo.demo.scenes import THING_NAMES, make_scene
@@ -55,6 +55,7 @@ class Results:
     measurements: dict[str, Measurement] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,11 +89,16 @@ class Experiment:
         """Do all of it, in order."""
         self.write_data()
         self.train_base()
-        control = copy.deepcopy(self.model) if self.settings.control else None
         self.measure("base", "off")
+        base = copy.deepcopy(self.model) if self.settings.control else None
         self.train_crayon()
-        if control is not None:
-            self.train_control(control)
+        tuned = copy.deepcopy(self.model) if self.settings.ablations else None
+        self.train_both()
+        if base is not None:
+            self.train_control(base)
+        if tuned is not None:
+            self.train_one_adapter(copy.deepcopy(tuned))
+            self.train_phases(tuned)
         return self.results
 
     @contextmanager
@@ -164,26 +170,23 @@ class Experiment:
                     yield f" User: {question} Assistant: {answer}"
 
     def train_crayon(self) -> None:
-        """CPT, then CIT: an image phase and a vl phase, both adapters active throughout."""
+        """CPT: crayon instructions train the crayon alone."""
         settings, model = self.settings, self.model
-        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if is_base(n)}
-        cpt = Phase("CPT", "cpt", settings.cpt_steps, list_talk, "image", settings.cpt_rate)
-        self._train(model, cpt)
-        self.results.facts["cpt_moved_only_the_crayon"] = all(
-            torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen
-        )
+        base = base_state(model)
+        self._train(model, Phase("CPT", "cpt", settings.cpt_steps, settings.cpt_rate, list_talk))
+        self.results.facts["cpt_moved_only_the_crayon"] = same_state(base, base_state(model))
         self.measure("cpt", "on")
-        model.add_dual_qlora(rank=settings.rank, alpha=float(settings.rank))
-        self._train(model, self._image_phase(settings.image_steps))
-        self.measure("image", "on")
+
+    def train_both(self) -> None:
+        """CIT as in the paper: every step draws Image-CIT or VL-CIT, both adapters act in all."""
+        model = self._with_adapters(self.model)
+        base = base_state(model)
+        self._train(model, self._cit("CIT"))
+        self.results.facts["base_identical"] = same_state(base, base_state(model))
+        self.measure("cit", "on")
+        self.measure("cit, crayon shuffled", "shuffled")
+        self.measure("cit, crayon left out", "off")
         self.results.facts["list_loss"] = self._list_losses()
-        self.measure("image, crayon shuffled", "shuffled", of="image")
-        before = Before(model, self.processor, self.test)
-        self._train(model, self._vl_phase())
-        self.measure("vl", "on")
-        self.measure("vl, crayon shuffled", "shuffled", of="vl")
-        self.measure("vl, crayon left out", "off", of="vl")
-        self.results.facts |= before.compare()
 
     def _list_losses(self) -> dict[str, float]:
         """Return the loss of crayon instructions about held-out scenes, by use of the crayon."""
@@ -201,30 +204,53 @@ class Experiment:
     def train_control(self, model: CollavoForConditionalGeneration) -> None:
         """Train the same base on the same data without the Crayon Prompt.
 
-        It has nothing to train in CPT; it gets those steps in its image phase.
+        It has nothing to train in CPT; it gets those steps in CIT.
         """
-        settings = self.settings
-        model.add_dual_qlora(rank=settings.rank, alpha=float(settings.rank))
-        steps = settings.cpt_steps + settings.image_steps
-        self._train(model, self._image_phase(steps), crayon=False)
-        self.measure("image, no crayon", "off", model=model)
-        self._train(model, self._vl_phase(), crayon=False)
-        self.measure("vl, no crayon", "off", model=model)
+        phase = self._cit("CIT, no crayon", self.settings.cpt_steps + self.settings.cit_steps)
+        self._train(self._with_adapters(model), phase, crayon=False)
+        self.measure("control", "off", model=model)
 
-    def _image_phase(self, steps: int) -> Phase:
-        rate = self.settings.image_rate
-        return Phase("CIT image phase", "cit", steps, image_talk, "image", rate)
+    def train_one_adapter(self, model: CollavoForConditionalGeneration) -> None:
+        """Ablation: both kinds of steps train one adapter, of twice the rank."""
+        phase = replace(self._cit("CIT, one adapter"), one_adapter=True)
+        self._train(self._with_adapters(model, rank=2 * self.settings.rank), phase)
+        self.measure("one adapter", "on", model=model)
 
-    def _vl_phase(self) -> Phase:
+    def train_phases(self, model: CollavoForConditionalGeneration) -> None:
+        """Ablation: all Image-CIT steps, then all VL-CIT steps."""
+        half = self.settings.cit_steps // 2
+        self._with_adapters(model)
+        self._train(model, self._cit("CIT, image phase", half, image_talk, None))
+        self.measure("image phase", "on", model=model)
+        before = Before(model, self.processor, self.test)
+        rest = self.settings.cit_steps - half
+        self._train(model, self._cit("CIT, vl phase", rest, None, vl_talk))
+        self.measure("vl phase", "on", model=model)
+        self.results.facts["phases"] = before.compare()
+
+    def _with_adapters(
+        self, model: CollavoForConditionalGeneration, rank: int | None = None
+    ) -> CollavoForConditionalGeneration:
+        rank = self.settings.rank if rank is None else rank
+        return model.add_dual_qlora(rank=rank, alpha=float(rank))
+
+    def _cit(
+        self,
+        name: str,
+        steps: int | None = None,
+        image: Talk | None = image_talk,
+        vl: Talk | None = vl_talk,
+    ) -> Phase:
         settings = self.settings
-        return Phase("CIT vl phase", "cit", settings.vl_steps, vl_talk, "vl", settings.vl_rate)
+        steps = settings.cit_steps if steps is None else steps
+        drawn = settings.vl_probability if image is not None else 1.0
+        return Phase(name, "cit", steps, settings.cit_rate, image, vl, drawn if vl else 0.0)
 
     def _train(
         self, model: CollavoForConditionalGeneration, phase: Phase, crayon: bool = True
     ) -> None:
-        name = phase.name if crayon else f"{phase.name}, no crayon"
-        with self.timed(name):
-            self.results.losses[name] = run_phase(
+        with self.timed(phase.name):
+            trained = run_phase(
                 model,
                 self.processor,
                 self.train,
@@ -235,13 +261,14 @@ class Experiment:
                 crayon=crayon,
                 progress=self.progress,
             )
+        self.results.losses[phase.name] = trained.losses
+        self.results.phases[phase.name] = {"steps": trained.steps, "idle_kept": trained.idle_kept}
 
     def measure(
         self,
         name: str,
         crayon: CrayonUse,
         *,
-        of: str | None = None,
         model: CollavoForConditionalGeneration | None = None,
     ) -> None:
         """Ask the held-out questions and note the scores."""

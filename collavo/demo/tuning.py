@@ -18,6 +18,7 @@ from collavo.evaluation.answering import with_crayon
 from collavo.processing import CollavoProcessor
 from collavo.train import CollavoTrainer, CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator
+from collavo.train.schedule import STEP_KINDS, StepKind
 
 Stage = Literal["cpt", "cit"]
 
@@ -30,17 +31,43 @@ class Phase:
         name: What the progress bar and the report call it.
         stage: ``"cpt"`` or ``"cit"``.
         steps: Optimizer steps.
-        talk: Makes the conversations.
-        adapter: The adapter that ``"cit"`` trains: ``"image"`` or ``"vl"``.
         learning_rate: Peak of the cosine.
+        image_talk: Makes the crayon instructions (CPT, Image-CIT); None if no step takes any.
+        vl_talk: Makes the visual instructions (VL-CIT); None if no step takes any.
+        vl_probability: Of a VL-CIT step.
+        one_adapter: Whether both kinds of steps train the one adapter ``"image"`` (an ablation).
     """
 
     name: str
     stage: Stage
     steps: int
-    talk: Talk
-    adapter: Literal["image", "vl"]
     learning_rate: float
+    image_talk: Talk | None
+    vl_talk: Talk | None = None
+    vl_probability: float = 0.0
+    one_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a phase.
+
+    Args:
+        losses: As they were logged, one per ten steps.
+        steps: Optimizer steps of each kind.
+        idle_kept: Whether no step moved the adapter that it did not train by one bit.
+    """
+
+    losses: list[float]
+    steps: dict[StepKind, int]
+    idle_kept: bool
+
+
+class _OneAdapter(CollavoTrainer):
+    """Both kinds of steps train one adapter; the other stays without effect."""
+
+    def trained_adapter(self, kind: StepKind) -> StepKind:
+        return "image"
 
 
 class PhaseCollator:
@@ -65,18 +92,33 @@ class PhaseCollator:
 
 
 @dataclass
-class _Progress(TrainerCallback):
-    """One progress bar per phase, and the losses that the trainer logs."""
+class _Watch(TrainerCallback):
+    """A progress bar, the losses that the trainer logs, and the bits of the idle adapter."""
 
     label: str
     show: bool
     losses: list[float] = field(default_factory=list)
+    idle_kept: bool = True
+    trainer: CollavoTrainer | None = None
+    _idle: list[Tensor] = field(default_factory=list)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(total=state.max_steps, desc=self.label, disable=not self.show, leave=False)
 
+    def _idle_parameters(self, step: int, model: Any) -> list[nn.Parameter]:
+        if self.trainer is None or self.trainer.args.stage != "cit":
+            return []
+        trained = self.trainer.trained_adapter(self.trainer.schedule.kind(step))
+        idle = [name for name in STEP_KINDS if name != trained]
+        return [p for name in idle for p in model.adapter_parameters(name)]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._idle = snapshot(self._idle_parameters(state.global_step, kwargs["model"]))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(1)
+        now = self._idle_parameters(state.global_step - 1, kwargs["model"])
+        self.idle_kept &= same_bits(self._idle, now)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
@@ -100,8 +142,8 @@ def run_phase(
     batch_size: int,
     crayon: bool = True,
     progress: bool = True,
-) -> list[float]:
-    """Train one phase and return the losses that were logged, one per ten steps.
+) -> Trained:
+    """Train one phase.
 
     Args:
         model: A ``CollavoForConditionalGeneration``; trained in place.
@@ -117,7 +159,7 @@ def run_phase(
     arguments = CollavoTrainingArguments(
         output_dir=str(folder),
         stage=phase.stage,
-        vl_probability=1.0 if phase.adapter == "vl" else 0.0,
+        vl_probability=phase.vl_probability,
         max_steps=phase.steps,
         per_device_train_batch_size=batch_size,
         learning_rate=phase.learning_rate,
@@ -132,22 +174,25 @@ def run_phase(
         dataloader_pin_memory=False,
     )
     rounds = -(-phase.steps * batch_size // len(scenes))
-    talks = Talks(scenes, phase.talk, seed, rounds=rounds)
-    watch = _Progress(phase.name, progress)
-    is_vl = phase.stage == "cit" and phase.adapter == "vl"
-    trainer = CollavoTrainer(
+
+    def talks(talk: Talk | None) -> Talks | None:
+        return None if talk is None else Talks(scenes, talk, seed, rounds=rounds)
+
+    watch = _Watch(phase.name, progress)
+    trainer = (_OneAdapter if phase.one_adapter else CollavoTrainer)(
         model,
         arguments,
-        train_dataset=None if is_vl else talks,
-        vl_dataset=talks if is_vl else None,
+        train_dataset=talks(phase.image_talk),
+        vl_dataset=talks(phase.vl_talk),
         data_collator=PhaseCollator(processor, crayon),
         processing_class=processor,
         callbacks=[watch],
     )
+    watch.trainer = trainer
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     trainer.train()
-    return watch.losses
+    return Trained(watch.losses, trainer.schedule.counts(0, phase.steps), watch.idle_kept)
 
 
 def snapshot(parameters: Any) -> list[Tensor]:

@@ -121,10 +121,18 @@ class CollavoTrainer(Trainer):
         kind = self.schedule.kind(self.state.global_step)
         loss = super().training_step(model, *args, **kwargs)
         if self.args.stage == "cit":
-            drop_idle_gradients(cast(nn.Module, self.model), kind)
+            drop_idle_gradients(cast(nn.Module, self.model), self.trained_adapter(kind))
             if self.accelerator.sync_gradients:
                 self._logged_kinds[kind] += 1
         return loss
+
+    def trained_adapter(self, kind: StepKind) -> StepKind:
+        """Return the adapter that a ``cit`` step of a kind trains: the one of its name.
+
+        Args:
+            kind: The step's data set.
+        """
+        return kind
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and in ``cit`` add how many steps of each kind there were since the last log."""

@@ -1,5 +1,7 @@
 """The demo's language, and its whole pipeline for a handful of steps."""
 
+import argparse
+import copy
 import dataclasses
 import json
 import random
@@ -9,16 +11,20 @@ import pytest
 import torch
 
 from collavo.cli import main
+from collavo.cli.demo import _verdict
 from collavo.demo import report
 from collavo.demo.base import answer_loss
 from collavo.demo.construction import only_adapter
 from collavo.demo.conversations import Talks, Viewed, base_talk, image_talk, list_talk, vl_talk
+from collavo.demo.estimate import estimate_seconds
 from collavo.demo.experiment import Experiment
 from collavo.demo.language import build_tokenizer, split_words
 from collavo.demo.scenes import make_scene
 from collavo.demo.settings import QUICK, Margins
 from collavo.demo.storage import Scenes, write_scenes
+from collavo.demo.tuning import Phase, run_phase, same_bits, snapshot
 from collavo.panoptic import parse_objects
+from collavo_kernels.info import processor_name
 
 TALKS = (base_talk, list_talk, image_talk, vl_talk)
 
@@ -75,10 +81,10 @@ def finished(tmp_path_factory):
         vision_steps=3,
         base_steps=3,
         cpt_steps=3,
-        image_steps=3,
-        vl_steps=3,
+        cit_steps=10,
         control=True,
-        margins=Margins(),
+        ablations=True,
+        margins=Margins(b2c_control=200.0),
     )
     folder = tmp_path_factory.mktemp("demo")
     lines = []
@@ -88,29 +94,88 @@ def finished(tmp_path_factory):
 
 def test_every_stage_is_measured_on_both_kinds_of_questions(finished):
     _, results, _, _, lines = finished
-    expected = {"base", "cpt", "image", "vl", "image, no crayon", "vl, no crayon"}
-    assert expected < set(results.measurements)
+    assert set(results.measurements) == {
+        "base", "cpt", "cit", "cit, crayon shuffled", "cit, crayon left out",
+        "control", "one adapter", "image phase", "vl phase",
+    }  # fmt: skip
     for one in results.measurements.values():
         assert one.b2c.questions > 0
         assert one.c2b.questions > 0
-    assert any("vl, no crayon" in line for line in lines)
+    assert any("vl phase" in line for line in lines)
+
+
+def test_instruction_tuning_takes_turns_and_the_phases_do_not(finished):
+    steps = {name: phase["steps"] for name, phase in finished[1].phases.items()}
+    assert steps["CPT"] == {"image": 3, "vl": 0}
+    assert min(steps["CIT"].values()) > 0
+    assert sum(steps["CIT"].values()) == 10
+    # The control gets the steps of CPT too, and one adapter the same turns as two.
+    assert sum(steps["CIT, no crayon"].values()) == 13
+    assert steps["CIT, one adapter"] == steps["CIT"]
+    assert steps["CIT, image phase"] == {"image": 5, "vl": 0}
+    assert steps["CIT, vl phase"] == {"image": 0, "vl": 5}
 
 
 def test_what_holds_by_construction_holds_after_three_steps(finished):
     # Three steps teach nothing; these facts do not depend on how much was learned.
     _, results, settings, _, _ = finished
-    facts = {check.name: check for check in report.checks(results, settings)}
-    identical = [check for name, check in facts.items() if "bit" in name or "nothing else" in name]
-    assert len(identical) == 4
-    assert all(check.passed for check in identical)
-    assert results.facts["crayon_moved_in_vl_phase"] > 0.0
+    exact = [check for check in report.checks(results, settings) if check.exact]
+    assert len(exact) == 5
+    assert all(check.passed for check in exact)
+    assert results.facts["phases"]["crayon_moved_in_vl_phase"] > 0.0
 
 
-def test_an_untrained_run_fails_its_margins(finished):
+def test_a_moved_idle_adapter_is_seen(finished, monkeypatch):
+    # The check must be able to fail: here nothing drops the idle adapter's gradients.
+    experiment, _, settings, folder, _ = finished
+    monkeypatch.setattr("collavo.train.trainer.drop_idle_gradients", lambda *_: None)
+    model = copy.deepcopy(experiment.model)
+    phase = Phase("CIT", "cit", 4, 1e-2, image_talk, vl_talk, 0.5)
+    trained = run_phase(
+        model, experiment.processor, experiment.train, phase,
+        folder=folder / "trainer", seed=3, batch_size=settings.batch_size, progress=False,
+    )  # fmt: skip
+    assert not trained.idle_kept
+
+
+def test_one_adapter_leaves_the_other_without_effect(finished):
+    experiment, _, settings, folder, _ = finished
+    model = copy.deepcopy(experiment.model)
+    before = snapshot(model.adapter_parameters("vl"))
+    moved = snapshot(model.adapter_parameters("image"))
+    phase = Phase("CIT", "cit", 4, 1e-2, image_talk, vl_talk, 0.5, one_adapter=True)
+    run_phase(
+        model, experiment.processor, experiment.train, phase,
+        folder=folder / "trainer", seed=3, batch_size=settings.batch_size, progress=False,
+    )  # fmt: skip
+    assert same_bits(before, model.adapter_parameters("vl"))
+    assert not same_bits(moved, model.adapter_parameters("image"))
+
+
+def test_a_missed_margin_is_a_line_and_a_broken_fact_an_exit_status(finished, capsys):
     _, results, settings, _, _ = finished
-    failed = [check for check in report.checks(results, settings) if not check.passed]
-    assert failed
-    assert "FAILED" in report.check_lines(failed)
+    found = report.checks(results, settings)
+    missed = [check for check in found if not check.passed]
+    assert [check.exact for check in missed] == [False]
+    assert "missed B2C: after CIT minus the same steps without crayon" in report.check_lines(found)
+    arguments = argparse.Namespace(seed=3)
+    assert _verdict(found, arguments) == 0
+    assert capsys.readouterr().err == ""
+    broken = dataclasses.replace(results, facts={**results.facts, "base_identical": False})
+    assert _verdict(report.checks(broken, settings), arguments) == 1
+    assert "4-bit base" in capsys.readouterr().err
+
+
+def test_the_estimate_counts_steps_and_leaves_the_generators_alone(finished):
+    small = finished[2]
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    one = estimate_seconds(small)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()
+    assert states[2] == random.getstate()
+    # Times of three steps are noisy; a hundred times the steps is not within that noise.
+    more = dataclasses.replace(small, base_steps=300, cit_steps=600)
+    assert estimate_seconds(more) > 3 * one > 0.0
 
 
 def test_switching_an_adapter_off_changes_the_output_and_is_undone(finished):
@@ -135,11 +200,13 @@ def test_report_and_picture(finished):
     report.write_json(folder / "report.json", results, found, settings, 3)
     content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert content["seed"] == 3
-    assert content["measurements"]["vl"]["c2b"]["questions"] > 0
+    assert content["measurements"]["cit"]["c2b"]["questions"] > 0
+    assert content["processor"] == processor_name()
+    assert content["isa"]
     answered = report.ask_about_scene(experiment, 0)
     report.draw_answers(experiment.test, 0, answered, folder / "scene.png")
     assert (folder / "scene.png").stat().st_size > 1000
-    assert "after vl phase, crayon" in report.table(results)
+    assert "after CIT, both adapters in turn" in report.table(results)
     assert "Describe the image." in report.scene_lines(answered)
 
 
