@@ -15,6 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from collavo_kernels import __version__
+
+DESCRIPTION = "CoLLaVO: a vision-language model that sees objects, on kernels of its own."
 COMMANDS = {
     "demo": "train and measure a tiny CoLLaVO on drawn scenes, in minutes on a CPU",
     "prepare": "turn a COCO panoptic folder into shards of crayon maps and instructions",
@@ -30,7 +33,8 @@ _MODULES = {"eval": "evaluate"}
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """Build the parser; only the named subcommand's module is imported."""
-    parser = argparse.ArgumentParser(prog="collavo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="collavo", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"collavo {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, summary in COMMANDS.items():
         module: Any = None

@@ -158,7 +158,7 @@ def train_language(
         progress: Whether to show a bar.
 
     Returns:
-        The language loss of every step.
+        The language loss, the mean of every ten steps.
     """
     parameters = [
         *model.model.multi_modal_projector.parameters(),
@@ -179,7 +179,7 @@ def train_language(
         auxiliary = helper.loss(model, output.hidden_states, batch["input_ids"], labels)
         _step(optimizer, loss + auxiliary, parameters)
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses
+    return [sum(ten) / len(ten) for ten in (losses[i : i + 10] for i in range(0, steps, 10))]
 
 
 def _batches(

@@ -106,12 +106,12 @@ def base_talk(view: Viewed, rng: random.Random) -> list[Turn]:
 
 
 def list_talk(view: Viewed, rng: random.Random) -> list[Turn]:
-    """Crayon prompt tuning: crayon instructions only."""
+    """Crayon instructions only: what the loss on held-out scenes is taken of."""
     return crayon_turn(view, rng)
 
 
 def image_talk(view: Viewed, rng: random.Random) -> list[Turn]:
-    """Image-CIT: crayon instructions and B2C."""
+    """CPT and Image-CIT: crayon instructions and B2C."""
     return crayon_turn(view, rng) if rng.random() < 0.5 else box_turns(view, rng, 4)
 
 

@@ -209,7 +209,18 @@ def write_json(
         "seconds": results.seconds,
         "losses": results.losses,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # A line an entry: to be read, and to be compared by line.
+    entries = ",\n".join(f"{json.dumps(key)}: {_entry(value)}" for key, value in content.items())
+    path.write_text(f"{{\n{entries}\n}}\n", encoding="utf-8")
+
+
+def _entry(value: Any) -> str:
+    if isinstance(value, dict):
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in value.items())
+        return f"{{\n{lines}\n}}"
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(f"  {json.dumps(one)}" for one in value) + "\n]"
+    return json.dumps(value)
 
 
 @dataclass(frozen=True)

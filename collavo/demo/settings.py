@@ -11,7 +11,8 @@ from collavo.demo.scenes import SceneStyle
 class Margins:
     """Differences that a run is expected to reach, in percentage points if not said otherwise.
 
-    None is not asked for. Each is the smallest of what nine committed runs showed, rounded down.
+    None is not asked for. The full run's lie below what every committed run showed, by about as much
+    as runs differ.
 
     Args:
         b2c_base: B2C after CIT minus the base.
@@ -75,7 +76,7 @@ class Settings:
     margins: Margins = field(default_factory=Margins)
 
 
-FULL = Settings()
+FULL = Settings(margins=Margins(15.0, 5.0, 15.0, 5.0, 20.0, 5.0))
 QUICK = Settings(
     train_scenes=1000,
     test_scenes=100,
