@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output: {args.output} is a file, expected a folder")
     _quiet_libraries()
-    from collavo.demo import report
+    from collavo.demo import answers, report
     from collavo.demo.estimate import estimate_seconds, in_words
     from collavo.demo.experiment import Experiment
     from collavo.demo.settings import FULL, QUICK
@@ -56,10 +56,9 @@ def run(args: argparse.Namespace) -> int:
     settings = replace(QUICK if args.quick else FULL, ablations=args.ablations)
     args.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    here = report.machine()
     print(
         f"collavo demo, seed {args.seed}: {in_words(estimate_seconds(settings))} on this machine "
-        f"({here['processor']}, {here['isa']}, {here['threads']} threads)",
+        f"({report.machine_in_words()})",
         flush=True,
     )
     # In a log file a progress bar is thousands of lines.
@@ -67,16 +66,16 @@ def run(args: argparse.Namespace) -> int:
     experiment = Experiment(settings, args.seed, args.output, tqdm.write, progress=progress)
     results = experiment.run()
     found = report.checks(results, settings)
-    answered = report.ask_about_scene(experiment, 0)
+    answered = answers.ask_about_scene(experiment, 0)
     picture = args.output / "scene.png"
-    report.draw_answers(experiment.test, 0, answered, picture)
+    answers.draw_answers(experiment.test, 0, answered, picture)
     results.seconds["total"] = round(time.perf_counter() - start, 1)
     report.write_json(args.output / "report.json", results, found, settings, args.seed)
     experiment.model.save_pretrained(args.output / "model")
     experiment.processor.save_pretrained(args.output / "model")
     print(f"\n{report.table(results)}\n")
     print(report.check_lines(found))
-    print(f"\nheld-out scene, {picture}:\n{report.scene_lines(answered)}")
+    print(f"\nheld-out scene, {picture}:\n{answers.scene_lines(answered)}")
     print(f"\n{results.seconds['total']:.0f} s; report, pictures and model: {args.output}")
     return _verdict(found, args)
 

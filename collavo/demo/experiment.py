@@ -172,8 +172,8 @@ class Experiment:
     def train_crayon(self) -> None:
         """CPT: the crayon alone, on the data of Image-CIT.
 
-        Lists alone would lower both scores: the language model is frozen, and the crayon would learn
-        what helps it to list at the cost of what it asks the same tokens for elsewhere.
+        Lists alone would lower both scores: the language model is frozen, and the crayon would
+        learn what helps it to list, at the cost of what else it reads from the same tokens.
         """
         settings, model = self.settings, self.model
         base = base_state(model)

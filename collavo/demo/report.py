@@ -1,4 +1,4 @@
-"""What a person gets to see: a table in the terminal, ``report.json``, and pictures."""
+"""What a run shows: its checks, a table in the terminal, and ``report.json``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
-from collavo.demo.experiment import Experiment, Results
-from collavo.demo.model import GRID
+from collavo.demo.experiment import Results
 from collavo.demo.settings import Settings
-from collavo.demo.storage import Scenes
-from collavo.evaluation import ObjectQuestion, answer_questions, is_right
-from collavo.panoptic.drawing import draw_scene
 from collavo_kernels import info
 
 _ROWS = (
@@ -183,6 +178,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_in_words() -> str:
+    """Name processor, instruction set and threads, such as ``AMD EPYC 9654, avx512, 1 thread``."""
+    here = machine()
+    threads = "1 thread" if here["threads"] == 1 else f"{here['threads']} threads"
+    return f"{here['processor']}, {here['isa']}, {threads}"
+
+
 def write_json(
     path: Path, results: Results, found: list[Check], settings: Settings, seed: int
 ) -> None:
@@ -221,104 +223,3 @@ def _entry(value: Any) -> str:
     if isinstance(value, list):
         return "[\n" + ",\n".join(f"  {json.dumps(one)}" for one in value) + "\n]"
     return json.dumps(value)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A question with the trained model's answers, with its crayon and without."""
-
-    question: ObjectQuestion
-    crayon: str
-    without: str
-
-
-def ask_about_scene(experiment: Experiment, image: int) -> list[Answered]:
-    """Ask the trained model about one held-out scene.
-
-    Args:
-        experiment: After it has run.
-        image: Position of the scene.
-    """
-    asked = [question for question in experiment.questions if question.image == image]
-    asked.append(ObjectQuestion("b2c", image, "", "Describe the image.", ""))
-    answers = [
-        answer_questions(
-            experiment.model,
-            experiment.processor,
-            experiment.test,
-            asked,
-            crayon=use,
-            max_new_tokens=24,
-        )
-        for use in ("on", "off")
-    ]
-    return [Answered(*row) for row in zip(asked, *answers, strict=True)]
-
-
-def draw_answers(scenes: Scenes, image: int, answered: list[Answered], path: Path) -> None:
-    """Draw a scene's segments and boxes, and under them the questions with their answers.
-
-    Args:
-        scenes: The held-out scenes.
-        image: Position of the scene.
-        answered: Its questions.
-        path: Where the PNG goes.
-    """
-    sample = scenes[image]
-    picture = draw_scene(
-        sample.image,
-        sample.panoptic,
-        grid=(GRID, GRID),
-        panel=480,
-        title=f"Held-out scene {sample.image_id}",
-    )
-    font = ImageFont.load_default(size=16)
-    line, margin = 26, 20
-    height = picture.height + line * (len(answered) + 2) + margin
-    sheet = Image.new("RGB", (picture.width, height), (255, 255, 255))
-    sheet.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(sheet)
-    columns = (margin, margin + round(picture.width * 0.46), margin + round(picture.width * 0.72))
-    y = picture.height
-    for x, head in zip(columns, ("Question", "with crayon", "crayon left out"), strict=True):
-        draw.text((x, y), head, fill=(30, 30, 30), font=font)
-    y += line
-    draw.line((margin, y - 3, picture.width - margin, y - 3), fill=(160, 160, 160))
-    for row in answered:
-        draw.text((columns[0], y), row.question.text, fill=(30, 30, 30), font=font)
-        for x, answer in zip(columns[1:], (row.crayon, row.without), strict=True):
-            text = _short(answer) + _verdict(row.question, answer)
-            draw.text((x, y), text, fill=_colour(row.question, answer), font=font)
-        y += line
-    sheet.save(path)
-
-
-def _short(answer: str) -> str:
-    return answer if len(answer) <= 32 else answer[:30] + " ..."
-
-
-def _verdict(question: ObjectQuestion, answer: str) -> str:
-    """Say in words what the colour says."""
-    return " (wrong)" if question.answer and not is_right(question, answer) else ""
-
-
-def _colour(question: ObjectQuestion, answer: str) -> tuple[int, int, int]:
-    if not question.answer:
-        return (30, 30, 30)
-    return (20, 120, 50) if is_right(question, answer) else (180, 40, 30)
-
-
-def scene_lines(answered: list[Answered]) -> str:
-    """Return the questions about a scene with their answers as lines of text.
-
-    Args:
-        answered: The scene's questions.
-    """
-    lines = []
-    for row in answered:
-        lines.append(f"  {row.question.text}")
-        crayon, without = (
-            answer + _verdict(row.question, answer) for answer in (row.crayon, row.without)
-        )
-        lines.append(f"      with crayon: {crayon:24s} left out: {without}")
-    return "\n".join(lines)

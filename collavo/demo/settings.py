@@ -11,8 +11,8 @@ from collavo.demo.scenes import SceneStyle
 class Margins:
     """Differences that a run is expected to reach, in percentage points if not said otherwise.
 
-    None is not asked for. The full run's lie below what every committed run showed, by about as much
-    as runs differ.
+    None is not asked for. The full run's lie below what every committed run showed, by about as
+    much as runs differ.
 
     Args:
         b2c_base: B2C after CIT minus the base.

@@ -13,7 +13,12 @@ from collavo.panoptic.categories import (
     index_from_category_id,
     is_thing,
 )
-from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
+from collavo.panoptic.coco import (
+    CocoPanopticDataset,
+    PanopticSample,
+    find_panoptic_map,
+    read_image,
+)
 from collavo.panoptic.coco_index import Skipped, find_coco_folder
 from collavo.panoptic.drawing import draw_scene, save_scene
 from collavo.panoptic.instructions import (
@@ -98,6 +103,7 @@ __all__ = [
     "draw_instruction",
     "draw_scene",
     "find_coco_folder",
+    "find_panoptic_map",
     "format_box",
     "format_names",
     "format_objects",

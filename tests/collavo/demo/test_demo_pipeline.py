@@ -12,7 +12,7 @@ import torch
 
 from collavo.cli import main
 from collavo.cli.demo import _verdict
-from collavo.demo import report
+from collavo.demo import answers, report
 from collavo.demo.base import answer_loss
 from collavo.demo.construction import only_adapter
 from collavo.demo.conversations import Talks, Viewed, base_talk, image_talk, list_talk, vl_talk
@@ -203,11 +203,11 @@ def test_report_and_picture(finished):
     assert content["measurements"]["cit"]["c2b"]["questions"] > 0
     assert content["processor"] == processor_name()
     assert content["isa"]
-    answered = report.ask_about_scene(experiment, 0)
-    report.draw_answers(experiment.test, 0, answered, folder / "scene.png")
+    answered = answers.ask_about_scene(experiment, 0)
+    answers.draw_answers(experiment.test, 0, answered, folder / "scene.png")
     assert (folder / "scene.png").stat().st_size > 1000
     assert "after CIT, both adapters in turn" in report.table(results)
-    assert "Describe the image." in report.scene_lines(answered)
+    assert "Describe the image." in answers.scene_lines(answered)
 
 
 def test_the_saved_model_is_evaluated_by_the_command(finished, tmp_path, capsys):
