@@ -29,9 +29,8 @@ def demo_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from collavo.demo.settings import QUICK
 
     here = tmp_path_factory.mktemp("demo")
-    small = {"train_scenes": 12, "test_scenes": 4, "batch_size": 4, "vision_steps": 1}
-    steps = {"base_steps": 1, "cpt_steps": 1, "cit_steps": 2}
-    settings = replace(QUICK, **small, **steps)
+    small = {"train_scenes": 12, "test_scenes": 4, "batch_size": 4, "cpt_steps": 1, "cit_steps": 2}
+    settings = replace(QUICK, **small)
     experiment = Experiment(settings, 0, here / "collavo-demo", lambda line: None, progress=False)
     experiment.run()
     for part in (experiment.model, experiment.processor):

@@ -43,12 +43,9 @@ def estimate_seconds(settings: Settings) -> float:
     measured = 5 + settings.control + 3 * settings.ablations
     scenes = settings.train_scenes + settings.test_scenes
     shown = settings.test_scenes / 300
-    in_language_steps = (
-        settings.base_steps
-        + _VISION_STEP * settings.vision_steps
-        + _SCENE * scenes
-        + _QUESTIONS * shown * measured
-    )
+    trained = settings.base_steps + _VISION_STEP * settings.vision_steps
+    beside = _SCENE * scenes + _QUESTIONS * shown * measured
+    in_language_steps = beside + (0.0 if settings.shipped_base else trained)
     return language * in_language_steps + tuning * tuned * runs
 
 

@@ -36,6 +36,7 @@ from collavo.modeling import CollavoForConditionalGeneration
 from collavo.processing import CollavoProcessor
 
 Say = Callable[[str], None]
+BASE = Path(__file__).parent / "base_model"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ class Experiment:
     def run(self) -> Results:
         """Do all of it, in order."""
         self.write_data()
-        self.train_base()
+        if self.settings.shipped_base:
+            self.load_base()
+        else:
+            self.train_base()
         self.measure("base", "off")
         base = copy.deepcopy(self.model) if self.settings.control else None
         self.train_crayon()
@@ -112,7 +116,8 @@ class Experiment:
         """Draw the scenes, write them in COCO panoptic format and open them again."""
         settings = self.settings
         with self.timed("scenes"):
-            rng = np.random.default_rng(self.seed)
+            # A base that comes with the package must not have seen the scenes.
+            rng = np.random.default_rng([self.seed, 1] if settings.shipped_base else self.seed)
             for name, count in (("train", settings.train_scenes), ("test", settings.test_scenes)):
                 scenes = (make_scene(rng, settings.style) for _ in range(count))
                 write_scenes(self.folder / "scenes" / name, scenes)
@@ -154,6 +159,7 @@ class Experiment:
                 learning_rate=settings.base_rate,
                 progress=self.progress,
             )
+        self.save_base(self.folder / "base_model")
         self.results.facts["object_patches_named"] = seen
         weights = sum(parameter.numel() for parameter in self.model.parameters())
         self.results.facts["weights"] = weights
@@ -161,6 +167,24 @@ class Experiment:
             f"base model: {weights / 1e6:.2f} M weights, vision tower names {seen:.0%} of the "
             "objects' patches, then frozen"
         )
+
+    def load_base(self) -> None:
+        """Load the base that comes with the package."""
+        with self.timed("base"):
+            self.model = CollavoForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+            self.model.model.vision_tower.requires_grad_(False)
+            self.processor = CollavoProcessor.from_pretrained(BASE)
+        self.say("base model: comes with the package, trained by the full demo of seed 0")
+
+    def save_base(self, folder: Path) -> None:
+        """Write the base as it comes with the package: weights in bfloat16, and the processor.
+
+        Args:
+            folder: Is made.
+        """
+        halved = {n: t.to(torch.bfloat16) for n, t in self.model.state_dict().items()}
+        self.model.save_pretrained(folder, state_dict=halved)
+        self.processor.save_pretrained(folder)
 
     def _texts(self) -> Iterator[str]:
         for talk in (base_talk, list_talk, image_talk, vl_talk):

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from collavo.cli import main
 from collavo.cli.demo import _verdict
@@ -17,13 +18,14 @@ from collavo.demo.base import answer_loss
 from collavo.demo.construction import only_adapter
 from collavo.demo.conversations import Talks, Viewed, base_talk, image_talk, list_talk, vl_talk
 from collavo.demo.estimate import estimate_seconds
-from collavo.demo.experiment import Experiment
+from collavo.demo.experiment import BASE, Experiment
 from collavo.demo.language import build_tokenizer, split_words
 from collavo.demo.scenes import make_scene
 from collavo.demo.settings import QUICK, Margins
 from collavo.demo.storage import Scenes, write_scenes
 from collavo.demo.tuning import Phase, run_phase, same_bits, snapshot
 from collavo.panoptic import parse_objects
+from collavo.processing import CollavoProcessor
 from collavo_kernels.info import processor_name
 
 TALKS = (base_talk, list_talk, image_talk, vl_talk)
@@ -78,6 +80,7 @@ def finished(tmp_path_factory):
         train_scenes=24,
         test_scenes=6,
         batch_size=4,
+        shipped_base=False,
         vision_steps=3,
         base_steps=3,
         cpt_steps=3,
@@ -90,6 +93,34 @@ def finished(tmp_path_factory):
     lines = []
     experiment = Experiment(settings, 3, folder, lines.append, progress=False)
     return experiment, experiment.run(), settings, folder, lines
+
+
+def test_the_base_that_comes_with_the_package_is_one_of_the_full_demo(finished):
+    # Same parts, same sizes, a tokenizer that knows every word of the scenes: nothing was changed
+    # since it was made that would ask for another.
+    experiment, _, _, folder, _ = finished
+    made, shipped = folder / "base_model", BASE
+    assert {path.name for path in shipped.iterdir()} == {path.name for path in made.iterdir()}
+    shapes = [
+        {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(path).items()}
+        for path in (made / "model.safetensors", shipped / "model.safetensors")
+    ]
+    vocabulary = CollavoProcessor.from_pretrained(shipped).tokenizer.get_vocab()
+    different = {n for n in shapes[0] if shapes[0][n] != shapes[1].get(n)}
+    assert shapes[0].keys() == shapes[1].keys()
+    # Twelve scenes have fewer words than the whole run's four thousand.
+    assert all("embed_tokens" in name for name in different)
+    assert set(experiment.processor.tokenizer.get_vocab()) <= set(vocabulary)
+    assert shapes[1]["model.language_model.embed_tokens.weight"][0][0] == len(vocabulary)
+
+
+@pytest.mark.slow
+def test_the_quick_demo_shows_the_claim(tmp_path):
+    # About a minute and a half on one core. The margins leave room for how processors round.
+    experiment = Experiment(QUICK, 0, tmp_path, lambda line: None, progress=False)
+    found = report.checks(experiment.run(), QUICK)
+    assert len([check for check in found if not check.exact]) == 6
+    assert [check.name for check in found if not check.passed] == []
 
 
 def test_every_stage_is_measured_on_both_kinds_of_questions(finished):
