@@ -216,3 +216,5 @@ def test_examples_in_docstrings_run(module: str, tmp_path: Path, monkeypatch) ->
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     results = doctest.testmod(importlib.import_module(module), optionflags=options)
     assert results.failed == 0
+    left = [path.name for path in tmp_path.iterdir()]
+    assert not left, f"who runs the examples of {module} finds {left} in the current folder"
