@@ -19,9 +19,13 @@ from collavo.panoptic import coco_categories
 
 Mask = npt.NDArray[np.bool_]
 HEIGHT, WIDTH = 427, 640
-Y, X = np.ogrid[:HEIGHT, :WIDTH]
+ys, xs = np.ogrid[:HEIGHT, :WIDTH]
 PERSON, BENCH, DOG, UMBRELLA, BALL, KITE = 1, 15, 18, 28, 37, 38
 TREE, FENCE, SKY, GRASS = 184, 185, 187, 193
+CROWD = 3  # its place in scene()
+NAMES = frozenset(
+    ["person", "bench", "dog", "umbrella", "sports ball", "kite", "tree", "fence", "sky", "grass"]
+)
 
 
 class CocoSample(NamedTuple):
@@ -58,26 +62,26 @@ def photograph(folder: Path) -> CocoSample:
 
 
 def disc(y: int, x: int, radius: int) -> Mask:
-    return (Y - y) ** 2 + (X - x) ** 2 <= radius**2
+    return (ys - y) ** 2 + (xs - x) ** 2 <= radius**2
 
 
 def box(top: int, left: int, bottom: int, right: int) -> Mask:
-    return (Y >= top) & (Y < bottom) & (X >= left) & (X < right)
+    return (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
 
 
 def person(y: int, x: int, size: int) -> Mask:
     """A head over a body, and legs with grass between them."""
-    legs = box(y + 5 * size, x - size, y + 9 * size, x + size) & (abs(X - x) > size // 3)
+    legs = box(y + 5 * size, x - size, y + 9 * size, x + size) & (abs(xs - x) > size // 3)
     return disc(y, x, size) | box(y + size, x - size, y + 5 * size, x + size) | legs
 
 
 def diamond(y: int, x: int, size: int) -> Mask:
-    return abs(Y - y) + 2 * abs(X - x) <= size
+    return abs(ys - y) + 2 * abs(xs - x) <= size
 
 
 def scene() -> list[tuple[int, Mask]]:
     """Return category and shape of every segment, the farthest first."""
-    treetops = Y + (X * 7 % 90 - 45) ** 2 // 40 > 120
+    treetops = ys + (xs * 7 % 90 - 45) ** 2 // 40 > 120
     crowd = np.zeros((HEIGHT, WIDTH), dtype=bool)
     for i in range(40):
         crowd |= disc(185 + i * 13 % 17, 15 + 16 * i, 6)
@@ -85,14 +89,14 @@ def scene() -> list[tuple[int, Mask]]:
     return [
         (SKY, box(0, 0, HEIGHT, WIDTH)),
         (TREE, treetops),
-        (FENCE, box(170, 0, 215, WIDTH) & (X % 9 < 3)),
-        (PERSON, crowd),  # the crowd stands behind the fence's pickets and in front of its gaps
+        (FENCE, box(170, 0, 215, WIDTH) & (xs % 9 < 3)),
+        (PERSON, crowd),  # many heads, one segment
         (GRASS, box(205, 0, HEIGHT, WIDTH)),
         *((KITE, diamond(25 + 17 * i, 90 + 150 * i, 20)) for i in range(4)),
         (BENCH, box(300, 380, 318, 520)),  # the person before it parts it in two
         *((PERSON, person(*place)) for place in people),
-        (UMBRELLA, disc(265, 130, 40) & (Y < 265)),
-        (UMBRELLA, disc(240, WIDTH, 36) & (Y < 240)),  # half of it outside
+        (UMBRELLA, disc(265, 130, 40) & (ys < 265)),
+        (UMBRELLA, disc(240, WIDTH, 36) & (ys < 240)),  # half of it outside
         *((DOG, box(370 - 6 * i, 60 + 190 * i, 392, 100 + 190 * i)) for i in range(3)),
         (PERSON, person(280, 450, 11)),
         (BALL, disc(410, 333, 5)),
@@ -100,7 +104,7 @@ def scene() -> list[tuple[int, Mask]]:
 
 
 def draw(folder: Path) -> CocoSample:
-    """Write the drawn sample: images/000000000001.jpg, its map, panoptic.json; the same each time."""
+    """Write the drawn sample, the same each time: a JPEG, its map and panoptic.json."""
     stem = f"{1:012d}"
     ids = np.zeros((HEIGHT, WIDTH), dtype=np.int64)
     shapes = scene()
@@ -113,15 +117,12 @@ def draw(folder: Path) -> CocoSample:
         y, x = np.nonzero(ids == number)
         left, top = int(x.min()), int(y.min())
         bbox = [left, top, int(x.max()) + 1 - left, int(y.max()) + 1 - top]
-        crowd = int(index == 3)
+        crowd = int(index == CROWD)
         infos.append(
             {"id": number, "category_id": category, "iscrowd": crowd, "area": len(y), "bbox": bbox}
         )
-    names = frozenset(
-        "person bench dog umbrella kite tree fence sky grass".split() + ["sports ball"]
-    )
     people = sum(category == PERSON for category, _ in shapes)
-    sample = CocoSample(folder, stem, names, people, numbers[3])
+    sample = CocoSample(folder, stem, NAMES, people, numbers[CROWD])
     _write(sample, ids, infos)
     return sample
 
