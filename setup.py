@@ -57,8 +57,12 @@ rule cuda_link
 
 
 def find_compiler():
-    """Return the C++ compiler's command, or None."""
-    names = ["clang++", "g++"] if sys.platform == "darwin" else ["g++", "c++", "clang++"]
+    """Return the C++ compiler's command, or None.
+
+    On Windows that is only what CXX names: a g++ on PATH links against another run time there.
+    """
+    names = {"darwin": ["clang++", "g++"], "win32": []}
+    names = names.get(sys.platform, ["g++", "c++", "clang++"])
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, names)), None)
 
 

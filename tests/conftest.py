@@ -1,4 +1,4 @@
-"""What all tests share: the reference folder beside the checkout, seeds, and skips that say why."""
+"""What all tests share: recorded tensors, a COCO sample, seeds, and skips that say why."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
+NO_PHOTOGRAPH = (
+    "COCO image 142238 is CC BY-NC and therefore not in this repository; "
+    "--coco-sample FOLDER hands it in (tests/data/README.md)"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare --coco-sample."""
+    parser.addoption(
+        "--coco-sample",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of COCO image 142238 and its panoptic map (tests/data/README.md)",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,22 +43,28 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Any:
-    """Load recorded tensors: ``golden("nf4") -> (tensors, facts)``; skips where they are absent."""
+    """Load recorded tensors: ``golden("nf4") -> (tensors, facts)``."""
     from safetensors.torch import load_file
 
     def load(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        path = SHARED / "golden" / f"{name}.safetensors"
-        if not path.exists():
-            pytest.skip("recorded tensors (golden/) are not beside this checkout")
+        path = GOLDEN / f"{name}.safetensors"
         return load_file(path), json.loads(path.with_suffix(".json").read_text())
 
     return load
 
 
-@pytest.fixture(scope="session")
-def coco_sample() -> Path:
-    """Folder of the real COCO panoptic sample; skips where it is absent."""
-    path = SHARED / "data" / "coco_panoptic_sample"
-    if not path.is_dir():
-        pytest.skip("the COCO panoptic sample is not beside this checkout")
-    return path
+@pytest.fixture(scope="session", params=["drawn", "photograph"])
+def coco_sample(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A ``CocoSample``: the drawn one, and the photograph where --coco-sample names its folder."""
+    import coco_sample  # not at the top: the fuzzer takes this file and not that one
+
+    if request.param == "drawn":
+        return coco_sample.draw(tmp_path_factory.mktemp("drawn"))
+    folder = request.config.getoption("--coco-sample")
+    if folder is None:
+        pytest.skip(NO_PHOTOGRAPH)
+    sample = coco_sample.photograph(folder.resolve())
+    missing = [str(p) for p in (sample.image, sample.png, sample.annotations) if not p.is_file()]
+    if missing:
+        pytest.fail(f"--coco-sample: expected {', '.join(missing)}")
+    return sample

@@ -16,8 +16,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("collavo_kernels", "collavo")
-FOLDERS = (*PACKAGES, "csrc", "benchmarks", "tests", "scripts", ".ci")
-TEXT_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".sh", ".txt", ".in", "")
+FOLDERS = (*PACKAGES, "csrc", "benchmarks", "tests", "scripts", ".ci", ".github")
+TEXT_SUFFIXES = (
+    ".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".sh", ".txt", ".in", ".yml", ".yaml",
+    ".cff", "",
+)  # fmt: skip
 OPERATORS = sorted(p.name for p in (ROOT / "collavo_kernels/ops").iterdir() if p.is_dir())
 OPERATOR_FILES = {
     "README.md",
@@ -34,10 +37,9 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 500, 60, 120
 def files(*suffixes: str, folders: tuple[str, ...] = FOLDERS) -> list[Path]:
     found = [p for folder in folders for p in (ROOT / folder).rglob("*")]
     found += [p for p in ROOT.iterdir() if folders is FOLDERS]
-    hidden = {"__pycache__", "results"}
-    return sorted(
-        p for p in found if p.is_file() and p.suffix in suffixes and not hidden & set(p.parts)
-    )
+    hidden = {"__pycache__", "results", ".git"}  # .git is a file in a worktree
+    found = [p for p in found if not hidden & set(p.relative_to(ROOT).parts)]
+    return sorted(p for p in found if p.is_file() and p.suffix in suffixes)
 
 
 def name(path: Path) -> str:
@@ -159,6 +161,7 @@ def test_no_environment_variable_but_the_documented_ones() -> None:
 
 UNFINISHED = r"\b(TODO|FIXME|XXX|HACK)\b|\bplaceholder (function|implementation)\b|\bfor now\b"
 PLACES = r"(?<![\w.])/(work|root|home|mnt|Users)/\w"
+OUTSIDE = r"\.\./shared\b|\bROOT\.parent\b"
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,7 @@ PLACES = r"(?<![\w.])/(work|root|home|mnt|Users)/\w"
     [
         (UNFINISHED, FOLDERS, "unfinished work belongs in an issue"),
         (PLACES, FOLDERS, "a path of somebody's machine"),
+        (OUTSIDE, FOLDERS, "a folder beside the checkout, which a clone does not have"),
         (r"\b(pickle\.loads?|torch\.load)\(", PACKAGES, "reads code from a file"),
         (r"(?<![\w.])eval\(", PACKAGES, "runs a string"),
         (r"# type: ignore(?!\[)", FOLDERS, "says nothing about what it ignores"),
@@ -216,3 +220,5 @@ def test_examples_in_docstrings_run(module: str, tmp_path: Path, monkeypatch) ->
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     results = doctest.testmod(importlib.import_module(module), optionflags=options)
     assert results.failed == 0
+    left = [path.name for path in tmp_path.iterdir()]
+    assert not left, f"who runs the examples of {module} finds {left} in the current folder"

@@ -169,9 +169,11 @@ class SkipLog:
         path: JSON lines with ``file`` and ``reason``; added to if it is there.
 
     Example:
-        >>> log = SkipLog("skipped.jsonl")
-        >>> log(Skipped("000000000139.png", "truncated"))
-        >>> log.entries()
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     log = SkipLog(f"{folder}/skipped.jsonl")
+        ...     log(Skipped("000000000139.png", "truncated"))
+        ...     log.entries()
         [Skipped(name='000000000139.png', reason='truncated')]
     """
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,6 +143,22 @@ def test_without_a_compiler_nothing_is_built_and_a_line_says_so(tree: Path) -> N
     result = build(tree, PATH=str(tree / "empty"), CXX="")
     assert result.returncode == 0, result.stderr
     assert "no C++ compiler" in result.stdout
+
+
+def test_on_windows_only_a_named_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CI machines have a MinGW g++ on PATH, whose modules no Python from python.org can load."""
+    parsed = ast.parse((ROOT / "setup.py").read_text())
+    (function,) = [n for n in parsed.body if getattr(n, "name", "") == "find_compiler"]
+    found = {"os": os, "shutil": shutil, "sys": SimpleNamespace(platform="win32")}
+    exec(compile(ast.Module([function], []), "setup.py", "exec"), found)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert found["find_compiler"]() is None
+    monkeypatch.setenv("CXX", "clang++")
+    assert found["find_compiler"]() == "clang++"
+    found["sys"].platform = "linux"
+    monkeypatch.delenv("CXX")
+    assert found["find_compiler"]() == "/usr/bin/g++"
 
 
 def test_cuda_sources_compile(tree: Path) -> None:

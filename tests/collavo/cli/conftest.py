@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +47,15 @@ def model_folder(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def current_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Run each command in an empty folder, and see that it leaves nothing there unasked."""
+    folder = tmp_path_factory.mktemp("current")
+    monkeypatch.chdir(folder)
+    yield folder
+    left = [path.name for path in folder.iterdir()]
+    assert not left, f"left in the current folder: {left}"

@@ -360,10 +360,11 @@ def test_missing_inputs_are_named_before_anything_is_written(coco_folder, tmp_pa
     assert not out.exists()
 
 
-def test_real_coco_sample(coco_sample, tmp_path):
-    """What COCO itself has drawn: every object's text comes back from the shard."""
-    assert not prepare_folder(parts(coco_sample), tmp_path / "out").skipped
-    (sample,) = PreparedDataset(tmp_path / "out", coco_sample / "images")
-    panoptic = CocoPanopticDataset(*parts(coco_sample)).panoptic_map(0)
+def test_every_objects_text_comes_back_from_the_shard(coco_sample, tmp_path):
+    """A whole sample as COCO has them: large, crowded, a JPEG whose map is a PNG."""
+    folder = parts(coco_sample.folder)
+    assert not prepare_folder(folder, tmp_path / "out").skipped
+    (sample,) = PreparedDataset(tmp_path / "out", folder.images)
+    panoptic = CocoPanopticDataset(*folder).panoptic_map(0)
     assert list(sample.instructions) == build_instructions(detections_from_map(panoptic))
     assert sample.image().size == (640, 427)

@@ -1,9 +1,8 @@
-"""A real COCO panoptic annotation: its own areas and boxes are what the operator finds."""
+"""A COCO panoptic annotation: its own areas and boxes are what the operator finds."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +13,10 @@ from collavo_kernels import panoptic_lookup
 
 
 @pytest.mark.parametrize("backend", ["reference", ""])
-def test_areas_and_boxes_are_those_of_the_annotation(coco_sample: Path, backend: str) -> None:
-    annotation = json.loads((coco_sample / "panoptic.json").read_text())["annotations"][0]
-    rgb = np.asarray(Image.open(coco_sample / "panoptic" / annotation["file_name"]), np.int32)
+def test_areas_and_boxes_are_those_of_the_annotation(coco_sample: Any, backend: str) -> None:
+    rgb = np.asarray(Image.open(coco_sample.png), np.int32)
     segmentation = torch.from_numpy(rgb @ np.array([1, 256, 65536], np.int32)).int()
-    info = annotation["segments_info"]
+    info = coco_sample.segments()
     ids = torch.tensor([each["id"] for each in info], dtype=torch.int32)
     crayon = panoptic_lookup(
         [segmentation], [ids], [torch.zeros_like(ids)], grid=(35, 35), backend=backend
