@@ -182,7 +182,11 @@ class Experiment:
         Args:
             folder: Is made.
         """
-        halved = {n: t.to(torch.bfloat16) for n, t in self.model.state_dict().items()}
+        one: dict[int, torch.Tensor] = {}  # tied weights stay one
+        halved = {
+            name: one.setdefault(tensor.data_ptr(), tensor.to(torch.bfloat16))
+            for name, tensor in self.model.state_dict().items()
+        }
         self.model.save_pretrained(folder, state_dict=halved)
         self.processor.save_pretrained(folder)
 
