@@ -1,8 +1,8 @@
 """crayon_attention beside what it replaces, and beside attention that has neither crayon nor RoPE.
 
-The providers of a case take turns. ``fwd-cold`` is the forward with other work between the calls. GB/s, GFLOP/s and roof are of the operator's work: every input
-read and every output written once, the products of the causal half. The error of ``fwd+bwd`` is the
-worst gradient's.
+The providers of a case take turns. ``fwd-cold`` is the forward with other work between the calls.
+GB/s, GFLOP/s and roof are of the operator's work: every input read and every output written once,
+the products of the causal half. The error of ``fwd+bwd`` is the worst gradient's.
 """
 
 from __future__ import annotations
