@@ -54,7 +54,7 @@ def models(case: Case, dtype: torch.dtype, device: torch.device, training: bool)
 
 
 def exact(pair: Models) -> Tensor:
-    """Return the float64 logits of a case, worked out from the first of its pairs, before it runs."""
+    """Return a case's float64 logits, worked out from the first of its pairs before that runs."""
     key = (pair.case, pair.dtype)
     if key not in LOGITS:
         LOGITS.clear()
