@@ -177,8 +177,8 @@ class Models:
     """Both models of a case with the same weights, and a batch.
 
     One of these is for training and another for the rest: after a forward in ``eval`` without
-    gradients bitsandbytes' CPU layer has packed its weight for a product that autograd does not
-    see, and a training step would leave the gradient through every base weight out, in silence.
+    gradients bitsandbytes' CPU layer has packed its weight for a product that autograd cannot
+    follow, and a training step leaves out the gradient through every base weight, with a warning.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
