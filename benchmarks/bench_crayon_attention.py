@@ -1,8 +1,8 @@
 """crayon_attention beside what it replaces, and beside attention that has neither crayon nor RoPE.
 
-The providers of a case take turns. GB/s, GFLOP/s and roof are of the operator's work: every input
-read and every output written once, the products of the causal half. The error of ``fwd+bwd`` is the
-worst gradient's.
+The providers of a case take turns. ``fwd-cold`` is the forward with other work between the calls.
+GB/s, GFLOP/s and roof are of the operator's work: every input read and every output written once,
+the products of the causal half. The error of ``fwd+bwd`` is the worst gradient's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cold import COLD, OtherWork
 from benchmarks.conftest import Measure, chosen_device, turns
 from benchmarks.crayon_problem import ONLY_GPU, SHAPES, Shape, exact, leaves, make, upstream
 from benchmarks.crayon_providers import alone, attention, is_alone, names
@@ -26,6 +27,9 @@ QUICK = {
 # They take longest and say least; the small case shows them.
 SLOW = ("compile(eager)", "released-scheme", "reference")
 SLOW_CASE = "7b/s320/g8/b1"
+MODES = ("fwd", "fwd+bwd")
+# Enough to see that a call of this length does not depend on what was there before it.
+COLD_MODE, COLD_CASE, COLD_PROVIDERS = "fwd" + COLD, "7b/s1325/g8/b1", ("ours:cpu", "eager")
 
 
 def in_quick(kind: str, case: str, provider: str) -> bool:
@@ -39,10 +43,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every case, its providers in turns, so that all of them see the same quiet or busy times."""
     kind = "cuda" if chosen_device(metafunc.config).type == "cuda" else "cpu"
     parameters = []
-    for case, mode in itertools.product(SHAPES, ("fwd", "fwd+bwd")):
+    cold = [(COLD_CASE, COLD_MODE)] if kind == "cpu" else []
+    for case, mode in [*itertools.product(SHAPES, MODES), *cold]:
         if case in ONLY_GPU and kind == "cpu":
             continue
-        for turn, provider in itertools.product(turns(metafunc.config), names(kind)):
+        named = COLD_PROVIDERS if mode == COLD_MODE else names(kind)
+        for turn, provider in itertools.product(turns(metafunc.config), named):
             marks = () if in_quick(kind, case, provider) else (pytest.mark.full,)
             name = f"{mode}-{case}-{provider}-{turn}"
             parameters.append(pytest.param(mode, case, provider, turn, marks=marks, id=name))
@@ -99,6 +105,7 @@ def bench_crayon_attention(
         error=error_of(found, case, provider, device),
         config=_config(shape, inputs),
         in_turns=True,
+        before=OtherWork() if mode == COLD_MODE else None,
     )
 
 

@@ -1,198 +1,99 @@
-"""A whole model, forward and training step: ours beside stock LLaVA with the same mathematics.
+"""A whole model: prefill, decoding and a training step, beside stock LLaVA with PEFT.
 
 The peer is transformers' LLaVA with bitsandbytes' 4-bit layers, two PEFT adapters and the crayon as
 one would add it without this package: a vector per image *token*, from two embeddings and an MLP,
-added in front of every layer's q, k and v projections. Both have the same weights. The work counted
-is that of the decoder's frozen linear layers (twice in training: the weights have no gradient).
+added in front of every layer's q, k and v projections. Both have the same weights, and adapters in
+float32, which both make unless told otherwise. ``prefill`` is the prompt without gradients,
+``decode`` the next token from the cache that a prefill has left, ``train`` forward, backward and
+AdamW's step. The work counted is that of the decoder's frozen linear layers, twice in training:
+their weights have no gradient.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks import peers
 from benchmarks.conftest import Measure
-from collavo.configuration import CollavoConfig
-from collavo.modeling import CollavoForConditionalGeneration
+from benchmarks.end_to_end_models import Case, Models
 from collavo_kernels.testing import relative_error
 
-VOCABULARY, IMAGE_TOKEN, ROWS = 512, 511, 12
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of a model and a batch."""
-
-    hidden: int
-    layers: int
-    grid: int
-    text: int
-    batch: int
-    rank: int
-
-    def __str__(self) -> str:
-        return f"h{self.hidden}-l{self.layers}-b{self.batch}-image{self.grid**2}-text{self.text}"
-
-
 SMALL = Case(hidden=256, layers=2, grid=8, text=32, batch=2, rank=16)
-CASES = [
-    SMALL,
-    pytest.param(Case(1024, 4, 24, 64, 2, 64), marks=pytest.mark.full),
-    pytest.param(Case(2048, 4, 35, 64, 2, 64), marks=pytest.mark.full),
-]
+# Two layers of LLaMA-7B, an image of CLIP's at 336 pixels and a short question.
+LLAMA = Case(4096, 2, 24, 40, 1, 64, head_dim=128, intermediate=11008)
+FULL = (Case(1024, 4, 24, 64, 2, 64), Case(2048, 4, 35, 64, 2, 64))
+DTYPES = (torch.float32, torch.bfloat16)
+PROVIDERS = ("ours", "transformers+peft+bitsandbytes")
+MODES = ("train", "prefill", "decode")
+LOGITS: dict[tuple[Case, torch.dtype], Tensor] = {}
 
 
-def stock_model(case: Case) -> LlavaForConditionalGeneration:
-    """Build transformers' LLaVA with random weights and a one-layer vision tower."""
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=4 * case.grid,
-        patch_size=4,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=case.hidden,
-        intermediate_size=case.hidden * 11 // 4,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.hidden // 64,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration(config)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Put together what shares a pair of models; nobody trains a 7B in float32 here."""
+    parameters = []
+    for case, dtype in itertools.product((SMALL, LLAMA, *FULL), DTYPES):
+        if case == LLAMA and dtype == torch.float32:
+            continue
+        for mode, provider in itertools.product(MODES, PROVIDERS):
+            marks = (pytest.mark.full,) if case in FULL else ()
+            name = f"{case}-{str(dtype).removeprefix('torch.')}-{mode}-{provider}"
+            parameters.append(pytest.param(case, dtype, mode, provider, marks=marks, id=name))
+    metafunc.parametrize(("case", "dtype", "mode", "provider"), parameters)
 
 
-def ours(stock: LlavaForConditionalGeneration, case: Case) -> CollavoForConditionalGeneration:
-    """Build our model with the stock model's weights, 4-bit decoder, two adapters and a crayon."""
-    text = {**stock.config.text_config.to_dict(), "crayon_mode": "attention"}
-    config = CollavoConfig(
-        vision_config=stock.config.vision_config,
-        text_config=text,
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-1,
-    )
-    model = CollavoForConditionalGeneration(config)
-    model.load_state_dict(stock.state_dict(), strict=False)
-    model.to(stock.dtype)
-    # PEFT, too, keeps adapters in float32 beside a bfloat16 model.
-    model.add_dual_qlora(rank=case.rank, alpha=float(case.rank), dtype=torch.float32)
-    trained = [*model.adapter_parameters("image"), *model.adapter_parameters("vl")]
-    trained += model.crayon_parameters()
-    model.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True).data.normal_(0.0, 0.02)
-    return model
+@functools.lru_cache(maxsize=1)
+def models(case: Case, dtype: torch.dtype, device: torch.device, training: bool) -> Models:
+    """Return the pair of models; the former one is let go."""
+    return Models(case, dtype, device)
 
 
-class TokenCrayon(nn.Module):
-    """Stock LLaVA with the crayon computed and added per image token."""
-
-    def __init__(self, model: nn.Module, crayon: nn.Module) -> None:
-        super().__init__()
-        self.model, self.crayon = model, crayon
-        self.added: Tensor | None = None
-        for name, module in model.named_modules():
-            if name.endswith("self_attn") and "language_model" in name:
-                module.register_forward_pre_hook(self._add, with_kwargs=True)
-
-    def _add(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden = kwargs["hidden_states"]
-        return args, {**kwargs, "hidden_states": hidden + self.added.to(hidden.dtype)}
-
-    def forward(self, crayon_index: Tensor, **inputs: Any) -> Any:
-        """Run the model; inputs as ``CollavoForConditionalGeneration`` takes them."""
-        classes, numbers = inputs.pop("crayon_class"), inputs.pop("crayon_number")
-        index = crayon_index.long()
-        vectors = self.crayon.class_embedding(classes.gather(1, index))
-        vectors = self.crayon.mlp(vectors + self.crayon.number_embedding(numbers.gather(1, index)))
-        images = inputs["input_ids"] == IMAGE_TOKEN
-        blank = vectors.new_zeros(*images.shape, vectors.shape[-1])
-        self.added = blank.masked_scatter(images[..., None], vectors)
-        return self.model(**inputs)
+def exact(pair: Models) -> Tensor:
+    """Return a case's float64 logits, worked out from the first of its pairs before that runs."""
+    key = (pair.case, pair.dtype)
+    if key not in LOGITS:
+        LOGITS.clear()
+        LOGITS[key] = pair.exact()
+    return LOGITS[key]
 
 
-def peer(
-    stock: LlavaForConditionalGeneration, mine: CollavoForConditionalGeneration, case: Case
-) -> nn.Module:
-    """Build the peer: bitsandbytes' 4-bit layers, PEFT's adapters, ours's weights."""
-    bnb, peft = peers.require("bitsandbytes"), peers.require("peft")
-    device, dtype = stock.device, stock.dtype
-    for layer in stock.model.language_model.layers:
-        for name in LINEARS:
-            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-            dense = getattr(parent, name)
-            four = bnb.nn.Linear4bit(
-                dense.in_features,
-                dense.out_features,
-                bias=False,
-                compute_dtype=dtype,
-                quant_type="nf4",
-            )
-            four.weight = bnb.nn.Params4bit(
-                dense.weight.data.cpu(), requires_grad=False, quant_type="nf4"
-            )
-            setattr(parent, name, four.to(device))
-    stock.is_loaded_in_4bit = True
-    config = peft.LoraConfig(
-        r=case.rank,
-        lora_alpha=case.rank,
-        target_modules=rf".*language_model.*\.({'|'.join(LINEARS)})",
-    )
-    model = peft.get_peft_model(stock, config, adapter_name="image")
-    model.add_adapter("vl", config)
-    model.base_model.set_adapter(["image", "vl"])
-    own = dict(mine.named_parameters())
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(own[name.removeprefix("base_model.model.")])
-            parameter.requires_grad_(True)
-    return TokenCrayon(model, copy.deepcopy(mine.model.crayon_prompt))
+def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return the prompt's forward."""
+    model.eval()
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model(**inputs, use_cache=True).logits
+
+    return forward
 
 
-def batch(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Draw a batch: an image in front of the text, a dozen segments."""
-    cells = case.grid**2
-    tokens = torch.randint(1, IMAGE_TOKEN, (case.batch, cells + case.text))
-    tokens[:, :cells] = IMAGE_TOKEN
-    labels = tokens.clone()
-    labels[:, : cells + case.text // 2] = -100
-    shape = (case.batch, ROWS)
-    inputs = {
-        "input_ids": tokens,
-        "labels": labels,
-        "pixel_values": torch.randn(case.batch, 3, 4 * case.grid, 4 * case.grid).to(dtype),
-        "crayon_index": torch.randint(0, ROWS, (case.batch, cells), dtype=torch.int32),
-        "crayon_class": torch.randint(0, 134, shape, dtype=torch.int32),
-        "crayon_number": torch.randint(0, 21, shape, dtype=torch.int32),
-    }
-    return {name: value.to(device) for name, value in inputs.items()}
+def decode(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return one step, always the same: the last token of the batch after all before it."""
+    model.eval()
+    tokens = inputs["input_ids"]
+    prompt = {name: value for name, value in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        cache = model(**{**prompt, "input_ids": tokens[:, :-1]}, use_cache=True).past_key_values
+
+    def step() -> Tensor:
+        # A layer of the cache makes new tensors, so that a copy of it leaves the old ones alone.
+        past = copy.copy(cache)
+        past.layers = [copy.copy(layer) for layer in cache.layers]
+        with torch.no_grad():
+            output = model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True)
+        return output.logits
+
+    return step
 
 
-def work(model: nn.Module, inputs: dict[str, Tensor], mode: str) -> Callable[[], Tensor]:
-    """Return the call to be timed; it gives the logits."""
-    if mode == "fwd":
-        model.eval()
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return model(**inputs).logits
-
-        return forward
+def train(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a training step; its rate is zero, so that every step is the same."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
@@ -206,26 +107,23 @@ def work(model: nn.Module, inputs: dict[str, Tensor], mode: str) -> Callable[[],
     return step
 
 
-@pytest.mark.parametrize("mode", ["fwd", "train"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("provider", ["ours", "transformers+peft+bitsandbytes"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+WORK = {"train": train, "prefill": prefill, "decode": decode}
+
+
 def bench_model(
     measure: Measure,
     device: torch.device,
     case: Case,
-    provider: str,
     dtype: torch.dtype,
     mode: str,
+    provider: str,
 ) -> None:
-    stock = stock_model(case).to(dtype).to(device)
-    mine = ours(stock, case).to(device)
-    inputs = batch(case, device, dtype)
-    weights = sum(p.numel() for p in stock.model.language_model.layers.parameters() if p.ndim == 2)
-    precise = {**inputs, "pixel_values": inputs["pixel_values"].double()}
-    exact = work(copy.deepcopy(mine).double(), precise, "fwd")()
-    model = mine if provider == "ours" else peer(stock, mine, case)
-    fn = work(model, inputs, mode)
+    training = mode == "train"
+    pair = models(case, dtype, device, training)
+    expected = exact(pair)
+    fn = WORK[mode](pair.ours if provider == "ours" else pair.peer, pair.inputs)
+    passes = 2 if training else 1
+    tokens = case.batch if mode == "decode" else pair.inputs["input_ids"].numel()
     measure(
         fn,
         op="end_to_end",
@@ -233,7 +131,8 @@ def bench_model(
         case=str(case),
         mode=mode,
         dtype=dtype,
-        flops=2 * weights * inputs["input_ids"].numel() * (2 if mode == "train" else 1),
-        error=relative_error(fn(), exact),
+        bytes=int(passes * pair.weights * (0.5 + 1 / 64)),
+        flops=passes * 2 * pair.weights * tokens,
+        error=relative_error(fn(), expected[:, -1:] if mode == "decode" else expected),
         config=vars(case),
     )

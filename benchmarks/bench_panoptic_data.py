@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.bench_panoptic_lookup import Batch, released_algorithm
 from benchmarks.conftest import Measure
+from benchmarks.panoptic_problem import Batch
+from benchmarks.panoptic_providers import released_algorithm
 from collavo.panoptic import format_objects, write_panoptic_png
 from collavo.panoptic.maps import read_panoptic_colours
 from collavo.panoptic.text import detections_by_image

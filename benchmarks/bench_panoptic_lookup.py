@@ -1,23 +1,24 @@
 """panoptic_lookup beside the released algorithm, NumPy and torch; CrayonPrompt per row and token.
 
-The peers do the work of their own definition. The released algorithm is for maps of the grid's
-size; on a larger map it is given a nearest reduction, which it does not have. NumPy and torch cut
-cells where they share pixels. A case is size / segments / batch, on a grid of 35 x 35 unless it
-ends with another.
+A case is size / segments / batch, on a grid of 35 x 35 unless it ends with another. In the modes
+``majority`` and ``nearest`` one call follows the other; with ``-cold`` at the end other work comes
+between (``cold.py``), as in a program that makes one such call per batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import itertools
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from benchmarks import memory
+from benchmarks.cold import COLD, OtherWork, require_cpu
 from benchmarks.conftest import Measure
-from collavo_kernels import CrayonMap, panoptic_lookup
+from benchmarks.panoptic_problem import Batch
+from benchmarks.panoptic_providers import PROVIDERS, call_of
+from collavo_kernels import panoptic_lookup
 from collavo_kernels.nn import CrayonPrompt
 
 QUICK = ("480x640/s15/b1", "480x640/s15/b16", "480x640/s15/b64")
@@ -30,184 +31,63 @@ FULL = tuple(
     if (name := f"{size}/s{segments}/b{batch}{grid}") not in QUICK
 )
 CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
+COLD_CASES = ("480x640/s15/b1", "480x640/s15/b16")
+COLD_PROVIDERS = [name for name, (_, kind) in PROVIDERS.items() if kind != "cuda"]
+COLD_PROVIDERS.remove("reference")
 
 
-class Batch:
-    """Maps with connected segments, as a segmenter or an annotator makes them."""
-
-    def __init__(self, case: str) -> None:
-        size, segments, batch, *others = case.split("/")
-        cells = int(others[0][1:]) if others else 35
-        self.grid = (cells, cells)
-        self.height, self.width = (int(side) for side in size.split("x"))
-        count = int(segments[1:])
-        generator = torch.Generator().manual_seed(0)
-        # Ids as in COCO: colours, up to 2^24.
-        ids = [torch.randperm(2**24 - 1, generator=generator)[:count].int() + 1 for _ in range(4)]
-        maps = [self._map(each, generator) for each in ids]
-        images = [k % 4 for k in range(int(batch[1:]))]
-        self.maps = torch.stack([maps[k] for k in images])
-        self.ids = [ids[k] for k in images]
-        self.classes = [torch.arange(count, dtype=torch.int32) % 40 for _ in images]
-
-    def in_colours(self) -> Tensor:
-        """Return the maps as a decoder of COCO's PNGs does, uint8 ``[B, H, W, 3]``."""
-        channels = (self.maps & 255, self.maps >> 8 & 255, self.maps >> 16)
-        return torch.stack(channels, -1).to(torch.uint8)
-
-    def _map(self, ids: Tensor, generator: torch.Generator) -> Tensor:
-        """Every pixel takes the id of the nearest of some points; a tenth stays unlabelled."""
-        points = len(ids) + max(1, len(ids) // 10)
-        y = torch.randint(self.height, (points, 1, 1), generator=generator)
-        x = torch.randint(self.width, (points, 1, 1), generator=generator)
-        rows, columns = torch.arange(self.height)[:, None], torch.arange(self.width)
-        best = torch.full((self.height, self.width), 2**30)
-        out = torch.zeros(self.height, self.width, dtype=torch.int32)
-        for k in range(points):
-            far = (rows - y[k]) ** 2 + (columns - x[k]) ** 2
-            nearer = far < best
-            best = torch.where(nearer, far, best)
-            out[nearer] = ids[k] if k < len(ids) else 0
-        return out
-
-
-def released_algorithm(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Loop over the ids of each map: masks, ``torch.where`` for cells and boxes."""
-    out = []
-    for segmentation, ids, classes in zip(batch.maps, batch.ids, batch.classes, strict=True):
-        label_of = dict(zip(ids.tolist(), classes.tolist(), strict=True))
-        semantic, number = torch.zeros_like(segmentation), torch.zeros_like(segmentation)
-        seen: dict[int, int] = {}
-        boxes = []
-        for segment in segmentation.unique().tolist():
-            if segment <= 0:
-                continue
-            label = label_of[segment]
-            seen[label] = seen.get(label, 0) + 1
-            y, x = torch.where(segmentation == segment)
-            semantic[y, x] = label + 1
-            number[y, x] = seen[label]
-            boxes.append(torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]))
-        height, width = segmentation.shape
-        i = (2 * torch.arange(batch.grid[0]) + 1) * height // (2 * batch.grid[0])
-        j = (2 * torch.arange(batch.grid[1]) + 1) * width // (2 * batch.grid[1])
-        cells = (semantic[i[:, None], j].flatten(), number[i[:, None], j].flatten())
-        out.append((*cells, torch.stack(boxes) / 35))
-    return out
-
-
-def careful_numpy(batch: Batch) -> list[tuple[Any, ...]]:
-    """One ``np.unique``, then ``bincount`` of (cell, segment) pairs; no loop over segments."""
-    out: list[tuple[Any, ...]] = []
-    for tensor, ids_tensor in zip(batch.maps, batch.ids, strict=True):
-        segmentation, ids = tensor.numpy(), np.sort(ids_tensor.numpy())
-        height, width = segmentation.shape
-        grid_h, grid_w = batch.grid
-        present, rows = np.unique(segmentation, return_inverse=True)
-        rows = np.where(np.isin(present, ids), np.searchsorted(ids, present) + 1, 0)[rows]
-        rows = rows.reshape(height, width)
-        # Cells are cut, not shared, at their borders: what bincount can do in one go.
-        cell = (np.arange(height) * grid_h // height)[:, None] * grid_w
-        cell = cell + np.arange(width) * grid_w // width
-        count = len(ids) + 1
-        pairs = np.bincount((cell * count + rows).ravel(), minlength=grid_h * grid_w * count)
-        index = pairs.reshape(-1, count).argmax(1)
-        area = np.bincount(rows.ravel(), minlength=count)
-        out.append((index, area, _numpy_boxes(rows, count)))
-    return out
-
-
-def _numpy_boxes(rows: np.ndarray, count: int) -> np.ndarray:
-    """Boxes from the (row, y) and (row, x) pairs that occur."""
-    height, width = rows.shape
-    by_y = np.zeros((count, height), dtype=bool)
-    by_x = np.zeros((count, width), dtype=bool)
-    by_y[rows, np.arange(height)[:, None]] = True
-    by_x[rows, np.arange(width)] = True
-    x0, y0 = by_x.argmax(1), by_y.argmax(1)
-    x1, y1 = width - by_x[:, ::-1].argmax(1), height - by_y[:, ::-1].argmax(1)
-    return np.stack([x0 / width, y0 / height, x1 / width, y1 / height], 1)
-
-
-def torch_operators(batch: Batch, maps: Tensor) -> list[tuple[Tensor, ...]]:
-    """Do what NumPy does in torch's operators: a search in the ids, and counts of pairs."""
-    out: list[tuple[Tensor, ...]] = []
-    height, width = maps.shape[1:]
-    grid_h, grid_w = batch.grid
-    y = torch.arange(height, device=maps.device)
-    x = torch.arange(width, device=maps.device)
-    cell = (y * grid_h // height)[:, None] * grid_w + x * grid_w // width
-    across, down = x.repeat(height), y.repeat_interleave(width)
-    for segmentation, ids_here in zip(maps, batch.ids, strict=True):
-        ids = ids_here.sort().values.to(maps.device)
-        place = torch.searchsorted(ids, segmentation).clamp_max(len(ids) - 1)
-        rows = torch.where(ids[place] == segmentation, place + 1, 0)
-        count = len(ids) + 1
-        pairs = torch.bincount((cell * count + rows).view(-1), minlength=grid_h * grid_w * count)
-        index = pairs.view(-1, count).argmax(1)
-        area = torch.bincount(rows.view(-1), minlength=count)
-        out.append((index, area, *_torch_boxes(rows.view(-1), across, down, count)))
-    return out
-
-
-def _torch_boxes(rows: Tensor, across: Tensor, down: Tensor, count: int) -> Iterator[Tensor]:
-    for values, how in ((across, "amin"), (down, "amin"), (across, "amax"), (down, "amax")):
-        yield values.new_zeros(count).scatter_reduce(0, rows, values, how, include_self=False)
-
-
-def ours(batch: Batch, provider: str, reduce: str, device: torch.device) -> Callable[[], CrayonMap]:
-    backend = provider.removeprefix("ours:").split("-")[0]
+def run(
+    measure: Measure,
+    fn: Callable[[], object],
+    *,
+    provider: str,
+    case: str,
+    batch: Batch,
+    before: Callable[[], None] | None = None,
+) -> None:
+    """Measure a call of a provider."""
+    # A row says what was read: three bytes a pixel, or four.
     coloured = provider.endswith("-colours")
-    maps = (batch.in_colours() if coloured else batch.maps).to(device)
-
-    def call() -> CrayonMap:
-        return panoptic_lookup(
-            maps, batch.ids, batch.classes, grid=batch.grid, reduce=reduce, backend=backend
-        )
-
-    return call
-
-
-PROVIDERS = {
-    "released-algorithm": ("nearest", "cpu"),
-    "numpy": ("majority", "cpu"),
-    "ours:cpu": ("majority", "cpu"),
-    "torch": ("majority", ""),
-    "ours:cpu-nearest": ("nearest", "cpu"),
-    "ours:cpu-colours": ("majority", "cpu"),
-    "ours:triton": ("majority", "cuda"),
-    "ours:triton-colours": ("majority", "cuda"),
-    "reference": ("majority", ""),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str, case: str) -> None:
-    reduce, needs = PROVIDERS[provider]
-    if needs and device.type != needs:
-        pytest.skip(f"{provider} runs on {needs}, the device is {device.type}")
-    batch = Batch(case)
-    maps = batch.maps.to(device)
-    fn: Callable[[], object]
-    if provider == "released-algorithm":
-        fn = lambda: released_algorithm(batch)  # noqa: E731
-    elif provider == "numpy":
-        fn = lambda: careful_numpy(batch)  # noqa: E731
-    elif provider == "torch":
-        fn = lambda: torch_operators(batch, maps)  # noqa: E731
-    else:
-        fn = ours(batch, provider, reduce, device)
     measure(
         fn,
         op="panoptic_lookup",
         provider=provider,
         case=case,
-        mode=reduce,
-        # A row says what was read: three bytes a pixel, or four.
-        dtype=torch.uint8 if provider.endswith("-colours") else torch.int32,
-        bytes=batch.maps.numel() * (3 if provider.endswith("-colours") else 4),
+        mode=PROVIDERS[provider][0] + (COLD if before else ""),
+        dtype=torch.uint8 if coloured else torch.int32,
+        bytes=batch.maps.numel() * (3 if coloured else 4),
         config={"grid": batch.grid, "threads": torch.get_num_threads()},
+        before=before,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str, case: str) -> None:
+    needs = PROVIDERS[provider][1]
+    if needs and device.type != needs:
+        pytest.skip(f"{provider} runs on {needs}, the device is {device.type}")
+    batch = Batch(case)
+    run(measure, call_of(provider, batch, device), provider=provider, case=case, batch=batch)
+
+
+@pytest.mark.parametrize("case", COLD_CASES)
+@pytest.mark.parametrize("provider", COLD_PROVIDERS)
+def bench_panoptic_lookup_cold(
+    measure: Measure, device: torch.device, provider: str, case: str
+) -> None:
+    """Other work between the calls, and other maps at each."""
+    require_cpu(device)
+    batch = Batch(case)
+    copies = range(memory.copies_past_cache(batch.maps.nbytes, device))
+    calls = itertools.cycle([call_of(provider, batch.copy(), device) for _ in copies])
+    run(
+        measure,
+        lambda: next(calls)(),
+        provider=provider,
+        case=case,
+        batch=batch,
+        before=OtherWork(),
     )
 
 

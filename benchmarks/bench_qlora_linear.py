@@ -2,7 +2,8 @@
 
 The work is the whole operator with two adapters. ``bitsandbytes``, ``dense`` and ``ours:int8`` do
 the base alone, and are held against the work of that. Weights rotate past the last-level cache, and
-the providers of a case take turns. ``fwd-grad`` is a forward with gradients on.
+the providers of a case take turns. ``fwd-grad`` is a forward with gradients on. Providers that end
+with ``-fp32-adapters`` have float32 adapters, the default of ``apply_to_llava`` and of PEFT.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import memory
+from benchmarks import memory, peers
 from benchmarks.conftest import Measure, chosen_device, turns
-from benchmarks.qlora_problem import BASE_ONLY, DTYPE, Case, exact, tokens, weights
+from benchmarks.qlora_problem import (
+    BASE_ONLY,
+    DTYPE,
+    FLOAT32_ADAPTERS,
+    Case,
+    exact,
+    tokens,
+    weights,
+)
 from benchmarks.qlora_providers import Layer, captured, make
 from collavo_kernels.testing import relative_error
 
@@ -32,7 +41,7 @@ QUICK_TOKENS = {
     "fwd+bwd": (1, 128, 1024, 2048),
 }
 OURS = {"cpu": ("ours:cpu",), "cuda": ("ours:triton", "ours:cuda")}
-PEERS = ("bitsandbytes", "peft", "dense", "dense+lora", "dequantize+lora")
+OTHERS = ("bitsandbytes", "peft", "dense", "dense+lora", "dequantize+lora")
 PLAIN = ("reference", "compile(reference)")
 PLAIN_RANK = 64
 INT8_TOKENS = 16
@@ -42,7 +51,9 @@ Found = Tensor | tuple[Tensor, ...]
 
 def providers(mode: str, kind: str, case: Case) -> list[str]:
     """List who is measured in a mode on a kind of device."""
-    named = [*OURS[kind], *PEERS]
+    named = [*OURS[kind], *OTHERS]
+    if mode != "fwd-grad":
+        named += [f"{name}{FLOAT32_ADAPTERS}" for name in (*OURS[kind], "peft")]
     if mode == "fwd" and kind == "cuda":
         graphs = [*OURS[kind], "bitsandbytes", "peft", "dense"]
         named += [f"{name}+graph" for name in graphs]
@@ -58,7 +69,9 @@ def in_quick(mode: str, kind: str, case: Case, provider: str) -> bool:
     slow = provider == "reference" and case.m > INT8_TOKENS and kind == "cpu"
     # A compilation takes longer than all else of a case.
     compiled = provider == "compile(reference)" and (mode != "fwd" or case.m != 1)
-    return case.rank == RANKS[0] and not slow and not compiled
+    # A GPU's time is short; what its adapters' dtype costs is the larger selection's.
+    wide = provider.endswith(FLOAT32_ADAPTERS) and kind == "cuda"
+    return case.rank == RANKS[0] and not (slow or compiled or wide)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -132,6 +145,14 @@ def error_of(found: Found, mode: str, provider: str, case: Case, device: torch.d
     return max(relative_error(f, e) for f, e in zip(found, wanted, strict=True))
 
 
+def config(provider: str, copies: int) -> dict[str, object]:
+    """Return the copies, and for a peer whether bitsandbytes has its hub kernel."""
+    facts: dict[str, object] = {"copies": copies}
+    if provider.startswith(("bitsandbytes", "peft")):
+        facts["hub_kernel"] = peers.has_hub_kernel()
+    return facts
+
+
 def bench_qlora_linear(
     measure: Measure,
     device: torch.device,
@@ -163,6 +184,6 @@ def bench_qlora_linear(
             bytes=case.bytes(mode, provider),
             flops=case.flops(mode, provider),
             error=error_of(next(following)(), mode, provider, case, device),
-            config={"copies": len(copies)},
+            config=config(provider, len(copies)),
             in_turns=True,
         )

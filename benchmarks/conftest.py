@@ -118,12 +118,13 @@ def measure(
         error: float | None = None,
         config: Mapping[str, object] | None = None,
         in_turns: bool = False,
+        before: Callable[[], None] | None = None,
     ) -> report.Measurement | None:
         benchmark.group = f"{op} {mode} {case}"
         parts = timing.TURNS if in_turns else 1
         # On a GPU the rounds only say how many events to time.
         share = budget / parts / (4 if device.type == "cuda" else 1)
-        taken = timing.rounds_of(benchmark, fn, device, share, -(-5 // parts))
+        taken = timing.rounds_of(benchmark, fn, device, share, -(-5 // parts), before)
         if not taken:
             return None
         if device.type == "cuda":

@@ -2,6 +2,9 @@
 
 A benchmark of a peer begins with ``peers.require("bitsandbytes")``: it returns the module, or skips
 the benchmark with the reason. The run's summary names those present and those absent.
+
+On a processor with AVX-512 BF16 bitsandbytes takes its 4-bit product from a kernel on the Hugging
+Face hub if ``kernels`` is installed and the hub answers, else from its own library; the two differ.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+HUB_KERNEL = ("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward_kernel")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("bitsandbytes", "bitsandbytes", ("qlora_linear",)),
+        # Brings bitsandbytes' CPU kernel from the hub; see has_hub_kernel.
+        Peer("kernels", "kernels", ("qlora_linear", "end_to_end")),
         Peer("peft", "peft", ("qlora_linear", "end_to_end")),
         Peer("torchao", "torchao", ("qlora_linear",)),
         Peer("unsloth", "unsloth", ("qlora_linear",), needs_cuda=True),
@@ -80,6 +87,15 @@ def require(name: str) -> ModuleType:
     return importlib.import_module(peer.module)
 
 
+def has_hub_kernel() -> bool:
+    """Whether bitsandbytes has loaded its CPU kernel from the hub in this process."""
+    module, name = HUB_KERNEL
+    try:
+        return getattr(importlib.import_module(module), name, None) is not None
+    except ImportError:
+        return False
+
+
 def summary() -> tuple[list[str], list[str]]:
     """Return the peers present (``name version``) and absent (``name (why)``)."""
     present: list[str] = []
@@ -87,7 +103,9 @@ def summary() -> tuple[list[str], list[str]]:
     for peer in PEERS.values():
         reason = peer.absent()
         if reason is None:
-            present.append(f"{peer.name} {peer.version()}".strip())
+            kernel = "with" if has_hub_kernel() else "without"
+            note = f" ({kernel} its hub kernel)" if peer.name == "bitsandbytes" else ""
+            present.append(f"{peer.name} {peer.version()}".strip() + note)
         else:
             absent.append(f"{peer.name} ({reason})")
     return present, absent

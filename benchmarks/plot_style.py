@@ -36,8 +36,8 @@ def pyplot() -> Any:
     return plt
 
 
-def write(figure: Any, path: Path) -> None:
+def write(figure: Any, path: Path, *, transparent: bool = True) -> None:
     """Save a figure as the same bytes each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(path, transparent=transparent, bbox_inches="tight", metadata={"Date": None})
     pyplot().close(figure)

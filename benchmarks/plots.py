@@ -1,9 +1,10 @@
-"""Draw the kept results as SVG: one plot per operator and device, and one overview per device.
+"""Draw the kept results as SVG: a plot per operator and device, and the README's picture.
 
 ``python -m benchmarks.plots`` reads ``results/<device>/<op>.csv`` and writes
 ``plots/<device>/<op>.svg`` (one per mode, where one would be too long), what ``plots_qlora`` draws
-beside it, and ``plots/<device>/overview.svg``. The colours are told apart by
-colour-blind readers; the background is transparent and the text grey, for light and dark pages.
+beside it, and ``plots/<device>/headline.svg``, where there are rows for it. The colours are told
+apart by colour-blind readers; backgrounds are transparent and text is grey, for light and dark
+pages, but in the headline, which is dark on white.
 """
 
 from __future__ import annotations
@@ -12,34 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import plots_qlora, report
+from benchmarks import headline, plots_qlora, report
 from benchmarks.plot_style import COLOURS, MARKERS, TEXT, pyplot, write
-from benchmarks.qlora_problem import BASE_ONLY
 
 PLOTS = Path(__file__).parent / "plots"
-# They do other work (no crayon and RoPE, no adapters, a weight of 16 bits, decoding and no more):
-# the operator's own plot and table show them, a speed over them would compare different things.
-OTHER_WORK = (
-    "sdpa-alone",
-    "ours-alone",
-    "dense+lora",
-    "pillow-alone",
-    "decoding-alone",
-    *BASE_ONLY,
-)
-# Longer plots are split; of a mode this many lines stand in the overview.
-MOST_LINES, OVERVIEW_LINES = 30, 6
-
-
-def is_ours(provider: str) -> bool:
-    """Whether the provider is this package's whole operator (``ours``, ``ours:cpu``, ...)."""
-    return provider.split(":")[0] == "ours" and provider not in OTHER_WORK
-
-
-def is_peer(provider: str) -> bool:
-    """Whether the provider is another way to do the operator's whole work."""
-    ours = provider.startswith("ours") or "reference" in provider
-    return not ours and provider not in OTHER_WORK and provider.split(":")[0] not in OTHER_WORK
+# Longer plots are split.
+MOST_LINES = 30
 
 
 def label(row: report.Measurement) -> str:
@@ -53,18 +32,6 @@ def providers(rows: Sequence[report.Measurement]) -> list[str]:
     return sorted(names, key=lambda name: not name.startswith("ours"))
 
 
-def speedups(rows: Sequence[report.Measurement]) -> dict[str, float]:
-    """Return, by line, the best peer's median over our best; lines without both drop."""
-    result: dict[str, float] = {}
-    for name in dict.fromkeys(map(label, rows)):
-        line = [row for row in rows if label(row) == name]
-        ours = [row.p50_ms for row in line if is_ours(row.provider)]
-        others = [row.p50_ms for row in line if is_peer(row.provider)]
-        if ours and others:
-            result[name] = min(others) / min(ours)
-    return result
-
-
 def sheets(rows: Sequence[report.Measurement]) -> dict[str, list[report.Measurement]]:
     """Split an operator's rows into plots of a readable length, by the end of their file's name."""
     if len(set(map(label, rows))) <= MOST_LINES:
@@ -73,15 +40,6 @@ def sheets(rows: Sequence[report.Measurement]) -> dict[str, list[report.Measurem
     for row in rows:
         parts.setdefault("_" + report.slug(f"{row.mode} {row.on}"), []).append(row)
     return parts
-
-
-def overview_lines(rows: Sequence[report.Measurement]) -> dict[str, float]:
-    """Return the first speedups of each mode, threads and instruction set."""
-    chosen: dict[str, float] = {}
-    for part in {(row.mode, row.on): None for row in rows}:
-        found = speedups([row for row in rows if (row.mode, row.on) == part])
-        chosen.update(list(found.items())[:OVERVIEW_LINES])
-    return chosen
 
 
 def draw_operator(rows: Sequence[report.Measurement], path: Path) -> None:
@@ -126,55 +84,19 @@ def draw_operator(rows: Sequence[report.Measurement], path: Path) -> None:
     write(figure, path)
 
 
-def draw_overview(groups: dict[str, list[report.Measurement]], path: Path) -> bool:
-    """Draw the speed of the best of ours over the best peer's; False if nothing to draw."""
-    bars = [
-        (op, name, value)
-        for op, rows in groups.items()
-        for name, value in overview_lines(rows).items()
-    ]
-    if not bars:
-        return False
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(bars)))
-    operators = list(dict.fromkeys(op for op, _, _ in bars))
-    for index, (op, _, value) in enumerate(bars):
-        axes.barh(
-            index, value - 1, left=1, color=COLOURS[operators.index(op) % len(COLOURS)], height=0.7
-        )
-        axes.annotate(
-            f"{value:.2f}x",
-            (max(value, 1.0), index),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    axes.axvline(1.0, color=TEXT, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(right=2 * max(1.0, *(value for _, _, value in bars)))
-    axes.set_yticks(range(len(bars)), [f"{op}: {name}" for op, name, _ in bars])
-    axes.set_ylim(len(bars) - 0.5, -0.5)
-    device = next(iter(groups.values()))[0].device
-    axes.set_xlabel(f"speed over the best peer that does the same work (1 = equal), {device}")
-    write(figure, path)
-    return True
-
-
 def draw_all(results: Path = report.RESULTS, plots: Path = PLOTS) -> list[Path]:
     """Draw every kept result and return the files written."""
     written: list[Path] = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        groups = {path.stem: report.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-        groups = {op: rows for op, rows in groups.items() if rows}
+    for device, groups in report.by_device(results).items():
         for op, rows in groups.items():
             for end, part in sheets(rows).items():
-                written.append(plots / folder.name / f"{op}{end}.svg")
+                written.append(plots / device / f"{op}{end}.svg")
                 draw_operator(part, written[-1])
             if op == "qlora_linear":
-                written += plots_qlora.draw(rows, plots / folder.name)
-        overview = plots / folder.name / "overview.svg"
-        if groups and draw_overview(groups, overview):
-            written.append(overview)
+                written += plots_qlora.draw(rows, plots / device)
+        picture = plots / device / "headline.svg"
+        if headline.draw(groups, picture):
+            written.append(picture)
     return written
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from collavo_kernels import LoRAAdapter, NF4Weight, quantize_nf4
 
 DTYPE = torch.bfloat16
+# At the end of a provider's name: adapters in float32, as apply_to_llava and PEFT make them.
+FLOAT32_ADAPTERS = "-fp32-adapters"
 # The base matrix alone, without the two adapters: less work than the operator's.
 BASE_ONLY = ("bitsandbytes", "bitsandbytes+graph", "dense", "dense+graph", "ours:int8")
 
@@ -33,7 +35,8 @@ class Case(NamedTuple):
         A backward reads the weight again: there is no gradient before the forward has ended.
         """
         weight = self.n * self.k * (0.5 + 1 / 64)
-        factors = 0 if provider in BASE_ONLY else 4 * self.rank * (self.n + self.k)
+        size = 4 if provider.endswith(FLOAT32_ADAPTERS) else DTYPE.itemsize
+        factors = 0 if provider in BASE_ONLY else 2 * size * self.rank * (self.n + self.k)
         tokens = 2 * self.m * (self.n + self.k)
         if mode != "fwd+bwd":
             return int(weight + factors + tokens)

@@ -1,7 +1,9 @@
 """Who is measured for ``qlora_linear``: this package, its peers, and what one would write by hand.
 
 A provider makes a ``Layer``: one copy of the weights in memory of its own, and how to call it. The
-benchmark makes as many as rotate past the last-level cache.
+benchmark makes as many as rotate past the last-level cache. Adapters are bfloat16 like the rest, or
+float32 where a provider's name ends with ``-fp32-adapters``: those are what ``apply_to_llava`` and
+PEFT make unless told otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import peers, report
-from benchmarks.qlora_problem import DTYPE, Weights, copy_of, streaming_copy_of
+from benchmarks.qlora_problem import (
+    DTYPE,
+    FLOAT32_ADAPTERS,
+    Weights,
+    copy_of,
+    streaming_copy_of,
+)
 from collavo_kernels import LoRAAdapter, NF4Weight, qlora_linear
 from collavo_kernels.ops.qlora_linear import reference
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
@@ -33,7 +41,10 @@ class Layer(NamedTuple):
 
 def make(provider: str, given: Weights, *, training: bool) -> Layer:
     """Return one copy; skips the benchmark, with the reason, where the provider is absent."""
-    name = provider.removesuffix("+graph")
+    name = provider.removesuffix("+graph").removesuffix(FLOAT32_ADAPTERS)
+    if provider.endswith(FLOAT32_ADAPTERS):
+        wide = (LoRAAdapter(a.float(), b.float(), scaling) for a, b, scaling in given.adapters)
+        given = given._replace(adapters=tuple(wide))
     if name == "bitsandbytes":
         return Layer(_bitsandbytes(given, training))
     if name == "peft":
@@ -124,7 +135,7 @@ def _peft(given: Weights, training: bool) -> Layer:
     leaves: list[Tensor] = []
     for name, (a, b, _) in zip(ADAPTERS, given.adapters, strict=True):
         for factor, values in ((lora.lora_A[name], a), (lora.lora_B[name], b)):
-            factor.weight.data = values.clone()
+            factor.weight.data = values.clone()  # PEFT's own are float32
             leaves.append(factor.weight)
     return Layer(lora.train(training), tuple(leaves))
 

@@ -150,6 +150,13 @@ def format_time(milliseconds: float) -> str:
     return f"{milliseconds:.4g} ms" if milliseconds < 1e4 else f"{milliseconds / 1e3:.4g} s"
 
 
+def short_time(milliseconds: float) -> str:
+    """Return three digits in ms, or in s from one second on: for pages that people read."""
+    if milliseconds < 999.5:
+        return f"{milliseconds:.3g} ms"
+    return f"{milliseconds / 1e3:.3g} s"
+
+
 def _cells(row: Measurement) -> list[str]:
     def number(value: float | None, pattern: str) -> str:
         return "" if value is None else format(value, pattern)
@@ -191,6 +198,15 @@ def read_csv(path: Path) -> list[Measurement]:
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}")
         return [_parse(row) for row in reader]
+
+
+def by_device(root: Path = RESULTS) -> dict[str, dict[str, list[Measurement]]]:
+    """Read all kept results: rows by operator, by the device's folder."""
+    found = {}
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        groups = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
+        found[folder.name] = {op: rows for op, rows in groups.items() if rows}
+    return found
 
 
 def _parse(row: Mapping[str, str]) -> Measurement:

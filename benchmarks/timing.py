@@ -13,10 +13,17 @@ import torch
 # Each of the blocks of rounds that a benchmark with the argument ``turn`` is measured in.
 TURNS = 3
 SLOW = 0.5
+# Of calls that long so many rounds are enough.
+LONG, LONG_ROUNDS = 1.0, 3
 
 
 def rounds_of(
-    benchmark: Any, fn: Callable[[], object], device: torch.device, budget: float, least: int
+    benchmark: Any,
+    fn: Callable[[], object],
+    device: torch.device,
+    budget: float,
+    least: int,
+    before: Callable[[], None] | None = None,
 ) -> list[float]:
     """Run pytest-benchmark's pedantic rounds and return their seconds; [] when it is disabled.
 
@@ -26,7 +33,8 @@ def rounds_of(
         device: Where it runs; a GPU is waited for.
         budget: Seconds that the rounds may take, unless ``least`` rounds take longer.
         least: Fewest rounds; one where a call takes more than half a second and ``least`` is
-            below five.
+            below five, three where one takes more than a second.
+        before: Run before each call, outside of the time; see ``cold.py``.
     """
     on_gpu = device.type == "cuda"
 
@@ -39,17 +47,29 @@ def rounds_of(
         benchmark.pedantic(call)
         return []
     call()
-    start = time.perf_counter()
-    call()
-    once = max(time.perf_counter() - start, 1e-7)
-    iterations = max(1, math.ceil(1e-4 / once))
+    between = _seconds(before) if before else 0.0
+    once = max(_seconds(call), 1e-7)
+    # What runs before a call has to run before every one.
+    iterations = 1 if before else max(1, math.ceil(1e-4 / once))
     if once > SLOW and least < 5:
         least = 1
-    rounds = min(200, max(least, int(budget / (once * iterations))))
+    elif once > LONG:
+        least = min(least, LONG_ROUNDS)
+    rounds = min(200, max(least, int(budget / (once * iterations + between))))
     benchmark.pedantic(
-        call, rounds=rounds, iterations=iterations, warmup_rounds=min(3, rounds // 5)
+        call,
+        setup=before,
+        rounds=rounds,
+        iterations=iterations,
+        warmup_rounds=min(3, rounds // 5),
     )
     return list(benchmark.stats.stats.data)
+
+
+def _seconds(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
 
 
 def event_seconds(fn: Callable[[], object], rounds: int) -> list[float]:

@@ -52,6 +52,7 @@ def test_the_work_is_the_least_that_the_operator_needs() -> None:
     weight, factors, tokens = 64 * 128 // 2 + 128, 2 * 2 * 16 * (64 + 128), 2 * 2 * (64 + 128)
     assert case.bytes("fwd", "ours:cpu") == weight + factors + tokens
     assert case.bytes("fwd", "bitsandbytes") == weight + tokens
+    assert case.bytes("fwd", "peft-fp32-adapters") == weight + 2 * factors + tokens
     assert case.flops("fwd", "ours:cpu") == 2 * 2 * 64 * 128 + 2 * (2 * 2 * 16 * (64 + 128))
     assert case.flops("fwd", "dense") == 2 * 2 * 64 * 128
     # Backward: g W, and for each adapter g B, h A, h^T x, g^T (A x).
@@ -80,13 +81,23 @@ def test_the_float64_results_are_the_operators() -> None:
 @pytest.mark.parametrize("mode", ["fwd", "fwd-grad", "fwd+bwd"])
 @pytest.mark.parametrize(
     "provider",
-    ["ours:cpu", "reference", "bitsandbytes", "peft", "dense", "dense+lora", "dequantize+lora"],
+    [
+        "ours:cpu",
+        "ours:cpu-fp32-adapters",
+        "reference",
+        "bitsandbytes",
+        "peft",
+        "peft-fp32-adapters",
+        "dense",
+        "dense+lora",
+        "dequantize+lora",
+    ],
 )
 def test_every_provider_computes_what_its_error_is_measured_against(
     monkeypatch: pytest.MonkeyPatch, provider: str, mode: str
 ) -> None:
     """All have bfloat16 products: a forgotten adapter, scaling or gradient is far beyond 5 %."""
-    if provider in ("bitsandbytes", "peft", "dequantize+lora"):
+    if provider.startswith(("bitsandbytes", "peft", "dequantize+lora")):
         pytest.importorskip("bitsandbytes")
         pytest.importorskip("peft")
     monkeypatch.setattr(memory, "copies_past_cache", lambda size, device: 2)
@@ -97,6 +108,8 @@ def test_every_provider_computes_what_its_error_is_measured_against(
         copies = bench.layers(SMALL, provider, training, x)
         for call in bench.calls(mode, provider, copies, x, grad):
             assert bench.error_of(call(), mode, provider, SMALL, CPU) < 0.05
+    wide = provider.endswith("-fp32-adapters")
+    assert {leaf.dtype for leaf in copies[0].leaves} <= {torch.float32 if wide else torch.bfloat16}
 
 
 def test_goals_are_read_from_the_rows_of_one_thread_and_instruction_set() -> None:
