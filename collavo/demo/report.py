@@ -132,14 +132,14 @@ def table(results: Results) -> str:
         results: Of the experiment.
     """
     title = "accuracy on held-out scenes, %"
-    head = f"{title:36s}{'B2C':>7s}{'C2B':>8s}{'recall':>9s}{'specif.':>9s}"
+    head = f"{title:38s}{'B2C':>7s}{'C2B':>8s}{'recall':>9s}{'specif.':>9s}"
     lines = [head, "-" * len(head)]
     for key, label in _ROWS:
         if key in results.measurements:
             one = results.measurements[key]
             values = (one.b2c.accuracy, one.c2b.accuracy, one.c2b.recall, one.c2b.specificity)
             b2c, c2b, recall, specificity = (100.0 * (value or 0.0) for value in values)
-            lines.append(f"{label:36s}{b2c:7.1f}{c2b:8.1f}{recall:9.1f}{specificity:9.1f}")
+            lines.append(f"{label:38s}{b2c:7.1f}{c2b:8.1f}{recall:9.1f}{specificity:9.1f}")
     return "\n".join(lines)
 
 
