@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import Measure
+from benchmarks.conftest import Measure, chosen_kind
 from collavo_kernels import CrayonMap, panoptic_lookup
 from collavo_kernels.nn import CrayonPrompt
 
@@ -29,7 +29,6 @@ FULL = tuple(
     for grid in ("", "/g24")
     if (name := f"{size}/s{segments}/b{batch}{grid}") not in QUICK
 )
-CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
 
 
 class Batch:
@@ -181,12 +180,27 @@ PROVIDERS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str, case: str) -> None:
-    reduce, needs = PROVIDERS[provider]
-    if needs and device.type != needs:
-        pytest.skip(f"{provider} runs on {needs}, the device is {device.type}")
+def marked(provider: str, case: str) -> Any:
+    """Return the parameters, marked as the selections want them."""
+    marks = [pytest.mark.full] if case in FULL else []
+    few = case == QUICK[-1] and provider in ("ours:triton", "torch")
+    marks += [pytest.mark.quick_gpu] if few else []
+    return pytest.param(provider, case, marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("provider", "case"), [marked(p, c) for p in PROVIDERS for c in (*QUICK, *FULL)]
+)
+def bench_panoptic_lookup(
+    measure: Measure,
+    device: torch.device,
+    pytestconfig: pytest.Config,
+    provider: str,
+    case: str,
+) -> None:
+    (reduce, needs), kind = PROVIDERS[provider], chosen_kind(pytestconfig)
+    if needs and kind != needs:
+        pytest.skip(f"{provider} runs on {needs}, the device is {kind}")
     batch = Batch(case)
     maps = batch.maps.to(device)
     fn: Callable[[], object]
@@ -208,6 +222,8 @@ def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str,
         dtype=torch.uint8 if provider.endswith("-colours") else torch.int32,
         bytes=batch.maps.numel() * (3 if provider.endswith("-colours") else 4),
         config={"grid": batch.grid, "threads": torch.get_num_threads()},
+        # The others read values from the device.
+        capture=provider.startswith("ours"),
     )
 
 

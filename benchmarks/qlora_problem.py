@@ -13,7 +13,7 @@ from collavo_kernels import LoRAAdapter, NF4Weight, quantize_nf4
 
 DTYPE = torch.bfloat16
 # The base matrix alone, without the two adapters: less work than the operator's.
-BASE_ONLY = ("bitsandbytes", "bitsandbytes+graph", "dense", "dense+graph", "ours:int8")
+BASE_ONLY = ("bitsandbytes", "dense", "ours:int8")
 
 
 class Case(NamedTuple):

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,12 +32,11 @@ class Layer(NamedTuple):
 
 def make(provider: str, given: Weights, *, training: bool) -> Layer:
     """Return one copy; skips the benchmark, with the reason, where the provider is absent."""
-    name = provider.removesuffix("+graph")
-    if name == "bitsandbytes":
+    if provider == "bitsandbytes":
         return Layer(_bitsandbytes(given, training))
-    if name == "peft":
+    if provider == "peft":
         return _peft(given, training)
-    if name == "dense":
+    if provider == "dense":
         weight = given.dense.clone()
         return Layer(lambda x: F.linear(x, weight))
     adapters = tuple(
@@ -46,7 +44,7 @@ def make(provider: str, given: Weights, *, training: bool) -> Layer:
         for a, b, scaling in given.adapters
     )
     leaves = tuple(factor for a, b, _ in adapters for factor in (a, b))
-    return Layer(_with_adapters(name, given, adapters), leaves)
+    return Layer(_with_adapters(provider, given, adapters), leaves)
 
 
 def _with_adapters(
@@ -65,7 +63,9 @@ def _with_adapters(
     if name == "ours:int8":
         packed = streaming_copy_of(given.nf4)
         return lambda x: qlora_linear(x, packed, int8_activations=True)
-    return _operator(streaming_copy_of(given.nf4), adapters, name.removeprefix("ours:"))
+    backend = name.removeprefix("ours:")
+    copy = streaming_copy_of if backend == "cpu" else copy_of
+    return _operator(copy(given.nf4), adapters, backend)
 
 
 def _operator(
@@ -147,24 +147,3 @@ def _dequantizing(given: Weights) -> Callable[[Tensor], Tensor]:
     bnb: Any = peers.require("bitsandbytes")
     params = copy_of(given.nf4).to_bitsandbytes()
     return lambda x: _DequantizedLinear.apply(x, params, bnb.functional.dequantize_4bit)
-
-
-def captured(fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return a call that replays ``fn`` as a CUDA graph; skips where it cannot be captured."""
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            fn()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = fn()
-    except RuntimeError as error:
-        pytest.skip(f"cannot be captured in a CUDA graph: {str(error).splitlines()[0]}")
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay

@@ -185,13 +185,9 @@ def _driver(driver: _Driver) -> Iterator[None]:
 def _listener(compilations: list[Compilation]) -> Iterator[None]:
     from triton import knobs
 
-    def note(
-        *, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool
-    ) -> None:
+    def note(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
         files = {name.rpartition(".")[2]: Path(path) for name, path in metadata_group.items()}
-        compilations.append(
-            Compilation(metadata["name"], cache_hit, times.total / 1e6, files)
-        )
+        compilations.append(Compilation(metadata["name"], cache_hit, times.total / 1e6, files))
 
     before = knobs.compilation.listener
     knobs.compilation.listener = note

@@ -89,7 +89,7 @@ def _over_queries(
     return d_keys, d_values
 
 
-# A length that is known to be even lets the statistics be copied in pieces twice as wide.
+# A length known to be a multiple of 16 lets the statistics be copied in pieces twice as wide.
 @triton.jit(do_not_specialize=["window"])
 def key_gradients_kernel(
     query,  # [B, S, H, D], prepared
