@@ -38,6 +38,7 @@ class Case:
     text: int
     batch: int
     rank: int
+    head_dim: int = 64
 
     def __str__(self) -> str:
         return f"h{self.hidden}-l{self.layers}-b{self.batch}-image{self.grid**2}-text{self.text}"
@@ -66,7 +67,7 @@ def stock_model(case: Case) -> LlavaForConditionalGeneration:
         hidden_size=case.hidden,
         intermediate_size=case.hidden * 11 // 4,
         num_hidden_layers=case.layers,
-        num_attention_heads=case.hidden // 64,
+        num_attention_heads=case.hidden // case.head_dim,
     )
     config = LlavaConfig(
         vision_config=vision,
