@@ -179,7 +179,10 @@ def measure(
         key = (op, *report.key(case, mode, name, provider, facts))
         pooled = seconds[key] = [*seconds.get(key, ()), *times.seconds]
         p20, p50, p80 = timing.percentiles(pooled)
-        least, earlier = roof.seconds(bytes, flops, name), rows.get(key)
+        rates = _rates(bytes, flops, roof.seconds(bytes, flops, name), p50)
+        peak = rows[key].peak_mb if key in rows else None
+        if peak is None and not dry:
+            peak = memory.peak_megabytes(fn, device)
         rows[key] = row = report.Measurement(
             op=op,
             provider=provider,
@@ -189,19 +192,15 @@ def measure(
             p20_ms=p20 * 1e3,
             p50_ms=p50 * 1e3,
             p80_ms=p80 * 1e3,
-            gb_per_s=bytes / p50 / 1e9 if bytes and p50 else None,
-            gflop_per_s=flops / p50 / 1e9 if flops and p50 else None,
-            roof=least / p50 if least else None,
-            peak_mb=earlier.peak_mb if earlier else _peak(fn, device, dry),
+            peak_mb=peak,
             error=None if error is None or dry else error(),
             config_json=report.config_json(config),
             wall_ms=times.wall * 1e3 if times.method else None,
             timed=times.method,
+            **rates,
             **facts,  # type: ignore[arg-type]
         )
-        benchmark.extra_info.update(
-            provider=provider, gb_per_s=row.gb_per_s, gflop_per_s=row.gflop_per_s, roof=row.roof
-        )
+        benchmark.extra_info.update(provider=provider, **rates)
         if path is not None:
             report.append_jsonl(path, row)
         return row
@@ -209,8 +208,13 @@ def measure(
     return run
 
 
-def _peak(fn: Callable[[], object], device: torch.device, dry: bool) -> float | None:
-    return None if dry else memory.peak_megabytes(fn, device)
+def _rates(bytes: float, flops: float, least: float, seconds: float) -> dict[str, float | None]:
+    """Return GB/s, GFLOP/s and the part of the roof that a time means; None where there is none."""
+    return {
+        "gb_per_s": bytes / seconds / 1e9 if bytes and seconds else None,
+        "gflop_per_s": flops / seconds / 1e9 if flops and seconds else None,
+        "roof": least / seconds if least and seconds else None,
+    }
 
 
 def _times(

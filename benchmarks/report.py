@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import json
@@ -300,3 +301,19 @@ def _replace(path: Path, text: str) -> None:
 def config_json(config: Mapping[str, object] | None) -> str:
     """Return the configuration as one compact, sorted JSON object."""
     return json.dumps(dict(config or {}), sort_keys=True, separators=(",", ":"), default=str)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the rows of a file of :func:`append_jsonl` as tables, one for each operator."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
+    parser.add_argument("rows", type=Path, help="a file that pytest --rows has written")
+    # A benchmark in turns writes a row after each: the last one pools them.
+    rows = {(row.op, row.key): row for row in read_jsonl(parser.parse_args(arguments).rows)}
+    for op in dict.fromkeys(op for op, _ in rows):
+        mine = [row for row in rows.values() if row.op == op]
+        print(f"# {op} on {mine[0].device}\n\n{markdown_table(mine)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
