@@ -2,20 +2,32 @@
 
 The providers of a case take turns. ``fwd-cold`` is the forward with other work between the calls.
 GB/s, GFLOP/s and roof are of the operator's work: every input read and every output written once,
-the products of the causal half. The error of ``fwd+bwd`` is the worst gradient's.
+the products of the causal half. The error of ``fwd+bwd`` is the worst gradient's. On a GPU the
+calls rotate over copies of the inputs that fill its cache twice.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import memory
 from benchmarks.cold import COLD, OtherWork
-from benchmarks.conftest import Measure, chosen_device, turns
-from benchmarks.crayon_problem import ONLY_GPU, SHAPES, Shape, exact, leaves, make, upstream
+from benchmarks.conftest import Measure, chosen_kind, turns
+from benchmarks.crayon_problem import (
+    ONLY_GPU,
+    SHAPES,
+    Shape,
+    copies_of,
+    exact,
+    leaves,
+    make,
+    upstream,
+)
 from benchmarks.crayon_providers import alone, attention, is_alone, names
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.testing import relative_error
@@ -39,9 +51,16 @@ def in_quick(kind: str, case: str, provider: str) -> bool:
     return case in QUICK[kind] and provider != "reference"
 
 
+def in_quick_gpu(mode: str, case: str, provider: str) -> bool:
+    """Whether the few rows that a borrowed GPU has time for have it."""
+    if case not in QUICK["cuda"] or provider in (*SLOW, "sdpa-alone", "ours-alone:cuda"):
+        return False
+    return mode == "fwd" or not provider.startswith("ours-alone")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every case, its providers in turns, so that all of them see the same quiet or busy times."""
-    kind = "cuda" if chosen_device(metafunc.config).type == "cuda" else "cpu"
+    kind = chosen_kind(metafunc.config)
     parameters = []
     cold = [(COLD_CASE, COLD_MODE)] if kind == "cpu" else []
     for case, mode in [*itertools.product(SHAPES, MODES), *cold]:
@@ -49,7 +68,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         named = COLD_PROVIDERS if mode == COLD_MODE else names(kind)
         for turn, provider in itertools.product(turns(metafunc.config), named):
-            marks = () if in_quick(kind, case, provider) else (pytest.mark.full,)
+            marks = [] if in_quick(kind, case, provider) else [pytest.mark.full]
+            marks += [pytest.mark.quick_gpu] if in_quick_gpu(mode, case, provider) else []
             name = f"{mode}-{case}-{provider}-{turn}"
             parameters.append(pytest.param(mode, case, provider, turn, marks=marks, id=name))
     metafunc.parametrize(("mode", "case", "provider", "turn"), parameters)
@@ -63,11 +83,11 @@ def error_of(
     expected = exact(case, device, crayon=not is_alone(provider), gradients=backward)
     if not isinstance(found, Tensor):
         pairs = zip(found, expected.gradients, strict=True)
-        return max(relative_error(f.cpu(), e) for f, e in pairs)
-    out = found.detach().cpu()
+        return max(relative_error(f, e) for f, e in pairs)
+    out = found.detach()
     ranges = make(case, device).key_range
     if ranges is not None:
-        valid = torch.arange(out.shape[1]) < ranges.cpu()[:, 1:]
+        valid = torch.arange(out.shape[1], device=device) < ranges[:, 1:]
         out = out * valid[:, :, None, None]
     return relative_error(out, expected.out)
 
@@ -77,24 +97,29 @@ def bench_crayon_attention(
 ) -> None:
     """Inference, and a training step's forward and backward."""
     shape, inputs, fn = SHAPES[case], make(case, device), attention(provider)
-    wanted = leaves(alone(inputs) if is_alone(provider) else inputs)
     grad = upstream(inputs)
+    size = shape.bytes("fwd", inputs.q.element_size()) // 2
+    many = memory.copies_past_cache(size, device) if device.type == "cuda" else 1
+    following = itertools.cycle(copies_of(inputs, many))
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return fn(inputs)
+            return fn(next(following))
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(fn(inputs), wanted, grad)
+        given = next(following)
+        wanted = leaves(alone(given) if is_alone(provider) else given)
+        return torch.autograd.grad(fn(given), wanted, grad)
 
+    call: Callable[[], Tensor | tuple[Tensor, ...]] = both if mode == "fwd+bwd" else forward
     try:
-        found: Tensor | tuple[Tensor, ...] = both() if mode == "fwd+bwd" else forward()
+        call()
     except (RuntimeError, ValueError) as reason:
         if provider in ("ours:cpu", "ours-alone:cpu", "ours:triton", "eager", "sdpa-alone"):
             raise
         pytest.skip(f"{provider}: {str(reason).splitlines()[0]}")
     measure(
-        both if mode == "fwd+bwd" else forward,
+        call,
         op="crayon_attention",
         provider=provider,
         case=case,
@@ -102,7 +127,7 @@ def bench_crayon_attention(
         dtype=inputs.q.dtype,
         bytes=shape.bytes(mode, inputs.q.element_size()),
         flops=shape.flops(mode),
-        error=error_of(found, case, provider, device),
+        error=lambda: error_of(call(), case, provider, device),
         config=_config(shape, inputs),
         in_turns=True,
         before=OtherWork() if mode == COLD_MODE else None,

@@ -133,6 +133,7 @@ def bench_model(
         dtype=dtype,
         bytes=int(passes * pair.weights * (0.5 + 1 / 64)),
         flops=passes * 2 * pair.weights * tokens,
-        error=relative_error(fn(), expected[:, -1:] if mode == "decode" else expected),
+        error=lambda: relative_error(fn(), expected[:, -1:] if mode == "decode" else expected),
+        capture=False,
         config=vars(case),
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import memory
 from benchmarks.cold import COLD, OtherWork, require_cpu
-from benchmarks.conftest import Measure
+from benchmarks.conftest import Measure, chosen_kind
 from benchmarks.panoptic_problem import Batch
 from benchmarks.panoptic_providers import PROVIDERS, call_of
 from collavo_kernels import panoptic_lookup
@@ -30,10 +31,24 @@ FULL = tuple(
     for grid in ("", "/g24")
     if (name := f"{size}/s{segments}/b{batch}{grid}") not in QUICK
 )
-CASES = [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
 COLD_CASES = ("480x640/s15/b1", "480x640/s15/b16")
 COLD_PROVIDERS = [name for name, (_, kind) in PROVIDERS.items() if kind != "cuda"]
 COLD_PROVIDERS.remove("reference")
+
+
+def marked(provider: str, case: str) -> Any:
+    """Return the parameters, marked as the selections want them."""
+    marks = [pytest.mark.full] if case in FULL else []
+    few = case == QUICK[-1] and provider in ("ours:triton", "torch")
+    marks += [pytest.mark.quick_gpu] if few else []
+    return pytest.param(provider, case, marks=marks)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every provider and case of the warm benchmark, marked."""
+    if metafunc.function is bench_panoptic_lookup:
+        both = [marked(p, c) for p in PROVIDERS for c in (*QUICK, *FULL)]
+        metafunc.parametrize(("provider", "case"), both)
 
 
 def run(
@@ -57,16 +72,22 @@ def run(
         dtype=torch.uint8 if coloured else torch.int32,
         bytes=batch.maps.numel() * (3 if coloured else 4),
         config={"grid": batch.grid, "threads": torch.get_num_threads()},
+        # The others read values from the device.
+        capture=provider.startswith("ours"),
         before=before,
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str, case: str) -> None:
-    needs = PROVIDERS[provider][1]
-    if needs and device.type != needs:
-        pytest.skip(f"{provider} runs on {needs}, the device is {device.type}")
+def bench_panoptic_lookup(
+    measure: Measure,
+    device: torch.device,
+    pytestconfig: pytest.Config,
+    provider: str,
+    case: str,
+) -> None:
+    needs, kind = PROVIDERS[provider][1], chosen_kind(pytestconfig)
+    if needs and kind != needs:
+        pytest.skip(f"{provider} runs on {needs}, the device is {kind}")
     batch = Batch(case)
     run(measure, call_of(provider, batch, device), provider=provider, case=case, batch=batch)
 
@@ -74,10 +95,10 @@ def bench_panoptic_lookup(measure: Measure, device: torch.device, provider: str,
 @pytest.mark.parametrize("case", COLD_CASES)
 @pytest.mark.parametrize("provider", COLD_PROVIDERS)
 def bench_panoptic_lookup_cold(
-    measure: Measure, device: torch.device, provider: str, case: str
+    measure: Measure, device: torch.device, pytestconfig: pytest.Config, provider: str, case: str
 ) -> None:
     """Other work between the calls, and other maps at each."""
-    require_cpu(device)
+    require_cpu(chosen_kind(pytestconfig))
     batch = Batch(case)
     copies = range(memory.copies_past_cache(batch.maps.nbytes, device))
     calls = itertools.cycle([call_of(provider, batch.copy(), device) for _ in copies])

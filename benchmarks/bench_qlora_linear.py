@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory, peers
-from benchmarks.conftest import Measure, chosen_device, turns
+from benchmarks.conftest import Measure, chosen_kind, turns
 from benchmarks.qlora_problem import (
     BASE_ONLY,
     DTYPE,
@@ -27,7 +27,7 @@ from benchmarks.qlora_problem import (
     tokens,
     weights,
 )
-from benchmarks.qlora_providers import Layer, captured, make
+from benchmarks.qlora_providers import Layer, make
 from collavo_kernels.testing import relative_error
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (5120, 13824))
@@ -54,9 +54,6 @@ def providers(mode: str, kind: str, case: Case) -> list[str]:
     named = [*OURS[kind], *OTHERS]
     if mode != "fwd-grad":
         named += [f"{name}{FLOAT32_ADAPTERS}" for name in (*OURS[kind], "peft")]
-    if mode == "fwd" and kind == "cuda":
-        graphs = [*OURS[kind], "bitsandbytes", "peft", "dense"]
-        named += [f"{name}+graph" for name in graphs]
     if mode == "fwd" and kind == "cpu" and case.m <= INT8_TOKENS:
         named.insert(1, "ours:int8")
     return [*named, *PLAIN] if case.rank == PLAIN_RANK else named
@@ -74,17 +71,27 @@ def in_quick(mode: str, kind: str, case: Case, provider: str) -> bool:
     return case.rank == RANKS[0] and not (slow or compiled or wide)
 
 
+def in_quick_gpu(mode: str, case: Case, provider: str) -> bool:
+    """Whether the few rows that a borrowed GPU has time for have it."""
+    if (case.k, case.n) not in SHAPES[:3] or case.rank != RANKS[0] or mode == "fwd-grad":
+        return False
+    if mode == "fwd+bwd":
+        return case.m == 2048 and provider in (*OURS["cuda"], "dequantize+lora")
+    others = {1: ("bitsandbytes", "peft"), 4: (), 16: ("bitsandbytes", "peft"), 128: ("dense",)}
+    return provider in (*OURS["cuda"], *others.get(case.m, ("dense", "dequantize+lora")))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every case, its providers in turns, so that all of them see the same quiet or busy times."""
-    device = chosen_device(metafunc.config)
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = chosen_kind(metafunc.config)
     parameters = []
     for mode, (k, n), rank in itertools.product(QUICK_TOKENS, SHAPES, RANKS):
         for m in TOKENS[kind] if mode != "fwd-grad" else QUICK_TOKENS[mode]:
             case = Case(k, n, m, rank)
             named = providers(mode, kind, case)
             for turn, provider in itertools.product(turns(metafunc.config), named):
-                marks = () if in_quick(mode, kind, case, provider) else (pytest.mark.full,)
+                marks = [] if in_quick(mode, kind, case, provider) else [pytest.mark.full]
+                marks += [pytest.mark.quick_gpu] if in_quick_gpu(mode, case, provider) else []
                 name = f"{mode}-{case}-{provider}-{turn}"
                 parameters.append(pytest.param(mode, case, provider, turn, marks=marks, id=name))
     metafunc.parametrize(("mode", "case", "provider", "turn"), parameters)
@@ -124,8 +131,6 @@ def calls(
     def both(layer: Layer) -> tuple[Tensor, ...]:
         return torch.autograd.grad(layer.forward(x), [x, *layer.leaves], grad)
 
-    if provider.endswith("+graph"):
-        return [captured(functools.partial(forward, layer)) for layer in copies]
     run: Callable[[Layer], Found] = both if mode == "fwd+bwd" else forward
     return [functools.partial(run, layer) for layer in copies]
 
@@ -183,7 +188,7 @@ def bench_qlora_linear(
             dtype=DTYPE,
             bytes=case.bytes(mode, provider),
             flops=case.flops(mode, provider),
-            error=error_of(next(following)(), mode, provider, case, device),
+            error=lambda: error_of(next(following)(), mode, provider, case, device),
             config=config(provider, len(copies)),
             in_turns=True,
         )

@@ -119,18 +119,37 @@ class Exact(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def exact(case: str, device: torch.device, *, crayon: bool, gradients: bool) -> Exact:
-    """Return the results from the same inputs in float64, on the CPU, with crayon or without."""
+    """Return the results from the same inputs in float64, with crayon or without.
+
+    Key/value heads come one after the other: all whole score matrices would not fit a GPU.
+    """
     given = make(case, device)
-    inputs = AttentionInputs(
-        *(
-            x.detach().cpu().double()
-            if isinstance(x, Tensor) and x.is_floating_point()
-            else x.cpu()
-            if isinstance(x, Tensor)
-            else x
-            for x in (given if crayon else alone(given))
-        )
-    )
+    grad = upstream(given)
+    inputs = given if crayon else alone(given)
+    groups = inputs.k.shape[2]
+    parts = [
+        _exact(_group(inputs, i, groups), grad.chunk(groups, 2)[i], gradients=gradients)
+        for i in range(groups)
+    ]
+    # Heads are the last dimension but one everywhere.
+    results = [
+        torch.cat(each, -2) for each in zip(*(each.gradients for each in parts), strict=True)
+    ]
+    return Exact(torch.cat([each.out for each in parts], -2), tuple(results))
+
+
+def _group(inputs: AttentionInputs, group: int, groups: int) -> AttentionInputs:
+    """Return one key/value head with the query heads that read it, in float64."""
+    part = {
+        name: x.detach().chunk(groups, -2)[group].double()
+        for name in LEAVES
+        if (x := getattr(inputs, name)) is not None
+    }
+    wide = {n: x.double() for n in ("cos", "sin") if (x := getattr(inputs, n)) is not None}
+    return inputs._replace(**part, **wide)
+
+
+def _exact(inputs: AttentionInputs, grad: Tensor, *, gradients: bool) -> Exact:
     with torch.no_grad():
         found = reference.forward(inputs)
         if not gradients:
@@ -139,9 +158,8 @@ def exact(case: str, device: torch.device, *, crayon: bool, gradients: bool) -> 
         value = found.value if inputs.changes_value else inputs.v
         mask = tuple(getattr(inputs, name) is not None for name in LEAVES)
         saved = inputs._replace(k=key, v=value)
-        grad = upstream(given).cpu().double()
         results = reference.backward(
-            BackwardInputs(grad, None, None, saved, found.out, found.lse, mask)  # type: ignore[arg-type]
+            BackwardInputs(grad.double(), None, None, saved, found.out, found.lse, mask)  # type: ignore[arg-type]
         )
     return Exact(found.out, tuple(g for g, m in zip(results, mask, strict=True) if m))
 
@@ -150,6 +168,21 @@ def alone(inputs: AttentionInputs) -> AttentionInputs:
     """Return the same attention with neither crayon nor rotation."""
     nothing = ("cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index")
     return inputs._replace(**dict.fromkeys(nothing))
+
+
+def copies_of(inputs: AttentionInputs, many: int) -> list[AttentionInputs]:
+    """Return the inputs, and copies of what gets gradients in memory of their own."""
+
+    def copied() -> AttentionInputs:
+        return inputs._replace(
+            **{
+                name: x.detach().clone().requires_grad_()
+                for name in LEAVES
+                if (x := getattr(inputs, name)) is not None
+            }
+        )
+
+    return [inputs, *(copied() for _ in range(many - 1))]
 
 
 def leaves(inputs: AttentionInputs) -> list[Tensor]:

@@ -15,7 +15,7 @@ DTYPE = torch.bfloat16
 # At the end of a provider's name: adapters in float32, as apply_to_llava and PEFT make them.
 FLOAT32_ADAPTERS = "-fp32-adapters"
 # The base matrix alone, without the two adapters: less work than the operator's.
-BASE_ONLY = ("bitsandbytes", "bitsandbytes+graph", "dense", "dense+graph", "ours:int8")
+BASE_ONLY = ("bitsandbytes", "dense", "ours:int8")
 
 
 class Case(NamedTuple):

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class Layer(NamedTuple):
 
 def make(provider: str, given: Weights, *, training: bool) -> Layer:
     """Return one copy; skips the benchmark, with the reason, where the provider is absent."""
-    name = provider.removesuffix("+graph").removesuffix(FLOAT32_ADAPTERS)
+    name = provider.removesuffix(FLOAT32_ADAPTERS)
     if provider.endswith(FLOAT32_ADAPTERS):
         wide = (LoRAAdapter(a.float(), b.float(), scaling) for a, b, scaling in given.adapters)
         given = given._replace(adapters=tuple(wide))
@@ -76,7 +75,9 @@ def _with_adapters(
     if name == "ours:int8":
         packed = streaming_copy_of(given.nf4)
         return lambda x: qlora_linear(x, packed, int8_activations=True)
-    return _operator(streaming_copy_of(given.nf4), adapters, name.removeprefix("ours:"))
+    backend = name.removeprefix("ours:")
+    copy = streaming_copy_of if backend == "cpu" else copy_of
+    return _operator(copy(given.nf4), adapters, backend)
 
 
 def _operator(
@@ -158,24 +159,3 @@ def _dequantizing(given: Weights) -> Callable[[Tensor], Tensor]:
     bnb: Any = peers.require("bitsandbytes")
     params = copy_of(given.nf4).to_bitsandbytes()
     return lambda x: _DequantizedLinear.apply(x, params, bnb.functional.dequantize_4bit)
-
-
-def captured(fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return a call that replays ``fn`` as a CUDA graph; skips where it cannot be captured."""
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            fn()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = fn()
-    except RuntimeError as error:
-        pytest.skip(f"cannot be captured in a CUDA graph: {str(error).splitlines()[0]}")
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import json
@@ -29,6 +30,7 @@ HEADERS = (
     "roof",
 )
 HEADERS_END = ("error", "peak MB")
+HEADER_GPU = "by the host's clock"
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -39,7 +41,9 @@ class Measurement:
     Times are milliseconds, rates are per second in units of 1e9, ``roof`` is the least time
     possible on this machine (measured in the same run) over the median, ``error`` is relative to
     float64, ``peak_mb`` is what the call allocated beyond its inputs in 1e6 bytes, ``isa`` is the
-    instruction set of a CPU run (avx512, avx2). An empty field was not measured.
+    instruction set of a CPU run (avx512, avx2). On a GPU the times are the device's, by a CUDA
+    graph or by events as ``timed`` says, and ``wall_ms`` is the host's time per call without a
+    graph. An empty field was not measured.
     """
 
     op: str
@@ -63,6 +67,8 @@ class Measurement:
     triton: str
     commit: str
     date: str
+    wall_ms: float | None = None
+    timed: str = ""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -85,6 +91,8 @@ def key(
 
 
 COLUMNS = tuple(field.name for field in fields(Measurement))
+# Columns that files of earlier runs lack.
+LATER_COLUMNS = ("wall_ms", "timed")
 
 
 def device_name(device: torch.device, cpuinfo: Path = CPUINFO) -> str:
@@ -178,10 +186,16 @@ def _cells(row: Measurement) -> list[str]:
 
 
 def markdown_table(rows: Sequence[Measurement]) -> str:
-    """Lay the rows out as a table for page and terminal: by case, the fastest provider first."""
+    """Lay the rows out as a table for page and terminal: by case, the fastest provider first.
+
+    Rows of a GPU have a last column more: the host's time per call without a graph.
+    """
     order = list(dict.fromkeys(row.key[:-1] for row in rows))
     ranked = sorted(rows, key=lambda row: (order.index(row.key[:-1]), row.p50_ms))
     lines = [[*HEADERS, *HEADERS_END], *(_cells(row) for row in ranked)]
+    if any(row.wall_ms is not None for row in rows):
+        walls = ("" if row.wall_ms is None else format_time(row.wall_ms) for row in ranked)
+        lines = [[*line, end] for line, end in zip(lines, (HEADER_GPU, *walls), strict=True)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
     def join(cells: Iterable[str]) -> str:
@@ -195,7 +209,8 @@ def read_csv(path: Path) -> list[Measurement]:
     """Read a result file written by :func:`save`; raises ``ValueError`` on other columns."""
     with path.open(newline="") as stream:
         reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        found = tuple(reader.fieldnames or ())
+        if found not in (COLUMNS, COLUMNS[: -len(LATER_COLUMNS)]):
             raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}")
         return [_parse(row) for row in reader]
 
@@ -213,8 +228,8 @@ def _parse(row: Mapping[str, str]) -> Measurement:
     values: dict[str, object] = dict(row)
     for name in ("p20_ms", "p50_ms", "p80_ms"):
         values[name] = float(row[name])
-    for name in ("gb_per_s", "gflop_per_s", "roof", "peak_mb", "error"):
-        values[name] = float(row[name]) if row[name] else None
+    for name in ("gb_per_s", "gflop_per_s", "roof", "peak_mb", "error", "wall_ms"):
+        values[name] = float(row[name]) if row.get(name) else None
     values["threads"] = int(row["threads"])
     return Measurement(**values)  # type: ignore[arg-type]
 
@@ -248,6 +263,21 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
+def append_jsonl(path: Path, row: Measurement) -> None:
+    """Add a row to a file of one JSON object per line, at once: a run that is killed keeps it."""
+    with path.open("a") as stream:
+        stream.write(json.dumps(asdict(row)) + "\n")
+
+
+def read_jsonl(path: Path) -> list[Measurement]:
+    """Read a file of :func:`append_jsonl`; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(Measurement(**json.loads(line)))
+    return rows
+
+
 def _write_csv(path: Path, rows: Sequence[Measurement]) -> None:
     temporary = path.with_suffix(".csv.tmp")
     with temporary.open("w", newline="") as stream:
@@ -271,3 +301,19 @@ def _replace(path: Path, text: str) -> None:
 def config_json(config: Mapping[str, object] | None) -> str:
     """Return the configuration as one compact, sorted JSON object."""
     return json.dumps(dict(config or {}), sort_keys=True, separators=(",", ":"), default=str)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the rows of a file of :func:`append_jsonl` as tables, one for each operator."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
+    parser.add_argument("rows", type=Path, help="a file that pytest --rows has written")
+    # A benchmark in turns writes a row after each: the last one pools them.
+    rows = {(row.op, row.key): row for row in read_jsonl(parser.parse_args(arguments).rows)}
+    for op in dict.fromkeys(op for op, _ in rows):
+        mine = [row for row in rows.values() if row.op == op]
+        print(f"# {op} on {mine[0].device}\n\n{markdown_table(mine)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

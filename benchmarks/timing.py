@@ -1,4 +1,4 @@
-"""Times of one call: rounds sized to a budget, events on a GPU, percentiles."""
+"""Times of one call: rounds sized to a budget, CUDA graphs and events on a GPU, percentiles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,40 +15,50 @@ TURNS = 3
 SLOW = 0.5
 # Of calls that long so many rounds are enough.
 LONG, LONG_ROUNDS = 1.0, 3
+# Calls in one graph, or between two events: what starts and ends a graph is a fifth of a short one.
+CALLS = 20
+WALL_CALLS = 100
+
+
+class GpuTimes(NamedTuple):
+    """What a call takes on a GPU.
+
+    Attributes:
+        seconds: On the device, each the mean of ``CALLS`` calls that follow each other.
+        wall: Seconds by the host's clock, the mean of up to ``WALL_CALLS`` calls and one wait:
+            what a program sees that makes these calls without a graph.
+        method: ``graph`` or, where the calls cannot be captured, ``events``: a host that is slower
+            than the device then shows in ``seconds``.
+    """
+
+    seconds: list[float]
+    wall: float
+    method: str
 
 
 def rounds_of(
     benchmark: Any,
     fn: Callable[[], object],
-    device: torch.device,
     budget: float,
     least: int,
     before: Callable[[], None] | None = None,
 ) -> list[float]:
-    """Run pytest-benchmark's pedantic rounds and return their seconds; [] when it is disabled.
+    """Run pytest-benchmark's pedantic rounds on a CPU; return their seconds, [] if it is disabled.
 
     Args:
         benchmark: The plugin's fixture.
         fn: What to time.
-        device: Where it runs; a GPU is waited for.
         budget: Seconds that the rounds may take, unless ``least`` rounds take longer.
         least: Fewest rounds; one where a call takes more than half a second and ``least`` is
             below five, three where one takes more than a second.
         before: Run before each call, outside of the time; see ``cold.py``.
     """
-    on_gpu = device.type == "cuda"
-
-    def call() -> None:
-        fn()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-
     if benchmark.disabled:
-        benchmark.pedantic(call)
+        benchmark.pedantic(fn)
         return []
-    call()
+    fn()
     between = _seconds(before) if before else 0.0
-    once = max(_seconds(call), 1e-7)
+    once = max(_seconds(fn), 1e-7)
     # What runs before a call has to run before every one.
     iterations = 1 if before else max(1, math.ceil(1e-4 / once))
     if once > SLOW and least < 5:
@@ -57,7 +67,7 @@ def rounds_of(
         least = min(least, LONG_ROUNDS)
     rounds = min(200, max(least, int(budget / (once * iterations + between))))
     benchmark.pedantic(
-        call,
+        fn,
         setup=before,
         rounds=rounds,
         iterations=iterations,
@@ -72,15 +82,65 @@ def _seconds(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def event_seconds(fn: Callable[[], object], rounds: int) -> list[float]:
-    """Time on the GPU by events, the L2 cache flushed before each call."""
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-    pairs = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(rounds)
-    ]
+def gpu_times(fn: Callable[[], object], budget: float, *, capture: bool = True) -> GpuTimes:
+    """Time a call on the current GPU.
+
+    ``fn`` takes the next of its copies at every call, so that none finds its data in the cache;
+    writing to flush the cache would leave lines that are written back while the call runs.
+
+    Args:
+        fn: What to time; it has been called before, and has allocated what it keeps.
+        budget: Seconds for the calls on the device, and again for those by the host's clock.
+        capture: Whether to try a graph; work on the host would not be in it.
+    """
+    once = wall_seconds(fn, 3)
+    calls = max(1, min(CALLS, int(budget / once)))
+    graph = _captured(fn, calls) if capture else None
+    rounds = max(3, min(30, int(budget / (calls * once))))
+    if graph is None:
+        seconds = _event_seconds(lambda: [fn() for _ in range(calls)], rounds)
+    else:
+        seconds = _event_seconds(graph.replay, rounds)
+    wall = wall_seconds(fn, max(3, min(WALL_CALLS, int(budget / once))))
+    return GpuTimes(
+        [each / calls for each in seconds], wall, "events" if graph is None else "graph"
+    )
+
+
+def wall_seconds(fn: Callable[[], object], calls: int) -> float:
+    """Return the mean of calls that follow each other and one wait, by the host's clock."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        fn()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _captured(fn: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph | None:
+    """Return a graph of calls, or None where they cannot be captured."""
+    side: Any = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(calls):
+                fn()  # each copy once: what it allocates or packs at first use is there
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                fn()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def _event_seconds(fn: Callable[[], object], rounds: int) -> list[float]:
+    """Time rounds by events, after one that is not timed."""
+    fn()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in pairs:
-        flush.zero_()
         start.record()
         fn()
         end.record()

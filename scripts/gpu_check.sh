@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on this machine's NVIDIA GPU, in under ten minutes.
+# Tries, measures and tests on this machine's NVIDIA GPU, in eight minutes, and keeps the numbers.
 #
-#   scripts/gpu_check.sh [RESULTS] [--wheels DIR]
+#   scripts/gpu_check.sh [RESULTS] [--total SECONDS] [--dry-run]
 #
-# RESULTS is the folder to leave (default: benchmarks/results/<device name>). Uses the Python (or
-# $PYTHON) and the torch that are there, and no network: what is missing is taken from DIR, a folder
-# of wheels, and named where it is not there either. Without a GPU it says so and ends well.
+# RESULTS is the folder to leave (default: benchmarks/results/<device name>); it gets at most six
+# files: rows.jsonl (each row at once, so a kill keeps it), table.md, tests.xml, log.txt,
+# profile.txt and rest.tar.xz. Uses the Python (or $PYTHON) and the torch that are there, no network,
+# and what scripts/gpu_prebuild.py has put into .gpu/; without that it builds and compiles here.
+# Without a GPU it says so and ends well; --dry-run goes through all of it on a stand-in for a GPU,
+# measures nothing and says so in every row. Every step has a limit, a share of --total (default 480).
+# Ends with 1 where a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+SECONDS=0
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
 
 python=${PYTHON:-python3}
 results=
-wheels=
+total=480
+reserve=8
+dry=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --wheels)
-      [ -d "${2:-}" ] || { echo "--wheels: expected a folder, got '${2:-}'" >&2; exit 2; }
-      wheels=$2
+    --total)
+      [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--total: expected seconds, got '${2:-}'" >&2; exit 2; }
+      total=$2
       shift
       ;;
+    --dry-run) dry=(--dry-run) ;;
     -h | --help) usage; exit 0 ;;
     -*) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
     *) results=$1 ;;
@@ -28,113 +36,122 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-device=$("$python" - <<'CODE' 2>/dev/null
+device="dry run"
+[ ${#dry[@]} -gt 0 ] || device=$(timeout 60 "$python" - <<'CODE' 2>/dev/null
 import torch
 
 print(torch.cuda.get_device_name() if torch.cuda.is_available() and torch.version.cuda else "")
 CODE
 )
 if [ -z "$device" ]; then
-  echo "no NVIDIA GPU that torch can use: nothing to check here"
+  echo "no NVIDIA GPU that torch can use: nothing to check here (--dry-run needs none)"
   "$python" -c 'import torch' 2>/dev/null || echo "($python has no torch; PYTHON=... chooses another)"
   exit 0
 fi
 results=${results:-benchmarks/results/$(sed -E 's/[^A-Za-z0-9]+/-/g; s/-$//' <<<"${device,,}")}
-mkdir -p "$results" || exit 1
-summary=$results/summary.txt
-SECONDS=0
-failed=0
-export OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
+mkdir -p "$results" && results=$(cd "$results" && pwd) || exit 1
+work=$(mktemp -d) || exit 1
+rows=$results/rows.jsonl
+summary=$results/log.txt
+rm -f "$results"/{rows.jsonl,table.md,tests.xml,log.txt,profile.txt,rest.tar.xz}
+: >"$summary"
+. scripts/gpu_steps.sh
 
-say() { printf '[%4ds] %s\n' "$SECONDS" "$*" | tee -a "$summary"; }
+export OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$PWD/.gpu/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-last_line() { grep -v '^ *$' "$1" | tail -n 1; }
-
-# run NAME LIMIT command...: the output goes to RESULTS/NAME.txt, its last line to the summary.
-run() {
-  local name=$1 limit=$2 status
-  shift 2
-  timeout "$limit" "$@" >"$results/$name.txt" 2>&1
-  status=$?
-  case $status in
-    0) say "$name: ok: $(last_line "$results/$name.txt")" ;;
-    5) say "$name: nothing to run (no test is marked so)" ;;
-    124) say "$name: STOPPED after $limit seconds" ;;
-    *) say "$name: FAILED ($status): $(last_line "$results/$name.txt")" ;;
-  esac
-  if [ "$status" != 0 ] && [ "$status" != 5 ]; then failed=1; fi
+# Whatever ends the script, what there is comes home.
+finish() {
+  for name in smoke numbers tests decode; do
+    [ -s "$work/$name.txt" ] && printf '\n==== %s\n%s\n' "$name" "$(tail -n 60 "$work/$name.txt")"
+  done >>"$summary"
+  tar -C "$work" -cJf "$results/rest.tar.xz" . && rm -rf "$work"
 }
+trap finish EXIT
+trap 'exit 1' INT TERM HUP
 
-# What pyproject.toml asks for to build, run and test and what is not there, or is too old. torch and
-# triton stay what they are.
-missing() {
-  "$python" - <<'CODE'
-import importlib.metadata
-import tomllib
+# Limits are for 480 seconds in all.
+of() { echo $(($1 * total / 480)); }
 
-from pip._vendor.packaging.requirements import Requirement
+kernels() { find "$TRITON_CACHE_DIR" -name '*.cubin' 2>/dev/null | wc -l; }
 
-with open("pyproject.toml", "rb") as file:
-    pyproject = tomllib.load(file)
-project = pyproject["project"]
-wanted = pyproject["build-system"]["requires"] + project["dependencies"]
-for requirement in map(Requirement, wanted + project["optional-dependencies"]["test"]):
-    if requirement.marker is not None and not requirement.marker.evaluate():
-        continue
-    try:
-        there = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        there = None
-    fits = there is not None and requirement.specifier.contains(there, prereleases=True)
-    if not fits and not (there and requirement.name in ("torch", "triton")):
-        print(f"{requirement.name}{requirement.specifier}")
+# Compiled modules and Triton's cache from .gpu/, if they were made for this Python and this Triton.
+unpack() {
+  local facts
+  facts=$("$python" - <<'CODE'
+import json
+import sysconfig
+
+import triton
+
+with open(".gpu/facts.json") as file:
+    made = json.load(file)
+here = {"python": sysconfig.get_config_var("SOABI"), "triton": triton.__version__}
+for name, value in here.items():
+    if made[name] != value:
+        raise SystemExit(f".gpu/ was made for {name} {made[name]}, here is {value}")
+print(made["cache"])
 CODE
+  ) || return 1
+  mkdir -p "$facts" && tar -xJf .gpu/triton-cache.tar.xz -C "$facts" || return 1
+  cp .gpu/kernels/*.so collavo_kernels/ || return 1
+  echo "$(find "$facts" -name '*.cubin' | wc -l) kernels, $(ls .gpu/kernels | wc -l) modules"
 }
 
-# The kernels beside the sources, without the package's metadata, which an old setuptools refuses.
-build_in_place() {
+# The compiled modules beside the sources, in a copy, so that nothing else is left here.
+build() {
   local folder
   folder=$(mktemp -d)
   cp -R setup.py csrc "$folder" && mkdir "$folder/collavo_kernels" &&
-    (cd "$folder" && timeout 120 "$python" setup.py build_ext --inplace) &&
+    (cd "$folder" && "$python" setup.py -q build_ext --inplace) &&
     cp "$folder"/collavo_kernels/*.so collavo_kernels/ && echo "built beside the sources"
   local status=$?
   rm -rf "$folder"
   return $status
 }
 
-: >"$summary"
-say "device: $device"
-nvidia-smi >"$results/nvidia-smi.txt" 2>&1 || true
-for name in $(missing | sort -u); do
-  if [ -n "$wheels" ] &&
-    "$python" -m pip install --quiet --no-deps --no-index --find-links "$wheels" "$name" \
-      >>"$results/install.txt" 2>&1; then
-    say "installed $name from $wheels"
-  else
-    say "absent: $name (what needs it is skipped)"
-  fi
-done
+# profile TOOL command...: what a profiler prints, into the one file for that.
+profile() {
+  local tool=$1
+  shift
+  command -v "$tool" >/dev/null || { say "$tool: absent"; return 0; }
+  step "$tool" "$(of 55)" "$tool" "$@"
+  printf '==== %s %s\n%s\n\n' "$tool" "$*" "$(cat "$work/$tool.txt")" >>"$results/profile.txt"
+}
 
-run build 120 "$python" -m pip install --no-build-isolation --no-deps -e .
-if [ "$failed" != 0 ]; then
+export python
+export -f unpack build
+
+say "device: $device; ${total} s in all"
+nvidia-smi >"$work/nvidia-smi.txt" 2>&1 || true
+export TRITON_CACHE_DIR=/var/tmp/collavo-triton
+if [ ! -f .gpu/facts.json ] || ! step unpack "$(of 25)" bash -c unpack; then
+  say "nothing prebuilt serves here (scripts/gpu_prebuild.py): building, and Triton compiles as it goes"
   failed=0
-  say "the package cannot be installed here; building beside the sources instead"
-  export python
-  export -f build_in_place
-  run build_in_place 130 bash -c build_in_place
-  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+  step build "$(of 100)" bash -c build
 fi
-run info 30 "$python" -m collavo_kernels
-"$python" -m collavo_kernels --json >"$results/info.json" 2>/dev/null
-sed -n '/^peers/,/^$/s/^  \(.*[^ ]\)  *absent$/\1/p' "$results/info.txt" |
-  while read -r peer; do say "absent peer: $peer (no comparison with it)"; done
+step info "$(of 20)" "$python" -m collavo_kernels
+there=$(kernels)
 
-run tests_gpu 210 "$python" -m pytest tests -m gpu -q -p no:cacheprovider
-# Not what stands in for a GPU: interpreters, emulation, compiling for GPUs that are not there.
-run tests_operators 60 "$python" -m pytest tests/ops tests/nn -m 'not gpu' -q -p no:cacheprovider \
-  -k 'not interpreted and not compiled and not aot and not emulated'
-run benchmarks 170 "$python" -m pytest benchmarks --benchmark-only -q -p no:cacheprovider \
-  --benchmark-json "$results/benchmarks.json"
+step smoke "$(of 40)" "$python" scripts/gpu_smoke.py --limit "$(of 20)" "${dry[@]}"
+step numbers "$(of 130)" "$python" -m pytest benchmarks/bench_qlora_linear.py benchmarks/bench_crayon_attention.py \
+  benchmarks/bench_panoptic_lookup.py --benchmark-only --quick-gpu --rows "$rows" -q -p no:cacheprovider "${dry[@]}"
+[ -f "$rows" ] && step table "$(of 15)" "$python" -m benchmarks.report "$rows" && cp "$work/table.txt" "$results/table.md"
+say "kernels: $there were there, $(($(kernels) - there)) were compiled for smoke and numbers"
+there=$(kernels)
+
+workers=()
+timeout 20 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) > 14 ? 14 : $(nproc)))" --dist worksteal)
+OMP_NUM_THREADS=1 step tests "$(of 110)" "$python" -m pytest tests/ops -m gpu -q -p no:cacheprovider \
+  "${workers[@]}" --maxfail 40 --junitxml "$results/tests.xml"
+say "kernels: $there were there, $(($(kernels) - there)) were compiled for tests"
+
+step decode "$(of 50)" "$python" scripts/gpu_decode.py "${dry[@]}"
+case_of="fwd and m16 or fwd and m2048 or s1325/g8"
+profile ncu --clock-control none --set basic -k 'regex:kernel|decode|shrink|lookup' -c 30 \
+  "$python" -m pytest benchmarks/bench_qlora_linear.py benchmarks/bench_crayon_attention.py -q -p no:cacheprovider \
+  --benchmark-disable --quick-gpu -k "ours and ($case_of)" "${dry[@]}"
+profile compute-sanitizer --tool memcheck "$python" -m pytest tests/ops -m gpu -q -p no:cacheprovider \
+  -k "bfloat16 and (few or padding_window)"
 say "results: $results"
 exit "$failed"

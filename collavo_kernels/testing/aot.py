@@ -7,6 +7,7 @@ a run on the hardware.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -31,6 +32,8 @@ class CompiledKernel:
         spill_bytes: Bytes of stack or scratch per thread; above 0 means that registers spill.
         shared_bytes: Shared memory per block in bytes.
         shared_limit: What the target offers per block in bytes.
+        warnings: What NVIDIA's assembler says of lost speed, such as Hopper's matrix products that
+            wait for each other; empty for other targets, whose products are not asynchronous.
     """
 
     target: str
@@ -38,6 +41,7 @@ class CompiledKernel:
     spill_bytes: int
     shared_bytes: int
     shared_limit: int
+    warnings: tuple[str, ...] = ()
 
 
 def compile_ahead(
@@ -62,7 +66,7 @@ def compile_ahead(
         num_stages: Stages of software pipelining.
 
     Returns:
-        Registers, spills and shared memory.
+        Registers, spills, shared memory and the assembler's warnings.
 
     Raises:
         ValueError: if the target is unknown or an argument has neither a type nor a value.
@@ -93,21 +97,41 @@ def compile_ahead(
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=gpu, options=options)
     registers, spills = _nvidia_usage(compiled) if vendor == "cuda" else _amd_usage(compiled)
-    return CompiledKernel(
-        target, registers, spills, int(compiled.metadata.shared), SHARED_LIMITS[target]
-    )
+    shared, limit = int(compiled.metadata.shared), SHARED_LIMITS[target]
+    warnings = assembler_warnings(compiled.asm.get("ptx", ""))
+    return CompiledKernel(target, registers, spills, shared, limit, warnings)
+
+
+def assembler_warnings(ptx: str) -> tuple[str, ...]:
+    """Return what NVIDIA's assembler says of lost speed in a kernel for Hopper, a line each.
+
+    Triton throws it away. Other kernels have no asynchronous matrix products to lose.
+
+    Args:
+        ptx: The kernel as Triton hands it to the assembler.
+    """
+    if "wgmma" not in ptx:
+        return ()
+    said = _nvidia_tool("ptxas", "-v", ptx.encode(), "--gpu-name=sm_90a", "-o", os.devnull)
+    return tuple(line for line in said.splitlines() if "Performance Loss" in line)
 
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int]:
+    text = _nvidia_tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+
+
+def _nvidia_tool(name: str, option: str, content: bytes, *rest: str) -> str:
+    """Run one of the tools that come with Triton on a file; return all that it prints."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [str(tool), "--dump-resource-usage", str(cubin)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+        path = Path(folder) / "kernel"
+        path.write_bytes(content)
+        command = [str(tool), option, str(path), *rest]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _amd_usage(compiled: Any) -> tuple[int, int]:

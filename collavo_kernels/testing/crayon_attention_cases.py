@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -145,6 +145,27 @@ CASES = (
     AttentionCase("one_token", "a sequence of one", length=1, images=((0, 1),)),
     AttentionCase("no_tokens", "S = 0", length=0, images=()),
     AttentionCase("no_samples", "B = 0", batch=0),
+)
+
+
+_LONG = AttentionCase(
+    "causal",
+    "a picture's 1225 tokens and text: many blocks of every kernel, whole ones and cut ones",
+    batch=1,
+    length=1325,
+    heads=8,
+    groups=2,
+    size=128,
+    rows=40,
+    images=((20, 1245),),
+)
+# Too long for Triton's interpreter.
+LONG_CASES = (
+    _LONG,
+    replace(_LONG, name="padded", ranges=((130, 1300),)),
+    replace(_LONG, name="window", window=300),
+    replace(_LONG, name="both_directions", causal=False),
+    replace(_LONG, name="head_dim_64", size=64),
 )
 
 

@@ -57,6 +57,32 @@ def test_saved_rows_are_read_back_and_replaced_by_later_ones(tmp_path: Path) -> 
     assert sorted(file.suffix for file in path.parent.iterdir()) == [".csv", ".md"]
 
 
+def test_files_from_before_the_gpus_columns_are_read_and_added_to(tmp_path: Path) -> None:
+    """Kept results of CPUs end with the date; what is written has the new columns, empty."""
+    (path,) = report.save([measurement()], tmp_path)
+    lines = path.read_text().splitlines()
+    assert lines[0].endswith(",date,wall_ms,timed")
+    path.write_text("".join(",".join(line.split(",")[:-2]) + "\n" for line in lines))
+    assert report.read_csv(path) == [measurement()]
+    later = measurement(provider="ours:triton", isa="", wall_ms=2.0, timed="graph")
+    report.save([later], tmp_path)
+    assert report.read_csv(path) == [measurement(), later]
+    table = path.with_suffix(".md").read_text().splitlines()
+    assert report.HEADER_GPU in table[2] and "| 2 ms " in path.with_suffix(".md").read_text()
+    assert report.HEADER_GPU not in report.markdown_table([measurement()])
+
+
+def test_rows_are_kept_as_they_are_measured(tmp_path: Path) -> None:
+    """A killed run may leave half a line; what was whole is read."""
+    path = tmp_path / "rows.jsonl"
+    for provider in ("ours:triton", "peft"):
+        report.append_jsonl(path, measurement(provider=provider, wall_ms=1.0, timed="events"))
+    with path.open("a") as stream:
+        stream.write('{"op": "qlora')
+    assert [row.provider for row in report.read_jsonl(path)] == ["ours:triton", "peft"]
+    assert report.read_jsonl(path)[1].wall_ms == 1.0
+
+
 def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("op,time\n")
     with pytest.raises(ValueError, match=r"x\.csv: expected the columns op, provider"):
@@ -160,10 +186,7 @@ def test_other_work_comes_before_every_timed_call_and_is_not_timed() -> None:
 
         stats = SimpleNamespace(stats=SimpleNamespace(data=[1.0]))
 
-    cpu = torch.device("cpu")
-    timing.rounds_of(
-        Plugin(), lambda: done.append("call"), cpu, 0.01, 5, lambda: done.append("other")
-    )
+    timing.rounds_of(Plugin(), lambda: done.append("call"), 0.01, 5, lambda: done.append("other"))
     pairs = "".join("o" if each == "other" else "c" for each in done)
     assert pairs.startswith("coc") and set(pairs[3:].split("oc")) == {""} and len(pairs) >= 13
 

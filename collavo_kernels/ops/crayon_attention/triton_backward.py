@@ -89,7 +89,8 @@ def _over_queries(
     return d_keys, d_values
 
 
-@triton.jit
+# A length known to be a multiple of 16 lets the statistics be copied in pieces twice as wide.
+@triton.jit(do_not_specialize=["window"])
 def key_gradients_kernel(
     query,  # [B, S, H, D], prepared
     key,
@@ -137,12 +138,13 @@ def key_gradients_kernel(
     Where these heads are shared out between programs, dk and dv are float32
     ``[shares, B, S, G, D]`` for ``sum_shares_kernel``.
     """
-    # Early keys are seen by most queries under a causal mask: the longest programs start first.
-    start = tl.program_id(0) * KEYS
+    # Early keys are seen by most queries under a causal mask. Heads are the grid's first axis, so
+    # that the longest programs of all of them start first.
+    start = tl.program_id(1) * KEYS
     lanes = groups * shares
-    batch = (tl.program_id(1) // lanes).to(tl.int64)
-    group = tl.program_id(1) % lanes // shares
-    share = tl.program_id(1) % shares
+    batch = (tl.program_id(0) // lanes).to(tl.int64)
+    group = tl.program_id(0) % lanes // shares
+    share = tl.program_id(0) % shares
     members = heads // lanes
     first, end = valid_range(key_range, batch, length, flags, HAS_RANGE)
     n = tl.arange(0, KEYS)
@@ -174,7 +176,7 @@ def key_gradients_kernel(
     row = (batch * length + j[:, None].to(tl.int64)) * groups + group
     stored = (j < length)[:, None] & exists[None, :]
     if SHARED:
-        row += share.to(tl.int64) * (tl.num_programs(1) // lanes) * length * groups
+        row += share.to(tl.int64) * (tl.num_programs(0) // lanes) * length * groups
         tl.store(dv + row * D + place[None, :], d_values, mask=stored)
         tl.store(dk + row * D + place[None, :], d_keys, mask=stored)
     else:

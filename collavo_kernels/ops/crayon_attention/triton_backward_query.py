@@ -65,7 +65,7 @@ def _over_keys(
     return d_query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "window"])
 def query_gradients_kernel(
     query,  # [B, S, H, D], prepared
     key,
@@ -102,10 +102,11 @@ def query_gradients_kernel(
     PRECISION: tl.constexpr,
 ):
     """Compute dq of a block of queries of one head."""
-    # Late queries see most keys under a causal mask: the longest programs start first.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    # Late queries see most keys under a causal mask. Heads are the grid's first axis, so that the
+    # longest programs of all of them start first.
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
     group = head // (heads // groups)
     first, end = valid_range(key_range, batch, length, flags, HAS_RANGE)
     m = tl.arange(0, QUERIES)

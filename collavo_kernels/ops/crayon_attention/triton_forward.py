@@ -83,7 +83,8 @@ def _over_keys(
     return top, total, mixed
 
 
-@triton.jit
+# Each new length would compile anew, up to three times, and gain nothing here.
+@triton.jit(do_not_specialize=["length", "rows", "window"])
 def attend_kernel(
     q,
     cos,  # [B or 1, S, D]
@@ -124,10 +125,11 @@ def attend_kernel(
     PRECISION: tl.constexpr,
 ):
     """Attend a block of queries of one head: add, rotate, running softmax over blocks of keys."""
-    # Late queries see most keys under a causal mask: the longest programs start first.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    # Late queries see most keys under a causal mask. Heads are the grid's first axis, so that the
+    # longest programs of all of them start first.
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
     group = head // (heads // groups)
     first, end = valid_range(key_range, batch, length, flags, HAS_RANGE)
     i = start + tl.arange(0, QUERIES)

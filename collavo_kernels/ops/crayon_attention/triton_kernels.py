@@ -33,7 +33,7 @@ from collavo_kernels.ops.crayon_attention.triton_forward import attend_kernel
 from collavo_kernels.ops.crayon_attention.triton_prepare import prepare_kernel
 
 _LARGEST_HEAD_DIM = 256
-_LARGEST_GRID = 65535  # a launch's second dimension
+_LARGEST_GRID = 65535  # a launch's second dimension: heads while preparing, then blocks of tokens
 _LOG2_E = 1.4426950408889634
 _CONTIGUOUS = ("cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index", "key_range")
 
@@ -73,6 +73,8 @@ def declines(inputs: AttentionInputs) -> str | None:
         return f"takes head dims up to {_LARGEST_HEAD_DIM}"
     if inputs.q.shape[0] * (inputs.q.shape[2] + 2 * inputs.k.shape[2]) > _LARGEST_GRID:
         return f"takes up to {_LARGEST_GRID} heads of q, k and v of all samples together"
+    if inputs.q.shape[1] > _LARGEST_GRID * tiles.SMALLEST_BLOCK:
+        return f"takes up to {_LARGEST_GRID * tiles.SMALLEST_BLOCK} tokens"
     return None
 
 
@@ -219,7 +221,7 @@ def _launch_attend(inputs: AttentionInputs, ready: Prepared, out: Tensor, lse: T
     q = inputs.q
     batch, length, heads, size = q.shape
     plan = _plan(q).attend
-    attend_kernel[(triton.cdiv(length, plan.queries), batch * heads)](
+    attend_kernel[(batch * heads, triton.cdiv(length, plan.queries))](
         q,
         *_or(q, inputs.cos, inputs.sin, inputs.crayon_q, inputs.row_index),
         ready.key,
@@ -259,7 +261,7 @@ def _launch_key_gradients(
         parts = query.new_empty((2, shares, *dk.shape), dtype=torch.float32).unbind()
     extra = _or(query, given.grad_key, given.grad_value, inputs.cos, inputs.sin)
     added = {"ADD_KEY": given.grad_key is not None, "ADD_VALUE": given.grad_value is not None}
-    key_gradients_kernel[(blocks, batch * groups * shares)](
+    key_gradients_kernel[(batch * groups * shares, blocks)](
         query,
         inputs.k,
         inputs.v,
@@ -300,7 +302,7 @@ def _launch_query_gradients(
     inputs = given.inputs
     batch, length, heads, size = query.shape
     plan = _plan(query).query_gradients
-    query_gradients_kernel[(triton.cdiv(length, plan.queries), batch * heads)](
+    query_gradients_kernel[(batch * heads, triton.cdiv(length, plan.queries))](
         query,
         inputs.k,
         inputs.v,

@@ -42,7 +42,7 @@ def _store_statistics(
     tl.store(shift + where, log_sum, mask=length_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "rows"])
 def prepare_kernel(
     q,
     k,

@@ -14,7 +14,7 @@ import triton
 
 from collavo_kernels._gpu import processors
 
-LARGEST_BLOCK = 128  # of queries or keys
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128  # of queries or keys
 
 
 class Tiles(NamedTuple):

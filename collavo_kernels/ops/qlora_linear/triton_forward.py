@@ -144,11 +144,13 @@ def _multiply(
     odd = tl.load(odd_half + at, mask=used, other=0.0)
     first, second = codes_of(bytes_, code, PERMUTE)
     if ALIGNED:
-        # The chunk's rows lie in one block each: their scale is a factor of the sum, which costs
-        # less than scaling the weights and rounds each of them once.
-        part = tl.dot(first, even, input_precision="ieee")
-        part = tl.dot(second, odd, part, input_precision="ieee")
-        sums += part * scale[:, None]
+        # The chunk's rows lie in one block each. Scaling the sum would be less work and a rounding
+        # less, but Hopper's matrix unit adds to registers by itself: touching them between two
+        # chunks makes every product wait for the one before.
+        first = (first.to(tl.float32) * scale[:, None]).to(dtype)
+        second = (second.to(tl.float32) * scale[:, None]).to(dtype)
+        sums = tl.dot(first, even, sums, input_precision="ieee")
+        sums = tl.dot(second, odd, sums, input_precision="ieee")
     else:
         block = (flat[:, None] + 2 * pair[None, :]) // BLOCK_SIZE
         scales = scales_of(

@@ -66,7 +66,7 @@ _AMPERE = (
 )
 TILES = {
     "ampere": _AMPERE,
-    "hopper": _AMPERE,
+    "hopper": (*_AMPERE, Tiles(256, 128, 8, 4, 1, 1)),
     # Products accumulate in tensor memory, which wider tiles would overfill.
     "blackwell": (Tiles(16, 64, 2, 4, 4), Tiles(64, 128, 8, 3, 1)),
     "portable": (Tiles(16, 64, 4, 2, 4), Tiles(64, 64, 4, 2, 2), Tiles(128, 128, 8, 2, 1, 1)),
@@ -75,6 +75,7 @@ FLOAT32_TILES = Tiles(32, 32, 8, 2, 2)
 # Every byte has a scale of its own here.
 UNALIGNED_TILES = Tiles(32, 64, 8, 2, 2)
 _FEW_TOKENS, _SOME_TOKENS, _MANY_TOKENS = 16, 64, 128
+_WIDEST_FROM = 1024  # tokens; with fewer the last tile's empty part costs what its width gains
 
 FEW_GRADIENT_TILES = GradientTiles(16, 32, 32, 4, 2)
 _NARROW, _WIDE = GradientTiles(128, 32, 64, 8, 2), GradientTiles(128, 64, 64, 8, 3)
@@ -92,11 +93,16 @@ def tiles_for(inputs: QLoRAInputs) -> Tiles:
         return UNALIGNED_TILES
     choices = TILES[kind_of(device)]
     place = next((i for i, each in enumerate(choices) if m <= each.tokens), len(choices) - 1)
-    chosen = choices[place]
-    wide = chosen.tokens == _MANY_TOKENS
-    if wide and grid_of(chosen, m, n) < processors(device):
-        chosen = choices[place - 1]
-    return chosen
+    if choices[place].tokens > _MANY_TOKENS and (m < _WIDEST_FROM or not _spares_registers(inputs)):
+        place -= 1
+    while not may_split(choices[place]) and grid_of(choices[place], m, n) < processors(device):
+        place -= 1
+    return choices[place]
+
+
+def _spares_registers(inputs: QLoRAInputs) -> bool:
+    """Say whether the epilogue leaves the widest tile its registers: no table, even ranks."""
+    return inputs.row_table is None and all(b.shape[1] % 16 == 0 for b in inputs.b)
 
 
 def grid_of(tiles: Tiles, m: int, n: int) -> int:

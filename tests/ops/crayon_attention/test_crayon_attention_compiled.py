@@ -42,7 +42,7 @@ def signature(element: str) -> dict[str, str]:
 
 
 def compiles(kernel: Any, element: str, target: str, **values: Any) -> None:
-    """Compile for a target; fail where registers spill or shared memory does not suffice."""
+    """Compile for a target; fail where registers spill, memory lacks or matrix products wait."""
     options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
     values = {name: value for name, value in values.items() if name in kernel.arg_names}
     types = {n: t for n, t in signature(element).items() if n in kernel.arg_names}
@@ -55,6 +55,8 @@ def compiles(kernel: Any, element: str, target: str, **values: Any) -> None:
     assert built.shared_bytes <= limit, facts
     # A kernel that wants more tensor memory than there is compiles to a trap and little else.
     assert built.registers > 24, facts
+    # Hopper's products are asynchronous unless the assembler must wait for each of them.
+    assert built.warnings == (), facts
 
 
 def attends(size: int, element: str, target: str, switches: bool) -> None:
@@ -105,7 +107,7 @@ def test_every_head_dim_has_tiles(size: int, kind: str) -> None:
     for bytes_ in (2, 4):
         for tiles in triton_tiles.plan_for(size, bytes_, kind):
             assert max(tiles.queries, tiles.keys) <= triton_tiles.LARGEST_BLOCK
-            assert min(tiles.queries, tiles.keys) >= 16
+            assert min(tiles.queries, tiles.keys) >= triton_tiles.SMALLEST_BLOCK
 
 
 def test_heads_are_shared_out_where_programs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +126,15 @@ def test_heads_are_shared_out_where_programs_are_few(monkeypatch: pytest.MonkeyP
 
 
 def test_what_a_launch_cannot_hold_is_declined_or_copied() -> None:
-    """Heads of all samples are a launch's second dimension; offsets of a block are int32."""
+    """Heads of all samples, or blocks of tokens, are a launch's second dimension, which ends at
+    65535; offsets of a block are int32."""
     case = AttentionCase("big", "", 2, 1, heads=32, groups=32, size=2, images=())
     inputs = case.make(torch.float32)
     many = inputs.q.to("meta").expand(2, 1, 32, 2).repeat(1024, 1, 1, 1)
     assert triton_kernels.declines(inputs) is None
     assert "65535" in (triton_kernels.declines(inputs._replace(q=many)) or "")
+    long = inputs.q.to("meta").expand(2, 1, 32, 2)[:, :, :1].expand(2, 2**20, 1, 2)
+    assert "1048560 tokens" in (triton_kernels.declines(inputs._replace(q=long)) or "")
     assert "float64" in (triton_kernels.declines(case.make(torch.float64)) or "")
     wide = AttentionCase("wide", "", 1, 1, heads=1, groups=1, size=258, images=())
     assert "256" in (triton_kernels.declines(wide.make(torch.float32)) or "")

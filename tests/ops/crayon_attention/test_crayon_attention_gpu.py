@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,12 @@ from collavo_kernels import check, crayon_attention
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.ops.crayon_attention.registration import OPERATOR
 from collavo_kernels.testing import assert_within_budget
-from collavo_kernels.testing.crayon_attention_cases import CASES, AttentionCase, eager
+from collavo_kernels.testing.crayon_attention_cases import (
+    CASES,
+    LONG_CASES,
+    AttentionCase,
+    eager,
+)
 from collavo_kernels.testing.gpu import no_synchronisation, replayed
 
 pytestmark = pytest.mark.gpu
@@ -130,28 +134,10 @@ def test_nan_in_padding_stays_there(name: str, backend: str) -> None:
         assert bool((each[~valid] == 0).all())
 
 
-LONG = AttentionCase(
-    "long",
-    "a picture's 1225 tokens and text: many blocks of every kernel, whole ones and cut ones",
-    batch=1,
-    length=1325,
-    heads=8,
-    groups=2,
-    size=128,
-    rows=40,
-    images=((20, 1245),),
-)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"ranges": ((130, 1300),)}, {"window": 300}, {"causal": False}, {"size": 64}],
-    ids=["causal", "padded", "window", "both_directions", "head_dim_64"],
-)
-def test_long_sequences(changes: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
-    case = replace(LONG, **changes)
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda c: c.name)
+def test_long_sequences(case: AttentionCase, dtype: torch.dtype, backend: str) -> None:
     inputs, weights = case.make(dtype, gradients=True), weights_of(case, dtype)
     there, sent = moved(inputs, "cuda"), [w.to("cuda") for w in weights]
     must_serve(backend, there)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
 
 from collavo_kernels import check
-from collavo_kernels.ops.crayon_attention import reference, triton_kernels
+from collavo_kernels.ops.crayon_attention import (
+    reference,
+    triton_backward,
+    triton_backward_query,
+    triton_forward,
+    triton_kernels,
+)
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
     BackwardInputs,
@@ -88,6 +97,35 @@ def assert_cancels(value: Tensor, inputs: AttentionInputs, name: str) -> None:
     largest = float(5 * inputs.v.detach().abs().max() * inputs.k.detach().abs().max())
     bound = torch.finfo(value.dtype).eps * inputs.q.shape[-1] * largest
     assert float(value.detach().abs().max()) <= bound, name
+
+
+def test_the_longest_programs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU starts programs in the order of x, then y. With a causal mask those with most blocks to
+    go over must be the first of *all* heads, else the last head's long ones end alone."""
+    jobs: dict[str, dict[tuple[int, int], int]] = {}
+
+    def watch(module: Any, name: str) -> None:
+        count = getattr(module, name)
+
+        def counted(*arguments: Any) -> Any:
+            begin, before, whole, cut = count(*arguments)
+            x, y, _ = interpreter_builder.grid_idx
+            blocks = int(whole.handle.data.item()) + int(cut.handle.data.item())
+            jobs.setdefault(module.__name__, {})[y, x] = blocks
+            return begin, before, whole, cut
+
+        monkeypatch.setattr(module, name, counted)
+
+    watch(triton_forward, "keys_of")
+    watch(triton_backward, "queries_of")
+    watch(triton_backward_query, "keys_of")
+    case = AttentionCase("order", "", 2, 300, heads=4, groups=2, size=16, images=())
+    run(case.make(torch.float32))
+    assert len(jobs) == 3
+    for name, of_program in jobs.items():
+        in_order = [of_program[place] for place in sorted(of_program)]
+        assert len(set(in_order)) > 1, name
+        assert in_order == sorted(in_order, reverse=True), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

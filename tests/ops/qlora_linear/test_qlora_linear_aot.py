@@ -92,6 +92,10 @@ def test_forward(target: str, nested: bool) -> None:
             values = facts_of(dtype, target, nested, aligned) | EPILOGUE | triton_kernels.LINEAR
             values |= {"SPLIT": split, "BLOCK_M": tiles.tokens, "BLOCK_N": tiles.rows}
             values |= {"CHUNKS": tiles.chunks}
+            if tiles.tokens > 128:
+                # It is chosen where the epilogue takes few registers.
+                values |= {"HAS_TABLE": False}
+                signature |= {"ranks_0": "i32:16", "ranks_1": "i32:16"}
             options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
             compiles(triton_kernels.linear_kernel, signature, target, **values, **options)
 
@@ -139,7 +143,7 @@ def test_gradients_of_factors_and_rows(target: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", triton_launch.TILES)
-@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 200, 4096])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 200, 1024, 4096])
 def test_chosen_tiles_fill_the_gpu(tokens: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "kind_of", lambda device: kind)
     monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
@@ -156,6 +160,28 @@ def test_chosen_tiles_fill_the_gpu(tokens: int, kind: str, monkeypatch: pytest.M
         assert triton_launch.grid_of(tiles, tokens, 4096) >= 132
     narrow = triton_launch.tiles_for(replace(inputs, block_size=32))
     assert narrow == triton_launch.UNALIGNED_TILES
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "table", "wide"),
+    [
+        (1023, 64, False, 128),  # a tile of 256 would be a quarter empty at worst
+        (1024, 64, False, 128),  # 128 programs of 256 tokens do not fill 132 multiprocessors
+        (2048, 64, False, 256),
+        (2048, 40, False, 128),  # what follows would spill its registers
+        (2048, 64, True, 128),
+    ],
+)
+def test_the_widest_tile_has_tokens_and_registers(
+    tokens: int, rank: int, table: bool, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_launch, "kind_of", lambda device: "hopper")
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
+    x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
+    b = [torch.zeros(4096, rank, dtype=x.dtype)]
+    rows = torch.zeros(2, 4096, dtype=x.dtype) if table else None
+    inputs = QLoRAInputs(x, x, x, 4096, 64, True, [], b, [0.5], None, rows, None, None)
+    assert triton_launch.tiles_for(inputs).tokens == wide
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

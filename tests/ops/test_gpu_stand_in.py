@@ -1,0 +1,84 @@
+"""The stand-in for a GPU: real launch code, machine code for the GPU, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton import knobs
+from triton.runtime import driver
+
+from collavo_kernels import _gpu, panoptic_lookup
+from collavo_kernels.info import operators
+from collavo_kernels.ops.qlora_linear import triton_launch
+from collavo_kernels.testing.gpu_stand_in import gpu_stand_in
+
+CPU = torch.device("cpu")
+
+
+def look_up() -> None:
+    maps = torch.ones(1, 4, 4, dtype=torch.int32)
+    ids = [torch.ones(1, dtype=torch.int32)]
+    panoptic_lookup(maps, ids, ids, grid=(2, 2), backend="triton")
+
+
+def state() -> tuple[object, ...]:
+    """All that the stand-in changes."""
+    tables = tuple((op.backends, dict(op._by_name)) for op in operators().values())
+    chosen = (_gpu.kind_of, _gpu.processors, triton_launch.kind_of, triton_launch.processors)
+    return driver._active, knobs.compilation.listener, chosen, tables
+
+
+def test_launches_and_machine_code_are_seen() -> None:
+    with gpu_stand_in() as gpu:
+        assert (_gpu.kind_of(CPU), _gpu.processors(CPU)) == ("hopper", 132)
+        assert (triton_launch.kind_of(CPU), triton_launch.processors(CPU)) == ("hopper", 132)
+        look_up()
+    assert [each.kernel for each in gpu.launches] == ["lookup_cells", "finish_rows"]
+    assert gpu.launches[0].grid == (4, 1, 1)
+    assert [each.kernel for each in gpu.compilations] == ["lookup_cells", "finish_rows"]
+    for each in gpu.compilations:
+        assert ".target sm_90a" in each.files["ptx"].read_text()
+        assert each.files["cubin"].read_bytes()[:4] == b"\x7fELF"
+    with gpu_stand_in() as again:
+        look_up()
+    assert [each.cached for each in again.compilations] == [True, True]
+
+
+def test_everything_is_as_before_also_after_an_error() -> None:
+    """A kernel that was loaded on the stand-in must not pass for one that a GPU has loaded."""
+    before = state()
+    with pytest.raises(ZeroDivisionError), gpu_stand_in():
+        assert state() != before
+        look_up()
+        raise ZeroDivisionError
+    assert state() == before
+    with pytest.raises(ValueError, match="runs on cuda, not on cpu"):
+        look_up()
+
+
+def test_another_gpu_can_be_meant() -> None:
+    with gpu_stand_in(80, "ampere", 108) as gpu:
+        look_up()
+    assert ".target sm_80" in gpu.compilations[0].files["ptx"].read_text()
+
+
+def test_the_interpreter_is_refused() -> None:
+    """There would be nothing to compile; what is meant to fill a cache would fill none."""
+    code = (
+        "from collavo_kernels.testing.gpu_stand_in import gpu_stand_in\nwith gpu_stand_in(): pass"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "RuntimeError: gpu_stand_in: TRITON_INTERPRET is set" in done.stderr
