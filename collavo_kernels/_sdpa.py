@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Older ones have no ``enable_gqa``.
-_TAKES_GROUPS = torch.__version__ >= "2.5"  # compared as versions, not as strings
+# torch 2.4 has no ``enable_gqa``; until 2.9 a CPU makes scores of S x S elements for it. A string
+# is compared as a version here.
+_TAKES_GROUPS = torch.__version__ >= "2.9"
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
