@@ -7,7 +7,6 @@ import csv
 import datetime
 import json
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+
+from collavo_kernels.info import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 HEADERS = (
@@ -31,7 +32,6 @@ HEADERS = (
 )
 HEADERS_END = ("error", "peak MB")
 HEADER_GPU = "by the host's clock"
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -95,23 +95,11 @@ COLUMNS = tuple(field.name for field in fields(Measurement))
 LATER_COLUMNS = ("wall_ms", "timed")
 
 
-def device_name(device: torch.device, cpuinfo: Path = CPUINFO) -> str:
-    """Name the device as its maker does, e.g. ``NVIDIA H200`` or ``AMD EPYC 9654``.
-
-    Virtual machines may leave the number out; the name then ends with the processor's family and
-    model, since such names stand for several generations: ``AMD EPYC family 25 model 17``.
-    """
+def device_name(device: torch.device) -> str:
+    """Name the device as its maker does, e.g. ``NVIDIA H200`` or ``AMD EPYC 9654``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    pairs = re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", cpuinfo.read_text(), re.M)
-    found = dict(reversed(pairs))  # the first processor's stay
-    name = found.get("model name") or platform.processor() or platform.machine()
-    numbered = re.search(r"\d", name) is not None
-    if numbered or "cpu family" not in found or "model" not in found:
-        return name
-    return f"{name} family {found['cpu family']} model {found['model']}"
+    return processor_name()
 
 
 def isa(device: torch.device | None = None) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, LlavaConfig, PretrainedConfig
 

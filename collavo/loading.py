@@ -8,6 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open

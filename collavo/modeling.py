@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationConfig

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init

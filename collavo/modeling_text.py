@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 import torch
 from torch import nn
 from transformers import AutoModel

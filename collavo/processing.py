@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature

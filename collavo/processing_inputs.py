@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 import torch
 from PIL import Image
 from torch import Tensor

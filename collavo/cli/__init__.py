@@ -2,8 +2,8 @@
 
 A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> int`` (the exit status), and
 ``parents()`` if it takes the options of other parsers too.
-What a user did wrong (``ValueError``, a missing file) is printed as one line; anything else keeps
-its traceback.
+What a user did wrong (``ValueError``, a missing file, a package that is too old) is printed as one
+line; anything else keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from collavo_kernels import __version__
+from collavo_kernels._requirements import RequirementError
 
 DESCRIPTION = "CoLLaVO: a vision-language model that sees objects, on kernels of its own."
 COMMANDS = {
@@ -59,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in arguments if not word.startswith("-")), None)
-    args = build_parser(command).parse_args(arguments)
     try:
+        args = build_parser(command).parse_args(arguments)
         return int(args.run(args))
-    except (ValueError, OSError) as error:
-        print(f"collavo {args.command}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RequirementError) as error:
+        print(f"collavo {command}: error: {error}", file=sys.stderr)
         return 2

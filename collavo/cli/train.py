@@ -10,6 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import HfArgumentParser, set_seed
 

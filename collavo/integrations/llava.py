@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, cast
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration

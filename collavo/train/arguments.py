@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 from transformers import TrainingArguments
+
+from collavo_kernels._requirements import require
 
 STAGES = ("cpt", "cit")
 LEARNING_RATES = {"cpt": 1e-4, "cit": 1e-5}
@@ -66,6 +70,7 @@ class CollavoTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Fill in what depends on the stage, then let transformers check the rest."""
+        require("accelerate", "1.1", "CollavoTrainer")
         if self.stage not in STAGES:
             raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {self.stage!r}")
         if not 0.0 <= self.vl_probability <= 1.0:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-SHARDS_BYTES = "2.13"
-"""The oldest torch that is known to shard parameters of uint8, which 4-bit weights are."""
+SHARDS_BYTES = "2.12"
+"""The first torch that shards parameters of uint8, which 4-bit weights are."""
 
 
 def replicated_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that this version of torch cannot shard: bytes, before 2.13.
+    """Return the parameters that this version of torch cannot shard: bytes, before 2.12.
 
     Give them to ``fully_shard(..., ignored_params=...)``: every process then holds all of them.
 

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
+import collavo._requirements  # noqa: F401  (before what it checks)
+
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collavo_kernels._requirements import require
+
 
 def register_attention() -> None:
     r"""Make ``attn_implementation="crayon"`` known to transformers.
@@ -46,11 +48,7 @@ def register_attention() -> None:
         >>> model(torch.tensor([[0, 1, 2], [3, 4, 5]]), attention_mask=mask).logits.shape
         torch.Size([2, 3, 16])
     """
-    try:
-        from collavo_kernels.nn import transformers_attention
-    except ImportError as error:
-        raise ImportError(
-            "register_attention: expected transformers 5.17 or later, got none that can be "
-            f"imported ({error}); pip install 'transformers>=5.17'"
-        ) from error
+    require("transformers", "5.17", "register_attention")
+    from collavo_kernels.nn import transformers_attention
+
     transformers_attention.register()

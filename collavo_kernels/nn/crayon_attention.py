@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.nn.attention_source import (
     PROJECTIONS,
     check_projections,
@@ -235,14 +236,17 @@ class CrayonAttention(nn.Module):
             raise ValueError(
                 f"is_causal: expected True or nothing, got False; a {type(self).__name__} is causal"
             )
-        if crayon.fused is None:
+        fused, key_range = crayon.fused, crayon.key_range
+        if fused is None:
             fused = self._is_prefill(attention_mask, past_key_values)
-            crayon = crayon._replace(fused=fused)
         if is_prefill_mask(attention_mask):
-            key_range, _ = read_prefill_mask(attention_mask)
+            of_mask, _ = read_prefill_mask(attention_mask)
             attention_mask = None
-            if crayon.key_range is None:
-                crayon = crayon._replace(key_range=key_range)
+            key_range = of_mask if key_range is None else key_range
+        # Field by field: torch 2.6 compiles neither _replace nor a slice of a named tuple.
+        crayon = CrayonInputs(
+            crayon.table, crayon.row_index, crayon.adapter_mask, crayon.row_mask, key_range, fused
+        )
         projected = self._project(hidden_states, crayon)
         weights: Tensor | None = None
         if crayon.fused:
@@ -321,14 +325,13 @@ class CrayonAttention(nn.Module):
                 "attention_mask: expected [B, 1, S, keys], got "
                 f"{list(attention_mask.shape)}; expand a padding mask, or give crayon.key_range"
             )
-        mixed = nn.functional.scaled_dot_product_attention(
+        mixed = grouped_attention(
             query,
             key,
             value,
             attn_mask=attention_mask,
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scaling,
-            enable_gqa=self.num_key_value_groups > 1,
         )
         return mixed.transpose(1, 2), None
 

@@ -74,7 +74,7 @@ def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     A subclass (bitsandbytes' 4 bits, a wrapper of another package) has a forward of its own, and
     so has a layer with hooks.
     """
-    own = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    own = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is nn.Linear and not own
 
 

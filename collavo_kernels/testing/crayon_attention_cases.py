@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 
 
@@ -194,13 +195,12 @@ def eager(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     key = rotate(add(inputs.k, inputs.crayon_k))
     value = add(inputs.v, inputs.crayon_v)
     visible, valid = _visible(inputs)
-    out = torch.nn.functional.scaled_dot_product_attention(
+    out = grouped_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=visible[:, None],
         scale=inputs.scale,
-        enable_gqa=True,
     )
     return out.transpose(1, 2) * valid[:, :, None, None], key, value
 

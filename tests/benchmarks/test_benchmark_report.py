@@ -129,24 +129,6 @@ def test_rows_of_other_threads_and_instruction_sets_stay(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize(
-    ("lines", "name"),
-    [
-        # Two generations under one name: family and model tell them apart.
-        (
-            "cpu family : 25\nmodel : 17\nmodel name : AMD EPYC\nstepping : 1\n",
-            "AMD EPYC family 25 model 17",
-        ),
-        ("cpu family : 6\nmodel : 85\nmodel name : Intel(R) Xeon(R) 8259CL\n", None),
-        ("model name : Virtual\n", "Virtual"),
-    ],
-)
-def test_a_processor_is_named_with_a_number(tmp_path: Path, lines: str, name: str | None) -> None:
-    (tmp_path / "cpuinfo").write_text(2 * f"processor : 0\n{lines}\n")
-    found = report.device_name(torch.device("cpu"), tmp_path / "cpuinfo")
-    assert found == (name or "Intel(R) Xeon(R) 8259CL")
-
-
 def test_the_last_level_cache_counts_each_instance_once(tmp_path: Path) -> None:
     """Two cores on one 32 MiB cache rotate through 64 MiB, not 128."""
     for cpu in range(os.cpu_count() or 1):

@@ -6,13 +6,20 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from collavo.cli import main
 from collavo_kernels._backends import Backend, Operator
-from collavo_kernels.info import collect, format_report, operator_report, operators
+from collavo_kernels.info import (
+    collect,
+    format_report,
+    operator_report,
+    operators,
+    processor_name,
+)
 
 
 def _nothing(*_: Any) -> None:
@@ -89,3 +96,21 @@ def test_python_m_prints_the_same() -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "operators:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        # Two generations under one name: family and model tell them apart.
+        (
+            "cpu family : 25\nmodel : 17\nmodel name : AMD EPYC\nstepping : 1\n",
+            "AMD EPYC family 25 model 17",
+        ),
+        ("cpu family : 6\nmodel : 85\nmodel name : Intel(R) Xeon(R) 8259CL\n", None),
+        ("model name : Virtual\n", "Virtual"),
+    ],
+)
+def test_a_processor_is_named_with_a_number(tmp_path: Path, lines: str, name: str | None) -> None:
+    (tmp_path / "cpuinfo").write_text(2 * f"processor : 0\n{lines}\n")
+    found = processor_name(tmp_path / "cpuinfo")
+    assert found == (name or "Intel(R) Xeon(R) 8259CL")

@@ -137,6 +137,6 @@ def _is_list(value: object) -> bool:
 
 
 def _grid(grid: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(grid, tuple | list) or len(grid) != 2:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise ValueError(f"grid: expected (grid_h, grid_w), got {grid!r}")
     return int(grid[0]), int(grid[1])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import _pytree
 
 from collavo_kernels._validation import expect_int, expect_tensor
 
@@ -210,4 +212,12 @@ def _check_positions(positions: Tensor, sequence_length: int) -> None:
         )
 
 
+def _fields(crayon: Any, spec: Any) -> list[Any]:
+    """Return the values in the order that ``torch.export`` lays them out."""
+    return [getattr(crayon, field.name) for field in fields(crayon)]
+
+
 torch.export.register_dataclass(CrayonMap, serialized_type_name="collavo_kernels.CrayonMap")
+if CrayonMap not in _pytree.SUPPORTED_NODES:
+    # torch 2.6 and before leave this half to the class; an exported program's inputs need it.
+    _pytree.register_pytree_flatten_spec(CrayonMap, _fields)

@@ -331,7 +331,7 @@ class NF4Weight:
         """Return a bitsandbytes ``Params4bit`` with a ``QuantState`` of the same bytes.
 
         Raises:
-            ModuleNotFoundError: if bitsandbytes is not installed.
+            ImportError: if bitsandbytes is not installed, or is older than 0.43.
         """
         from collavo_kernels.ops.qlora_linear import nf4_interop
 

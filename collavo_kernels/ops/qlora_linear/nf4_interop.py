@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collavo_kernels._requirements import require
 from collavo_kernels._validation import describe
 from collavo_kernels.ops.qlora_linear.nf4 import (
     BLOCK_SIZES,
@@ -101,6 +102,7 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> NF4Weight:
 
 def to_bitsandbytes(weight: NF4Weight) -> Any:
     """Return a ``Params4bit``; see ``NF4Weight.to_bitsandbytes``."""
+    require("bitsandbytes", "0.43", "to_bitsandbytes")
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.masking_utils import create_chunked_causal_mask
 
+from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.nn import register_attention
 from collavo_kernels.nn.prefill_mask import prefill_mask
 from collavo_kernels.nn.transformers_attention import crayon_attention_forward
@@ -241,9 +242,7 @@ def test_heads_the_kernels_lack_take_sdpa(size: int, dtype: torch.dtype) -> None
         at = (slice(sample, sample + 1), slice(None), slice(first, end))
         i = torch.arange(end - first)
         visible = (i[None] <= i[:, None]) & (i[:, None] - i[None] < 3)
-        alone = torch.nn.functional.scaled_dot_product_attention(
-            q[at], k[at], v[at], attn_mask=visible, enable_gqa=True
-        )
+        alone = grouped_attention(q[at], k[at], v[at], attn_mask=visible)
         torch.testing.assert_close(
             found[sample : sample + 1, first:end], alone.transpose(1, 2), atol=1e-5, rtol=1e-5
         )

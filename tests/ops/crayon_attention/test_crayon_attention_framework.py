@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from collavo_kernels import crayon_attention
 from collavo_kernels._native import native
+from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.ops.crayon_attention import prepare
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.testing.crayon_attention_cases import CASES, AttentionCase
@@ -37,12 +38,15 @@ SMALL = (
 )
 
 
+OPTIONS = AttentionInputs._fields[3:]
+
+
 def named(name: str) -> AttentionCase:
     return next(c for c in CASES if c.name == name)
 
 
 def options(inputs: AttentionInputs) -> dict[str, Any]:
-    return dict(zip(inputs._fields[3:], inputs[3:], strict=True))
+    return {name: getattr(inputs, name) for name in OPTIONS}
 
 
 def call(inputs: AttentionInputs, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,9 +173,7 @@ def test_prepare_is_the_first_half(name: str) -> None:
     q, key, value = prepare(inputs.q, inputs.k, inputs.v, **given, **tables)
     out, *cached = call(inputs)
     assert_same([key, value], cached)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, key, value)), is_causal=True, enable_gqa=True
-    )
+    attended = grouped_attention(*(x.transpose(1, 2) for x in (q, key, value)), is_causal=True)
     torch.testing.assert_close(attended.transpose(1, 2), out)
     gradients = torch.autograd.grad(loss((q, key)), inputs.q)
     assert bool(gradients[0].isfinite().all())

@@ -1,0 +1,17 @@
+"""Importing this checks what models, processor, trainer and commands of ``collavo`` are built on.
+
+A module that imports transformers imports this first, so that an older one is named instead of the
+first name it lacks. Maps, drawings and prepared data (``collavo.panoptic``) need none of it.
+"""
+
+from __future__ import annotations
+
+from collavo_kernels._requirements import TRANSFORMERS, require
+
+_OTHERWISE = f", or use collavo_kernels alone, which works beside transformers from {TRANSFORMERS}"
+
+require("transformers", "5.17", "collavo", otherwise=_OTHERWISE)
+# transformers 5.17 takes an older torch for none at all.
+require("torch", "2.5", "collavo", otherwise=", or use collavo_kernels alone")
+# transformers' Trainer imports PEFT where there is one, and an older one fails at it.
+require("peft", "0.18.1", "collavo", otherwise=", or uninstall it", optional=True)

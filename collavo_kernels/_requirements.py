@@ -1,0 +1,72 @@
+"""What a part needs beyond the distribution's own bounds is asked for where it is used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+
+TRANSFORMERS = "4.37"
+"""The oldest transformers beside which the modules of ``collavo_kernels.nn`` are tested."""
+
+
+class RequirementError(ImportError):
+    """A package that a part of the project needs is missing or too old."""
+
+
+def require(
+    package: str, minimum: str, user: str, *, otherwise: str = "", optional: bool = False
+) -> None:
+    """Check that a package is installed in a version that a part of the project works with.
+
+    Args:
+        package: Its name, for Python and for pip.
+        minimum: The oldest version that serves, such as ``"5.17"``.
+        user: Who needs it.
+        otherwise: What to do instead of installing it; follows the advice to install it.
+        optional: Whether the part works without the package.
+
+    Raises:
+        RequirementError: if it is missing or older; the versions wanted and found are named.
+
+    Example:
+        >>> require("torch", "2.4", "this")
+        >>> require("torch", "99", "this")
+        Traceback (most recent call last):
+            ...
+        collavo_kernels._requirements.RequirementError: this needs torch >= 99 and found ...
+    """
+    found = installed_version(package)
+    if found is None and optional:
+        return
+    if found is None or _release(found) < _release(minimum):
+        raise RequirementError(
+            f"{user} needs {package} >= {minimum} and found {found or 'none'}; "
+            f"pip install '{package}>={minimum}'{otherwise}",
+            name=package,
+        )
+
+
+def installed_version(package: str) -> str | None:
+    """Return a package's version, or None if it is not installed; nothing is imported.
+
+    Args:
+        package: Its name, for Python and for pip.
+    """
+    # A source tree on the path has no metadata, or those of another installation.
+    loaded = getattr(sys.modules.get(package), "__version__", None)
+    if loaded is not None:
+        return str(loaded)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return a release's numbers, without zeros at the end; a pre-release counts as its release."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    parts = [int(part) for part in numbers[0].split(".")] if numbers else []
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)

@@ -1,0 +1,33 @@
+"""PyTorch's ``scaled_dot_product_attention`` where queries share keys, on every torch served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch 2.4 has no ``enable_gqa``; until 2.9 a CPU makes scores of S x S elements for it. A string
+# is compared as a version here.
+_TAKES_GROUPS = torch.__version__ >= "2.9"
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Return ``softmax(scale q k^T) v``, H query heads on G heads of keys and values.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, G, keys, D]``; G divides H.
+        value: ``[B, G, keys, D]``.
+        **options: As ``scaled_dot_product_attention`` takes them.
+
+    Returns:
+        ``[B, H, S, D]``.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and _TAKES_GROUPS:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, **options)
