@@ -125,3 +125,12 @@ def test_the_commands_of_the_usage_page_exist() -> None:
 
     listed = re.findall(r"^\| `collavo ([a-z]+)` \|", USAGE, re.MULTILINE)
     assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_the_numbers_of_the_demo_are_those_of_the_kept_runs() -> None:
+    from collavo.demo import seeds
+
+    kept = sorted((ROOT / "benchmarks" / "results").glob("*/demo_seed?.json"))
+    reports = seeds.read_reports(kept)
+    assert seeds.markdown_table(reports) in README
+    assert seeds.gains_in_words(reports) in README

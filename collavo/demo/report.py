@@ -14,7 +14,7 @@ from collavo.demo.experiment import Results
 from collavo.demo.settings import Settings
 from collavo_kernels import info
 
-_ROWS = (
+ROWS = (
     ("base", "base, before any crayon"),
     ("cpt", "after CPT (the crayon alone)"),
     ("cit", "after CIT, both adapters in turn"),
@@ -134,7 +134,7 @@ def table(results: Results) -> str:
     title = "accuracy on held-out scenes, %"
     head = f"{title:38s}{'B2C':>7s}{'C2B':>8s}{'recall':>9s}{'specif.':>9s}"
     lines = [head, "-" * len(head)]
-    for key, label in _ROWS:
+    for key, label in ROWS:
         if key in results.measurements:
             one = results.measurements[key]
             values = (one.b2c.accuracy, one.c2b.accuracy, one.c2b.recall, one.c2b.specificity)

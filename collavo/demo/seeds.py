@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collavo.demo.report import differences
+from collavo.demo.report import ROWS, differences
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,52 @@ def gains(reports: Sequence[Mapping[str, Any]]) -> list[Gain]:
     found = [differences(accuracies(report)) for report in reports]
     names = found[0] if found else {}
     return [Gain(name, tuple(one[name] for one in found)) for name in names]
+
+
+def markdown_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return mean and standard deviation of every accuracy over several runs, in %.
+
+    Args:
+        reports: From :func:`read_reports`.
+    """
+    scores = [accuracies(report) for report in reports]
+    lines = [
+        "| accuracy in %, mean ± standard deviation | which object is in this box | is there any |",
+        "|---|---|---|",
+    ]
+    for name, label in ROWS:
+        if all(name in one for one in scores):
+            cells = [
+                _spread([100.0 * one[name][kind] for one in scores]) for kind in ("b2c", "c2b")
+            ]
+            words = label.strip().removeprefix("... ")
+            lines.append(f"| {f'**{words}**' if name == 'cit' else words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def gains_in_words(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return what CIT gained over the base, the control and shuffled rows, as a line of text.
+
+    Args:
+        reports: Of runs with a control.
+    """
+    over = {
+        "base": "the base",
+        "control": "the same steps without crayon",
+        "shuffled": "shuffled rows",
+    }
+    found = {gain.name: gain for gain in gains(reports)}
+    parts = []
+    for name, words in over.items():
+        pair = [found[f"{kind}_{name}"] for kind in ("b2c", "c2b") if f"{kind}_{name}" in found]
+        if pair:
+            parts.append(
+                f"{' / '.join(f'{gain.mean:+.1f} ({gain.deviation:.1f})' for gain in pair)} over {words}"
+            )
+    return "; ".join(parts)
