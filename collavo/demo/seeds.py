@@ -129,9 +129,8 @@ def gains_in_words(reports: Sequence[Mapping[str, Any]]) -> str:
     found = {gain.name: gain for gain in gains(reports)}
     parts = []
     for name, words in over.items():
-        pair = [found[f"{kind}_{name}"] for kind in ("b2c", "c2b") if f"{kind}_{name}" in found]
+        pair = [found[key] for kind in ("b2c", "c2b") if (key := f"{kind}_{name}") in found]
+        both = " / ".join(f"{gain.mean:+.1f} ({gain.deviation:.1f})" for gain in pair)
         if pair:
-            parts.append(
-                f"{' / '.join(f'{gain.mean:+.1f} ({gain.deviation:.1f})' for gain in pair)} over {words}"
-            )
+            parts.append(f"{both} over {words}")
     return "; ".join(parts)
