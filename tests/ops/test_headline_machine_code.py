@@ -35,4 +35,3 @@ def test_matrix_products_do_not_wait_for_each_other(kernel: str, compiled: Stand
     assert any("wgmma" in text for text in code), [each.kernel for each in compiled.compilations]
     for text in code:
         assert assembler_warnings(text) == ()
-

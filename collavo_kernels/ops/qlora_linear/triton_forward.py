@@ -144,8 +144,8 @@ def _multiply(
     even = tl.load(halves + at, mask=used, other=0.0)
     odd = tl.load(odd_half + at, mask=used, other=0.0)
     first, second = codes_of(bytes_, code, PERMUTE)
-    # Where a chunk's rows lie in one block each, their scale is a factor of the sum. Where tokens are
-    # few, scaling that is the least work, and a weight is rounded once.
+    # Where a chunk lies in one block of each row, its scales are factors of the sum. With few tokens
+    # scaling that is the least work, and a weight is rounded once.
     if ALIGNED and FEW:
         part = tl.dot(first, even, input_precision="ieee")
         part = tl.dot(second, odd, part, input_precision="ieee")
