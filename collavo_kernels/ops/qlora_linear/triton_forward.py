@@ -144,7 +144,7 @@ def _multiply(
     even = tl.load(halves + at, mask=used, other=0.0)
     odd = tl.load(odd_half + at, mask=used, other=0.0)
     first, second = codes_of(bytes_, code, PERMUTE)
-    # Where a chunk lies in one block of each row, its scales are factors of the sum. With few tokens
+    # Where a chunk of a row lies in one block, its scale is a factor of the sum. With few tokens
     # scaling that is the least work, and a weight is rounded once.
     if ALIGNED and FEW:
         part = tl.dot(first, even, input_precision="ieee")
