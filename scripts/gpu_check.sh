@@ -147,10 +147,9 @@ OMP_NUM_THREADS=1 step tests "$(of 110)" "$python" -m pytest tests/ops -m gpu -q
 say "kernels: $there were there, $(($(kernels) - there)) were compiled for tests"
 
 step decode "$(of 50)" "$python" scripts/gpu_decode.py "${dry[@]}"
-case_of="fwd and m16 or fwd and m2048 or s1325/g8"
-profile ncu --clock-control none --set basic -k 'regex:kernel|decode|shrink|lookup' -c 30 \
-  "$python" -m pytest benchmarks/bench_qlora_linear.py benchmarks/bench_crayon_attention.py -q -p no:cacheprovider \
-  --benchmark-disable --quick-gpu -k "ours and ($case_of)" "${dry[@]}"
+# PyTorch's own kernels stay out of it.
+ours='attend_kernel|gradients_kernel|linear_kernel|prepare_kernel|grad_x|factor_kernel|sum_|lookup|finish_rows|decode|shrink'
+profile ncu --clock-control none --set basic -k "regex:$ours" "$python" scripts/gpu_profile.py "${dry[@]}"
 profile compute-sanitizer --tool memcheck "$python" -m pytest tests/ops -m gpu -q -p no:cacheprovider \
   -k "bfloat16 and (few or padding_window)"
 say "results: $results"

@@ -131,6 +131,7 @@ def _multiply(
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     PERMUTE: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     """Add the product of 64 columns."""
     dtype: tl.constexpr = halves.dtype.element_ty
@@ -143,10 +144,15 @@ def _multiply(
     even = tl.load(halves + at, mask=used, other=0.0)
     odd = tl.load(odd_half + at, mask=used, other=0.0)
     first, second = codes_of(bytes_, code, PERMUTE)
-    if ALIGNED:
-        # The chunk's rows lie in one block each. Scaling the sum would be less work and a rounding
-        # less, but Hopper's matrix unit adds to registers by itself: touching them between two
-        # chunks makes every product wait for the one before.
+    # Where a chunk of a row lies in one block, its scale is a factor of the sum. With few tokens
+    # scaling that is the least work, and a weight is rounded once.
+    if ALIGNED and FEW:
+        part = tl.dot(first, even, input_precision="ieee")
+        part = tl.dot(second, odd, part, input_precision="ieee")
+        sums += part * scale[:, None]
+    elif ALIGNED:
+        # Hopper's matrix unit adds to registers by itself: touching wide sums between two chunks
+        # makes every product wait for the one before.
         first = (first.to(tl.float32) * scale[:, None]).to(dtype)
         second = (second.to(tl.float32) * scale[:, None]).to(dtype)
         sums = tl.dot(first, even, sums, input_precision="ieee")
@@ -224,7 +230,7 @@ def linear_kernel(
         next_0 = _chunk_scales(*scales, flat, ahead, half, BLOCK_SIZE, NESTED, ALIGNED)
         sums = _multiply(
             sums, even_half, odd_half, bytes_, *scales, code, scale_0, row, flat, token, live, half,
-            start, BLOCK_SIZE, NESTED, ALIGNED, PERMUTE,
+            start, BLOCK_SIZE, NESTED, ALIGNED, PERMUTE, SPLIT,
         )  # fmt: skip
         if CHUNKS == 2:
             scale_1 = next_1
@@ -232,7 +238,7 @@ def linear_kernel(
             next_1 = _chunk_scales(*scales, flat, ahead, half, BLOCK_SIZE, NESTED, ALIGNED)
             sums = _multiply(
                 sums, even_half, odd_half, bytes_, *scales, code, scale_1, row, flat, token, live,
-                half, start + _CHUNK, BLOCK_SIZE, NESTED, ALIGNED, PERMUTE,
+                half, start + _CHUNK, BLOCK_SIZE, NESTED, ALIGNED, PERMUTE, SPLIT,
             )  # fmt: skip
     if SPLIT:
         share = tl.program_id(1) * tl.cast(m, tl.int64) + tile_m * BLOCK_M
