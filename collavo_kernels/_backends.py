@@ -10,6 +10,7 @@ serve is an error, never a silent fallback.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from collavo_kernels._requirements import shortfall
+
 ENVIRONMENT_VARIABLE = "COLLAVO_BACKEND"
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
+# The oldest whose compiler the kernels are tested with; that of 3.3 refuses some of them.
+_TRITON = "3.6"
 
 Inputs = TypeVar("Inputs")
 Reason = str | None
@@ -27,6 +32,12 @@ Reason = str | None
 
 def _never(*_: Any) -> Reason:
     return None
+
+
+@functools.cache
+def triton_reason() -> Reason:
+    """Say why Triton kernels cannot run here, or None."""
+    return shortfall("triton", _TRITON)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -36,30 +37,42 @@ def require(
             ...
         collavo_kernels._requirements.RequirementError: this needs torch >= 99 and found ...
     """
-    found = installed_version(package)
-    if found is None and optional:
+    if optional and installed_version(package) is None:
         return
-    if found is None or _release(found) < _release(minimum):
-        raise RequirementError(
-            f"{user} needs {package} >= {minimum} and found {found or 'none'}; "
-            f"pip install '{package}>={minimum}'{otherwise}",
-            name=package,
-        )
+    reason = shortfall(package, minimum)
+    if reason is not None:
+        advice = f"pip install '{package}>={minimum}'{otherwise}"
+        raise RequirementError(f"{user} {reason}; {advice}", name=package)
+
+
+def shortfall(package: str, minimum: str) -> str | None:
+    """Say which version of a package is wanted and which is there, or None if that serves."""
+    found = installed_version(package)
+    if found is not None and _release(found) >= _release(minimum):
+        return None
+    return f"needs {package} >= {minimum} and found {found or 'none'}"
 
 
 def installed_version(package: str) -> str | None:
-    """Return a package's version, or None if it is not installed; nothing is imported.
+    """Return a package's version, or None if it is not installed.
+
+    Only a package without metadata of its name is imported for it: a source tree, or one that is
+    distributed under other names as well (Triton for AMD).
 
     Args:
         package: Its name, for Python and for pip.
     """
-    # A source tree on the path has no metadata, or those of another installation.
+    # What is loaded counts, whatever else the metadata are of.
     loaded = getattr(sys.modules.get(package), "__version__", None)
     if loaded is not None:
         return str(loaded)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        pass
+    try:
+        return getattr(importlib.import_module(package), "__version__", None)
+    except ImportError:
         return None
 
 

@@ -67,7 +67,7 @@ def same(name: str, found: Tensor, expected: Tensor) -> None:
 
 
 def check_linear() -> str:
-    """Logits, loss, gradients and greedy tokens of the quantised model are those of its twin."""
+    """Compare logits, gradients and greedy tokens of a quantised model with those of its twin."""
     model, twin = quantise(tiny_llama())
     results = [each(TOKENS, labels=TOKENS) for each in (model, twin)]
     same("logits", results[0].logits, results[1].logits)
@@ -87,7 +87,7 @@ def check_linear() -> str:
 
 
 def check_prompt() -> str:
-    """A crayon reaches the logits through the embeddings of image tokens, and its loss trains it."""
+    """Train a crayon that is added to the embeddings of image tokens; it changes the logits."""
     maps = torch.tensor([[[3, 3], [0, 7]]] * 2, dtype=torch.int32)
     ids, classes = torch.tensor([[3, 7], [0, 2]], dtype=torch.int32)
     crayon: CrayonMap = panoptic_lookup(maps, [ids] * 2, [classes] * 2, grid=(2, 2))
@@ -105,7 +105,7 @@ def check_prompt() -> str:
 
 
 def check_attention() -> str:
-    """``attn_implementation="crayon"`` gives SDPA's logits, or says which version it needs."""
+    """Compare ``attn_implementation="crayon"`` with SDPA; older versions are refused by name."""
     version = importlib.metadata.version("transformers")
     numbers = tuple(int(part) for part in version.split(".")[:2])
     try:

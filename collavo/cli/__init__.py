@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": "run the benchmarks and write their tables and plots",
 }
 _MODULES = {"eval": "evaluate"}
+_NEED_A_MODEL = ("demo", "train", "chat", "eval")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         module: Any = None
         if name == command:
+            if name in _NEED_A_MODEL:
+                importlib.import_module("collavo._requirements")
             module = importlib.import_module(f"collavo.cli.{_MODULES.get(name, name)}")
         parents = module.parents() if hasattr(module, "parents") else ()
         sub = subparsers.add_parser(name, help=summary, description=summary, parents=parents)

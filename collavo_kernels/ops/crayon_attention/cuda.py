@@ -9,14 +9,13 @@ forward yet, so this backend serves only when asked for by name (``backend="cuda
 
 from __future__ import annotations
 
-import importlib.util
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from collavo_kernels._backends import device_of
+from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
     BackwardInputs,
@@ -35,8 +34,8 @@ _OPERATORS = {
 
 def unavailable() -> str | None:
     """Say why the backend cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed, and it prepares q, k and v"
+    if (reason := triton_reason()) is not None:
+        return f"{reason}; it prepares q, k and v"
     if torch.version.cuda is None:
         return "this PyTorch is not built for CUDA"
     return None

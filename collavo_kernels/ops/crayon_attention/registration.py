@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
-from collavo_kernels._backends import Backend, Operator
+from collavo_kernels._backends import Backend, Operator, triton_reason
 from collavo_kernels.ops.crayon_attention import cpu, cuda, reference
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
@@ -37,10 +36,6 @@ _library.define(
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 _FLOATING = 8  # q, k, v, cos, sin and the three tables come first in every signature
-
-
-def _triton_reason() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def _triton_declines(inputs: AttentionInputs) -> str | None:
@@ -86,7 +81,7 @@ OPERATOR: Operator[AttentionInputs] = Operator(
             _triton_forward,
             _triton_backward,
             devices=("cuda",),
-            unavailable=_triton_reason,
+            unavailable=triton_reason,
             declines=_triton_declines,
         ),
         Backend("reference", reference.forward, reference.backward),

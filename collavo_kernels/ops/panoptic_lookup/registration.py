@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from collavo_kernels._backends import Backend, Operator
+from collavo_kernels._backends import Backend, Operator, triton_reason
 from collavo_kernels._validation import expect_choice, expect_int, expect_tensor
 from collavo_kernels.ops.panoptic_lookup import cpu, cuda, reference
 from collavo_kernels.ops.panoptic_lookup.inputs import (
@@ -30,10 +29,6 @@ SCHEMA = (
 )
 
 
-def _triton_reason() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
-
-
 def _triton_forward(inputs: LookupInputs) -> LookupResult:
     from collavo_kernels.ops.panoptic_lookup.triton_kernels import forward
 
@@ -49,7 +44,7 @@ OPERATOR: Operator[LookupInputs] = Operator(
     (
         Backend("cpu", cpu.forward, devices=("cpu",), unavailable=cpu.reason_against),
         Backend("cuda", cuda.forward, devices=("cuda",), unavailable=_cuda_reason),
-        Backend("triton", _triton_forward, devices=("cuda",), unavailable=_triton_reason),
+        Backend("triton", _triton_forward, devices=("cuda",), unavailable=triton_reason),
         Backend("reference", reference.forward),
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from collavo_kernels._backends import Backend, Operator
+from collavo_kernels._backends import Backend, Operator, triton_reason
 from collavo_kernels.ops.qlora_linear import cpu, cuda, reference
 from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
 from collavo_kernels.ops.qlora_linear.validation import validate, validate_backward
@@ -33,10 +32,6 @@ _LIBRARY.define(
     f"qlora_linear_backward(Tensor grad, {_ARGUMENTS}, bool[] output_mask, *, "
     'str backend="") -> Tensor[]'
 )
-
-
-def _triton_unavailable() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def _panels_decline(inputs: QLoRAInputs) -> str | None:
@@ -92,7 +87,7 @@ OPERATOR: Operator[QLoRAInputs] = Operator(
             forward=_triton_forward,
             backward=_triton_backward,
             devices=("cuda",),
-            unavailable=_triton_unavailable,
+            unavailable=triton_reason,
             declines=_triton_declines,
         ),
         Backend("reference", forward=reference.forward, backward=reference.backward),
