@@ -52,7 +52,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
     config.stash[SECONDS] = {}
-    config.addinivalue_line("markers", "quick_gpu: a row that --quick-gpu selects")
     # Our table holds the same times and more; --benchmark-json still writes the plugin's own.
     config.option.benchmark_quiet = True
     if config.getoption("--isa"):
