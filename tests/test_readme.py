@@ -134,3 +134,14 @@ def test_the_numbers_of_the_demo_are_those_of_the_kept_runs() -> None:
     reports = seeds.read_reports(kept)
     assert seeds.markdown_table(reports) in README
     assert seeds.gains_in_words(reports) in " ".join(README.split())
+
+
+def test_the_speeds_are_those_of_the_picture() -> None:
+    from benchmarks import headline, report
+
+    device = re.search(r"benchmarks/plots/([^/]+)/headline\.svg", README)
+    assert device is not None
+    shown = {bar.number for bar in headline.bars(report.by_device()[device[1]])}
+    said = re.findall(r"\*\*([\d.]+x)\*\*", README)
+    assert len(said) >= 3
+    assert set(said) <= shown
