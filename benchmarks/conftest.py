@@ -20,7 +20,6 @@ import torch
 
 from benchmarks import memory, peers, report, roofline, timing
 
-DRY_RUN = "dry run: nothing was measured"
 Measure = Callable[..., report.Measurement | None]
 Rows = dict[tuple[str, ...], report.Measurement]
 ROWS = pytest.StashKey[Rows]()
@@ -174,7 +173,7 @@ def measure(
         if not times.seconds:
             return None
         name = str(dtype).removeprefix("torch.")
-        facts = report.facts(device) | ({"device": DRY_RUN, "isa": ""} if dry else {})
+        facts = report.facts(device) | ({"device": report.DRY_RUN, "isa": ""} if dry else {})
         key = (op, *report.key(case, mode, name, provider, facts))
         pooled = seconds[key] = [*seconds.get(key, ()), *times.seconds]
         p20, p50, p80 = timing.percentiles(pooled)

@@ -32,6 +32,12 @@ HEADERS = (
 )
 HEADERS_END = ("error", "peak MB")
 HEADER_GPU = "by the host's clock"
+<<<<<<< HEAD
+=======
+# What a row says in place of its device where a stand-in took a GPU's place.
+DRY_RUN = "dry run: nothing was measured"
+CPUINFO = Path("/proc/cpuinfo")
+>>>>>>> gpu
 
 
 @dataclass(frozen=True)
@@ -292,14 +298,20 @@ def config_json(config: Mapping[str, object] | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the rows of a file of :func:`append_jsonl` as tables, one for each operator."""
+    """Print the rows of a file of :func:`append_jsonl` as tables; ``--save`` keeps them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
     parser.add_argument("rows", type=Path, help="a file that pytest --rows has written")
+    parser.add_argument("--save", action="store_true", help="merge them into results/<device>/")
+    given = parser.parse_args(arguments)
     # A benchmark in turns writes a row after each: the last one pools them.
-    rows = {(row.op, row.key): row for row in read_jsonl(parser.parse_args(arguments).rows)}
+    rows = {(row.op, row.key): row for row in read_jsonl(given.rows)}
     for op in dict.fromkeys(op for op, _ in rows):
         mine = [row for row in rows.values() if row.op == op]
         print(f"# {op} on {mine[0].device}\n\n{markdown_table(mine)}\n")
+    if given.save:
+        if any(row.device == DRY_RUN for row in rows.values()):
+            parser.error(f"--save: {given.rows} is of a dry run")
+        save(list(rows.values()))
     return 0
 
 

@@ -83,6 +83,24 @@ def test_rows_are_kept_as_they_are_measured(tmp_path: Path) -> None:
     assert report.read_jsonl(path)[1].wall_ms == 1.0
 
 
+def test_rows_that_came_home_are_laid_out_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a dry run wrote holds no times and must not pass for results."""
+    monkeypatch.setattr(report, "save", lambda rows: kept.extend(rows))
+    kept: list[report.Measurement] = []
+    path = tmp_path / "rows.jsonl"
+    for p50 in (3.0, 2.0):  # two turns of one measurement
+        report.append_jsonl(path, measurement(device="NVIDIA H100", isa="", p50_ms=p50))
+    assert report.main([str(path), "--save"]) == 0
+    printed = capsys.readouterr().out
+    assert "# qlora_linear on NVIDIA H100" in printed and printed.count("ours:cpu") == 1
+    assert [row.p50_ms for row in kept] == [2.0]
+    report.append_jsonl(path, measurement(device=report.DRY_RUN, isa="", provider="ours:triton"))
+    with pytest.raises(SystemExit):
+        report.main([str(path), "--save"])
+
+
 def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("op,time\n")
     with pytest.raises(ValueError, match=r"x\.csv: expected the columns op, provider"):
