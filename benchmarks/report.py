@@ -32,12 +32,8 @@ HEADERS = (
 )
 HEADERS_END = ("error", "peak MB")
 HEADER_GPU = "by the host's clock"
-<<<<<<< HEAD
-=======
 # What a row says in place of its device where a stand-in took a GPU's place.
 DRY_RUN = "dry run: nothing was measured"
-CPUINFO = Path("/proc/cpuinfo")
->>>>>>> gpu
 
 
 @dataclass(frozen=True)
