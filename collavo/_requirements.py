@@ -11,7 +11,5 @@ from collavo_kernels._requirements import TRANSFORMERS, require
 _OTHERWISE = f", or use collavo_kernels alone, which works beside transformers from {TRANSFORMERS}"
 
 require("transformers", "5.17", "collavo", otherwise=_OTHERWISE)
-# transformers 5.17 takes an older torch for none at all.
-require("torch", "2.5", "collavo", otherwise=", or use collavo_kernels alone")
 # transformers' Trainer imports PEFT where there is one, and an older one fails at it.
 require("peft", "0.18.1", "collavo", otherwise=", or uninstall it", optional=True)

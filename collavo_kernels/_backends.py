@@ -23,7 +23,7 @@ from collavo_kernels._requirements import shortfall
 
 ENVIRONMENT_VARIABLE = "COLLAVO_BACKEND"
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
-# The oldest whose compiler the kernels are tested with; that of 3.3 refuses some of them.
+# The oldest whose compiler and interpreter the kernels are tested with; 3.3 refuses some of them.
 _TRITON = "3.6"
 
 Inputs = TypeVar("Inputs")

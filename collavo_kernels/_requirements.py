@@ -31,7 +31,7 @@ def require(
         RequirementError: if it is missing or older; the versions wanted and found are named.
 
     Example:
-        >>> require("torch", "2.4", "this")
+        >>> require("torch", "2.5", "this")
         >>> require("torch", "99", "this")
         Traceback (most recent call last):
             ...

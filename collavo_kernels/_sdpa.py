@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# torch 2.4 has no ``enable_gqa``; until 2.9 a CPU makes scores of S x S elements for it. A string
-# is compared as a version here.
+# Before 2.9 a CPU makes scores of S x S elements for ``enable_gqa``. A version compares itself with
+# a string.
 _TAKES_GROUPS = torch.__version__ >= "2.9"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from collavo_kernels import CrayonMap, NF4Weight, panoptic_lookup
-from collavo_kernels.nn import CrayonPrompt, DualQLoRALinear, register_attention
+from collavo_kernels.nn import CrayonAttention, CrayonPrompt, DualQLoRALinear, register_attention
 
 REGISTERS_FROM = (5, 17)
 TOKENS = torch.tensor([[3, 17, 5, 40, 8, 8, 21], [9, 2, 33, 7, 60, 1, 12]])
@@ -104,6 +104,31 @@ def check_prompt() -> str:
     return "CrayonPrompt"
 
 
+def check_crayon_attention() -> str:
+    """Compare ``CrayonAttention`` in every layer with what it replaces; it may refuse, in words."""
+    stock = tiny_llama()
+    model = copy.deepcopy(stock)
+    try:
+        for layer in model.model.layers:
+            layer.self_attn = CrayonAttention.from_attention(layer.self_attn)
+    except ValueError as error:
+        return f"CrayonAttention refuses: {error}"
+    logits = [each(TOKENS, use_cache=False).logits for each in (model, stock)]
+    same("logits of CrayonAttention", *logits)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = stock.generate(TOKENS, **options)
+    uncached = model.generate(TOKENS, use_cache=False, **options)
+    try:
+        tokens = model.generate(TOKENS, **options)
+    except ImportError as error:
+        if not torch.equal(uncached, expected):
+            raise AssertionError("generate without a cache gives other tokens") from error
+        return f"CrayonAttention without a cache ({error})"
+    if not torch.equal(tokens, expected):
+        raise AssertionError(f"generate: {tokens.tolist()} is not {expected.tolist()}")
+    return "CrayonAttention"
+
+
 def check_attention() -> str:
     """Compare ``attn_implementation="crayon"`` with SDPA; older versions are refused by name."""
     version = importlib.metadata.version("transformers")
@@ -114,7 +139,7 @@ def check_attention() -> str:
         sentence = str(error)
         if numbers >= REGISTERS_FROM or f"found {version};" not in sentence:
             raise
-        return f"register_attention refuses: {sentence}"
+        return f"({sentence})"
     if numbers < REGISTERS_FROM:
         raise AssertionError("register_attention did not refuse")
     mask = torch.ones_like(TOKENS)
@@ -132,7 +157,12 @@ def main() -> int:
     names = ("transformers", "tokenizers", "numpy", "torch")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     line = f"{versions[0]:<20} ({', '.join(versions[1:])})"
-    checks: tuple[Callable[[], str], ...] = (check_linear, check_prompt, check_attention)
+    checks: tuple[Callable[[], str], ...] = (
+        check_linear,
+        check_prompt,
+        check_crayon_attention,
+        check_attention,
+    )
     passed = []
     for check in checks:
         try:

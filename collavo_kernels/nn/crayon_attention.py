@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from collavo_kernels._requirements import RequirementError, installed_version, shortfall
 from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.nn.attention_source import (
     PROJECTIONS,
@@ -30,6 +31,11 @@ from collavo_kernels.ops.crayon_attention import crayon_attention, prepare
 
 # Implementations of transformers whose masks the module reads; None is a module on its own.
 _READABLE = (None, "sdpa", "eager", "crayon")
+# Caches of older ones ask for positions at every update, and read sizes from them. Found out here:
+# a compiled forward cannot.
+_CACHE_FAULT = (
+    None if installed_version("transformers") is None else shortfall("transformers", "5.17")
+)
 
 
 class _Projected(NamedTuple):
@@ -229,6 +235,7 @@ class CrayonAttention(nn.Module):
 
         Raises:
             ValueError: if a mask or one of the crayon's inputs cannot be read.
+            ImportError: if a cache is of a transformers before 5.17, and more than filled at once.
         """
         crayon = CrayonInputs() if crayon is None else crayon
         self._check_implementation()
@@ -249,6 +256,10 @@ class CrayonAttention(nn.Module):
         )
         projected = self._project(hidden_states, crayon)
         weights: Tensor | None = None
+        if _CACHE_FAULT is not None:
+            # Until 4.55 a cache comes under the second name. An empty one can be filled at once.
+            filled = None if crayon.fused else past_key_values
+            self._refuse_caches(filled, kwargs.get("past_key_value"))
         if crayon.fused:
             mixed = self._prefill(projected, position_embeddings, past_key_values, crayon)
         else:
@@ -271,6 +282,14 @@ class CrayonAttention(nn.Module):
                 f"config._attn_implementation: expected sdpa, eager or crayon around a "
                 f"{type(self).__name__}, got {self._implementation()!r}, whose masks it cannot "
                 'read; call model.set_attn_implementation("sdpa")'
+            )
+
+    def _refuse_caches(self, *caches: Any | None) -> None:
+        if any(cache is not None for cache in caches):
+            raise RequirementError(
+                f"{type(self).__name__} with a cache {_CACHE_FAULT}; "
+                "pip install 'transformers>=5.17', or pass use_cache=False",
+                name="transformers",
             )
 
     def _is_prefill(self, attention_mask: Tensor | None, past_key_values: Any | None) -> bool:

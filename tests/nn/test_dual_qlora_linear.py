@@ -269,7 +269,6 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
 
 def _shard(rank: int, port: int) -> None:
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     address = f"tcp://127.0.0.1:{port}"
@@ -281,6 +280,8 @@ def _shard(rank: int, port: int) -> None:
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 12):
         # Its fully_shard makes every parameter require a gradient for a moment; bytes cannot.
         _leave()
+    from torch.distributed.fsdp import fully_shard
+
     fully_shard(sharded[0])
     fully_shard(sharded)
     x = torch.randn(8, 64)
