@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,6 +112,7 @@ def test_the_blocks_of_the_usage_page_run_after_those_of_the_front_page(
     names: dict[str, Any] = {}
     run(blocks(README) + blocks(USAGE), names, at_home)
     assert names["logits"].shape == (1, 4, 8)
+    assert load_file("crayon.safetensors").keys() == names["handle"].added_state_dict().keys()
     assert names["inputs"]["crayon_class"].unique().numel() > 1, "what was drawn is there"
 
 

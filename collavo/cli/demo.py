@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
     experiment = Experiment(settings, args.seed, args.output, tqdm.write, progress=progress)
     results = experiment.run()
     found = report.checks(results, settings)
-    answered = answers.ask_about_scene(experiment, 0)
+    shown = answers.clear_scene(experiment.test)
+    answered = answers.ask_about_scene(experiment, shown)
     picture = args.output / "scene.png"
-    answers.draw_answers(experiment.test, 0, answered, picture)
+    answers.draw_answers(experiment.test, shown, answered, picture)
     results.seconds["total"] = round(time.perf_counter() - start, 1)
     report.write_json(args.output / "report.json", results, found, settings, args.seed)
     experiment.model.save_pretrained(args.output / "model")

@@ -12,6 +12,7 @@ from collavo.demo.model import GRID
 from collavo.demo.storage import Scenes
 from collavo.evaluation import ObjectQuestion, answer_questions, is_right
 from collavo.panoptic.drawing import draw_scene
+from collavo_kernels import panoptic_lookup
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,28 @@ class Answered:
     question: ObjectQuestion
     crayon: str
     without: str
+
+
+def clear_scene(scenes: Scenes) -> int:
+    """Return the position of the first scene whose every segment has a cell of the crayon's grid.
+
+    A segment that is the majority of no cell has no token, so the crayon cannot tell of it.
+
+    Args:
+        scenes: The held-out scenes.
+    """
+    for position in range(len(scenes)):
+        panoptic = scenes[position].panoptic
+        crayon = panoptic_lookup(
+            [panoptic.segmentation],
+            [panoptic.segment_ids],
+            [panoptic.segment_classes],
+            grid=(GRID, GRID),
+        )
+        # Row 0 is what no segment covers.
+        if int((crayon.row_index.unique() > 0).sum()) == len(panoptic.segment_ids):
+            return position
+    return 0
 
 
 def ask_about_scene(experiment: Experiment, image: int) -> list[Answered]:

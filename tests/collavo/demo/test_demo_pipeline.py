@@ -20,7 +20,7 @@ from collavo.demo.conversations import Talks, Viewed, base_talk, image_talk, lis
 from collavo.demo.estimate import estimate_seconds
 from collavo.demo.experiment import BASE, Experiment
 from collavo.demo.language import build_tokenizer, split_words
-from collavo.demo.scenes import make_scene
+from collavo.demo.scenes import SIZE, Scene, SceneObject, make_scene
 from collavo.demo.settings import QUICK, Margins
 from collavo.demo.storage import Scenes, write_scenes
 from collavo.demo.tuning import Phase, run_phase, same_bits, snapshot
@@ -188,7 +188,9 @@ def test_a_missed_margin_is_a_line_and_a_broken_fact_an_exit_status(finished, ca
     found = report.checks(results, settings)
     missed = [check for check in found if not check.passed]
     assert [check.exact for check in missed] == [False]
-    assert "missed B2C: after CIT minus the same steps without crayon" in report.check_lines(found)
+    lines = report.check_lines(found)
+    assert "missed B2C: after CIT minus the same steps without crayon" in lines
+    assert "(at least +200.0)" in lines
     arguments = argparse.Namespace(seed=3)
     assert _verdict(found, arguments) == 0
     assert capsys.readouterr().err == ""
@@ -239,6 +241,19 @@ def test_report_and_picture(finished):
     assert (folder / "scene.png").stat().st_size > 1000
     assert "after CIT, both adapters in turn" in report.table(results)
     assert "Describe the image." in answers.scene_lines(answered)
+
+
+def test_the_scene_that_is_shown_has_a_cell_for_each_of_its_objects(tmp_path):
+    # An object that is the majority of no cell is one that the crayon cannot tell of.
+    segmentation = np.full((SIZE, SIZE), 1, dtype=np.int32)
+    segmentation[20, 20] = 2
+    segments = (
+        SceneObject(1, "sky", False, (0, 0, SIZE, SIZE)),
+        SceneObject(2, "dog", True, (20, 20, 21, 21)),
+    )
+    lost = Scene(np.zeros((SIZE, SIZE, 3), dtype=np.uint8), segmentation, segments)
+    write_scenes(tmp_path, [lost, make_scene(np.random.default_rng(0))])
+    assert answers.clear_scene(Scenes(tmp_path)) == 1
 
 
 def test_the_saved_model_is_evaluated_by_the_command(finished, tmp_path, capsys):
