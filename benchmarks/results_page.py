@@ -31,8 +31,8 @@ by the read bandwidth and the matmul peak measured in the same run.
 DEMO = """\
 `collavo demo`, questions about held-out scenes: which object is in a box (B2C), and whether there
 is any object of a class (C2B, as many wrong as right). Runs without another name took the best
-instruction set and, but for the one named so, one thread, which gives the same bits; those with
-ablations took longer.
+instruction set and one thread; those with ablations took longer. Scores differ with the
+instruction set and the threads by how torch's own products round, which train the base.
 """
 SEED = re.compile(r"demo_seed\d")
 NAMES = {"avx512": "AVX-512", "avx2": "AVX2"}

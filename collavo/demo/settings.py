@@ -76,7 +76,7 @@ class Settings:
     margins: Margins = field(default_factory=Margins)
 
 
-FULL = Settings(margins=Margins(15.0, 5.0, 15.0, 2.5, 20.0, 5.0))
+FULL = Settings(margins=Margins(15.0, 5.0, 15.0, 1.0, 20.0, 2.5))
 QUICK = Settings(
     train_scenes=1000,
     test_scenes=200,
