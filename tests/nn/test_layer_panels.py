@@ -269,6 +269,9 @@ def test_compiles_in_either_order(packed: bool) -> None:
     torch.testing.assert_close(compiled(x), out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.6", reason="torch 2.5 exports no module with a parameter of bytes"
+)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_exports_in_either_order(packed: bool, strict: bool) -> None:
