@@ -130,7 +130,7 @@ if [ ! -f .gpu/facts.json ] || ! step unpack "$(of 25)" bash -c unpack; then
   failed=0
   step build "$(of 100)" bash -c build
 fi
-step info "$(of 20)" "$python" -m collavo_kernels
+step info "$(of 20)" "$python" -m collavo_kernels --json
 there=$(kernels)
 
 step smoke "$(of 40)" "$python" scripts/gpu_smoke.py --limit "$(of 20)" "${dry[@]}"

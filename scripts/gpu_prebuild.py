@@ -105,6 +105,10 @@ def compile_all(jobs: int) -> int:
     files = [f"benchmarks/bench_{name}.py" for name in QUICK]
     options = ["--benchmark-only", "--quick-gpu", "--dry-run", "-q", "-p", "no:cacheprovider"]
     commands = [*shares, [sys.executable, "-m", "pytest", *files, *options]]
+    commands += [
+        [sys.executable, f"scripts/gpu_{name}.py", "--dry-run"]
+        for name in ("smoke", "profile", "decode")
+    ]
 
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
