@@ -41,7 +41,7 @@ def clear_scene(scenes: Scenes) -> int:
             grid=(GRID, GRID),
         )
         # Row 0 is what no segment covers.
-        if int((crayon.row_index.unique() > 0).sum()) == len(panoptic.segment_ids):
+        if len({*crayon.row_index.flatten().tolist()} - {0}) == len(panoptic.segment_ids):
             return position
     return 0
 
