@@ -19,10 +19,10 @@ def attend(tokens: int, groups: int, *, backend: str = "triton", device: str = "
         backend: Who serves.
         device: Where the tensors are.
     """
-    sizes = [(1, tokens, heads, 128) for heads in (32, groups, groups)]
-    sizes += [(12, heads, 128) for heads in (32, groups, groups)]
     q, k, v, *tables = leaves = [
-        torch.zeros(s, dtype=_LOW, device=device).requires_grad_() for s in sizes
+        torch.zeros(*size, heads, 128, dtype=_LOW, device=device).requires_grad_()
+        for size in ((1, tokens), (12,))
+        for heads in (32, groups, groups)
     ]
     angles = torch.zeros(1, tokens, 128, dtype=_LOW, device=device)
     row_index = torch.zeros(1, tokens, dtype=torch.int32, device=device)
