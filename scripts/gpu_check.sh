@@ -62,7 +62,7 @@ export PYTHONPATH=$PWD/.gpu/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # Whatever ends the script, what there is comes home.
 finish() {
-  for name in smoke numbers tests decode; do
+  for name in info smoke numbers tests decode; do
     [ -s "$work/$name.txt" ] && printf '\n==== %s\n%s\n' "$name" "$(tail -n 60 "$work/$name.txt")"
   done >>"$summary"
   tar -C "$work" -cJf "$results/rest.tar.xz" . && rm -rf "$work"
@@ -130,7 +130,7 @@ if [ ! -f .gpu/facts.json ] || ! step unpack "$(of 25)" bash -c unpack; then
   failed=0
   step build "$(of 100)" bash -c build
 fi
-step info "$(of 20)" "$python" -m collavo_kernels --json
+step info "$(of 20)" "$python" -m collavo_kernels
 there=$(kernels)
 
 step smoke "$(of 40)" "$python" scripts/gpu_smoke.py --limit "$(of 20)" "${dry[@]}"
