@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_segmenters import FAMILIES, config, image_processor, picture, save
 
@@ -100,7 +100,8 @@ def slow_post_process(family, classes, masks, size, threshold, mask_threshold, o
         winner = weighted.argmax(0)
         for k, (label, _, _) in enumerate(queries):
             cells, sure = (winner == k).sum(), (weighted[k] >= mask_threshold).sum()
-            if cells and sure and cells > overlap * sure:
+            # In float32, as transformers divides: 8 of 10 cells are more than 0.8 there.
+            if cells and sure and float(np.float32(cells) / np.float32(sure)) > overlap:
                 labels.append(label)
                 ids[winner == k] = len(labels)
     return ids, labels
@@ -127,6 +128,7 @@ def random_outputs(seed, images=1, queries=6, size=(10, 12)):
     st.sampled_from([0.0, 0.5, 0.95]),
     st.sampled_from([0.0, 0.8]),
 )
+@example("maskformer", 420, (35, 35), 0.5, 0.5, 0.8)  # 8 of 10 cells
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_post_processing_against_a_slow_statement(
     family, seed, size, threshold, mask_threshold, overlap
