@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_segmenters import FAMILIES, config, image_processor, picture, save
 
@@ -107,6 +107,23 @@ def slow_post_process(family, classes, masks, size, threshold, mask_threshold, o
     return ids, labels
 
 
+def is_close_call(family, classes, masks, size, threshold, mask_threshold):
+    """Whether float32 may decide otherwise than float64: a cell or a score near a border of two."""
+    near = 1e-5  # some ten roundings of numbers up to 1
+    scores = torch.from_numpy(classes).double().softmax(-1).numpy()
+    named = (scores.argmax(-1) != scores.shape[-1] - 1) & (scores.max(-1) > threshold)
+    masks = masks.astype(np.float64)
+    if family == "mask2former":
+        masks = resized(masks, (384, 384))
+    shares = resized(1 / (1 + np.exp(-masks)), size, antialias=family == "oneformer")
+    weighted = (scores.max(-1)[:, None, None] * shares)[named]
+    best = np.sort(weighted, axis=0)[-2:]
+    borders = [np.abs(scores.max(-1) - threshold), np.diff(best, axis=0)]
+    if mask_threshold > 0:
+        borders.append(np.abs(weighted - mask_threshold))
+    return any(bool((border < near).any()) for border in borders)
+
+
 def random_outputs(seed, images=1, queries=6, size=(10, 12)):
     """Logits of blobs, some queries sure of their class, some of none, some of nothing."""
     make = np.random.default_rng(seed)
@@ -137,6 +154,8 @@ def test_post_processing_against_a_slow_statement(
     segmenter.threshold, segmenter.mask_threshold = threshold, mask_threshold
     segmenter.overlap_threshold = overlap
     classes, masks = random_outputs(seed, images=2)
+    for row, mask, own in zip(classes.numpy(), masks.numpy(), (size, (9, 4)), strict=True):
+        assume(not is_close_call(family, row, mask, own, threshold, mask_threshold))
     found = segmenter.post_process(outputs_of(classes, masks), [size, (9, 4)])
     for one, row, mask, own in zip(found, classes, masks, (size, (9, 4)), strict=True):
         ids, labels = slow_post_process(
