@@ -11,8 +11,8 @@ from collavo.demo.scenes import SceneStyle
 class Margins:
     """Differences that a run is expected to reach, in percentage points if not said otherwise.
 
-    None is not asked for. The full run's lie below what every committed run showed, by about as
-    much as runs differ.
+    None is not asked for. They were set after the committed runs and lie below all of them: they
+    show that a later run is like those, and are no evidence of their own.
 
     Args:
         b2c_base: B2C after CIT minus the base.
