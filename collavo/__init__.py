@@ -13,12 +13,14 @@ from collavo_kernels import __version__
 if TYPE_CHECKING:
     from collavo.configuration import CollavoConfig as CollavoConfig
     from collavo.configuration import CollavoTextConfig as CollavoTextConfig
-    from collavo.convert import convert_state_dict as convert_state_dict
-    from collavo.integrations import apply_to_llava as apply_to_llava
     from collavo.loading import load_pretrained as load_pretrained
-    from collavo.modeling import CollavoForConditionalGeneration as CollavoForConditionalGeneration
-    from collavo.modeling import CollavoModel as CollavoModel
-    from collavo.processing import CollavoProcessor as CollavoProcessor
+    from collavo.model.convert import convert_state_dict as convert_state_dict
+    from collavo.model.llava import (
+        CollavoForConditionalGeneration as CollavoForConditionalGeneration,
+    )
+    from collavo.model.llava import CollavoModel as CollavoModel
+    from collavo.model.patch import apply_to_llava as apply_to_llava
+    from collavo.processing.processor import CollavoProcessor as CollavoProcessor
     from collavo.train import CollavoTrainer as CollavoTrainer
     from collavo.train import CollavoTrainingArguments as CollavoTrainingArguments
     from collavo_kernels.nn import register_attention as register_attention
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "CollavoConfig": "collavo.configuration",
     "CollavoTextConfig": "collavo.configuration",
-    "CollavoModel": "collavo.modeling",
-    "CollavoForConditionalGeneration": "collavo.modeling",
-    "CollavoProcessor": "collavo.processing",
+    "CollavoModel": "collavo.model.llava",
+    "CollavoForConditionalGeneration": "collavo.model.llava",
+    "CollavoProcessor": "collavo.processing.processor",
     "CollavoTrainer": "collavo.train",
     "CollavoTrainingArguments": "collavo.train",
-    "apply_to_llava": "collavo.integrations",
-    "convert_state_dict": "collavo.convert",
+    "apply_to_llava": "collavo.model.patch",
+    "convert_state_dict": "collavo.model.convert",
     "load_pretrained": "collavo.loading",
     "register_attention": "collavo_kernels.nn",
 }

@@ -19,8 +19,8 @@ from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEI
 from collavo_kernels import NF4Weight
 
 if TYPE_CHECKING:
-    from collavo.modeling import CollavoForConditionalGeneration
-    from collavo.processing import CollavoProcessor
+    from collavo.model.llava import CollavoForConditionalGeneration
+    from collavo.processing.processor import CollavoProcessor
 
 _FACTS = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _FACTS)
@@ -138,7 +138,7 @@ def load_pretrained(folder: str | PathLike[str], **kwargs: Any) -> CollavoForCon
             ...
         FileNotFoundError: no-such-folder: no such model folder
     """
-    from collavo.modeling import CollavoForConditionalGeneration
+    from collavo.model.llava import CollavoForConditionalGeneration
 
     files = weight_files(folder)
     if not (Path(folder) / "config.json").is_file():
@@ -195,7 +195,7 @@ def load_folder(
 
 
 def _load_processor(folder: str | PathLike[str]) -> CollavoProcessor:
-    from collavo.processing import CollavoProcessor
+    from collavo.processing.processor import CollavoProcessor
 
     try:
         loaded: CollavoProcessor = CollavoProcessor.from_pretrained(folder)

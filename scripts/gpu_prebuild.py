@@ -136,11 +136,11 @@ def compile_share(share: int, shares: int) -> int:
 def calls() -> Iterator[Callable[[], object]]:
     """Yield what the GPU tests call, from the same tables."""
     import torch
-    from ops.panoptic_lookup.panoptic_cases import CASES as LOOKUP
-    from ops.panoptic_lookup.panoptic_cases import LARGE_CASES
 
-    from collavo_kernels.testing import crayon_attention_cases as attention
-    from collavo_kernels.testing import qlora_linear_cases as linear
+    from collavo_kernels.testing.cases import crayon_attention as attention
+    from collavo_kernels.testing.cases import qlora_linear as linear
+    from collavo_kernels.testing.cases.panoptic_lookup import CASES as LOOKUP
+    from collavo_kernels.testing.cases.panoptic_lookup import LARGE_CASES
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for case in (*attention.CASES, *attention.LONG_CASES):
@@ -163,9 +163,9 @@ def attend(inputs, results: int = 3) -> None:
     import torch
 
     from collavo_kernels import crayon_attention
-    from collavo_kernels.ops.crayon_attention import triton_kernels
+    from collavo_kernels.ops.crayon_attention.triton import launch
 
-    if triton_kernels.declines(inputs) is not None:
+    if launch.declines(inputs) is not None:
         return
     options = dict(zip(inputs._fields[3:], inputs[3:], strict=True))
     found = crayon_attention(inputs.q, inputs.k, inputs.v, **options, backend="triton")
@@ -173,7 +173,7 @@ def attend(inputs, results: int = 3) -> None:
     loss = sum(x.sum() for x in found[:results])
     torch.autograd.grad(loss, leaves, allow_unused=True)
     with torch.no_grad():
-        triton_kernels.prepared(triton_kernels.readable(inputs), query=True)
+        launch.prepared(launch.readable(inputs), query=True)
 
 
 def multiply(call) -> None:
@@ -189,9 +189,8 @@ def multiply(call) -> None:
 
 def look_up(case) -> None:
     """Both reductions of maps of ids and of colours."""
-    from ops.panoptic_lookup.panoptic_cases import colours
-
     from collavo_kernels import panoptic_lookup
+    from collavo_kernels.testing.cases.panoptic_lookup import colours
 
     numbers = {"num_classes": case.num_classes, "max_number": case.max_number, "grid": case.grid}
     for maps in (case.maps(), [colours(x) for x in case.maps()] if case.has_colours() else None):

@@ -119,7 +119,7 @@ def multiply(backend: str, backward: bool, device: str | None) -> None:
     """Check a prefill of 40 tokens, two adapters, bfloat16."""
     import torch
 
-    from collavo_kernels.testing.qlora_linear_cases import QLoRACase, make_call
+    from collavo_kernels.testing.cases.qlora_linear import QLoRACase, make_call
 
     case = QLoRACase("smoke", "", (40,), 256, 512, (16, 32), bias=True)
     here = make_call(case, torch.bfloat16)
@@ -143,7 +143,7 @@ def attend(backend: str, backward: bool, device: str | None) -> None:
     import torch
 
     from collavo_kernels import crayon_attention
-    from collavo_kernels.testing.crayon_attention_cases import AttentionCase
+    from collavo_kernels.testing.cases.crayon_attention import AttentionCase
 
     case = AttentionCase("smoke", "", batch=1, length=200, size=128, images=((3, 150),))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from collavo.panoptic.coco_index import CocoFolder, find_coco_folder
 from collavo.panoptic.instructions import TEMPLATES
-from collavo.panoptic.shards import PrepareSettings
+from collavo.prepared.shards import PrepareSettings
 
 SKIPPED_STATUS = 3
 INTERRUPTED_STATUS = 130
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare, print the report and return the exit status that says whether it is complete."""
-    from collavo.panoptic.prepare import prepare_folder
+    from collavo.prepared.write import prepare_folder
 
     if len(args.grid) not in (1, 2):
         raise ValueError(f"--grid: expected one or two sizes, got {args.grid}")

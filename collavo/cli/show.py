@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collavo.panoptic import detections_from_map, format_objects
 from collavo.panoptic.coco import check_same_size, find_panoptic_map, read_image
-from collavo.panoptic.drawing import PANELS, check_suffix, save_scene
+from collavo.pictures.drawing import PANELS, check_suffix, save_scene
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, set_seed
 
 from collavo.panoptic.coco import CocoPanopticDataset
 from collavo.panoptic.maps import MapInput
-from collavo.panoptic.prepared import PreparedDataset
+from collavo.prepared.read import PreparedDataset
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.schedule import STEP_KINDS
 

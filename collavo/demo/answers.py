@@ -11,7 +11,7 @@ from collavo.demo.experiment import Experiment
 from collavo.demo.model import GRID
 from collavo.demo.storage import Scenes
 from collavo.evaluation import ObjectQuestion, answer_questions, is_right
-from collavo.panoptic.drawing import draw_scene
+from collavo.pictures.drawing import draw_scene
 from collavo_kernels import panoptic_lookup
 
 

@@ -25,9 +25,9 @@ from collavo.demo.model import GRID, SLOT, patch_waves, waves
 from collavo.demo.scenes import STUFF_NAMES, THING_NAMES
 from collavo.demo.storage import Scenes
 from collavo.demo.tuning import PhaseCollator
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 from collavo.panoptic import class_index
-from collavo.processing import CollavoProcessor
+from collavo.processing.processor import CollavoProcessor
 from collavo_kernels import panoptic_lookup
 
 _CONTENT_RMS = 0.15

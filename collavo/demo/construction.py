@@ -11,8 +11,8 @@ from torch import Tensor
 
 from collavo.demo.storage import Scenes
 from collavo.demo.tuning import same_bits, snapshot
-from collavo.modeling import CollavoForConditionalGeneration
-from collavo.processing import CollavoProcessor
+from collavo.model.llava import CollavoForConditionalGeneration
+from collavo.processing.processor import CollavoProcessor
 from collavo_kernels.nn import DualQLoRALinear
 
 

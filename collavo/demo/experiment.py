@@ -32,8 +32,8 @@ from collavo.evaluation import (
     score,
 )
 from collavo.evaluation.answering import CrayonUse, with_crayon
-from collavo.modeling import CollavoForConditionalGeneration
-from collavo.processing import CollavoProcessor
+from collavo.model.llava import CollavoForConditionalGeneration
+from collavo.processing.processor import CollavoProcessor
 
 Say = Callable[[str], None]
 BASE = Path(__file__).parent / "base_model"

@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 from collavo.configuration import CollavoConfig
 from collavo.demo.language import CHAT_TEMPLATE, IMAGE, coordinate_of
 from collavo.demo.scenes import SIZE
-from collavo.modeling import CollavoForConditionalGeneration
-from collavo.processing import CollavoProcessor, make_image_processor
+from collavo.model.llava import CollavoForConditionalGeneration
+from collavo.processing.processor import CollavoProcessor, make_image_processor
 
 PATCH = 8
 GRID = SIZE // PATCH

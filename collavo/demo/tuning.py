@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from collavo.demo.conversations import Talk, Talks
 from collavo.demo.storage import Scenes
 from collavo.evaluation.answering import with_crayon
-from collavo.processing import CollavoProcessor
+from collavo.processing.processor import CollavoProcessor
 from collavo.train import CollavoTrainer, CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator
 from collavo.train.schedule import STEP_KINDS, StepKind

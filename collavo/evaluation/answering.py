@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from collavo.evaluation.questions import ObjectQuestion
 from collavo.panoptic.coco import CocoPanopticDataset
-from collavo.processing import CollavoProcessor
+from collavo.processing.processor import CollavoProcessor
 
 CrayonUse = Literal["on", "off", "shuffled"]
 CRAYON_USES: tuple[CrayonUse, ...] = ("on", "off", "shuffled")

@@ -20,7 +20,6 @@ from collavo.panoptic.coco import (
     read_image,
 )
 from collavo.panoptic.coco_index import Skipped, find_coco_folder
-from collavo.panoptic.drawing import draw_scene, save_scene
 from collavo.panoptic.instructions import (
     TEMPLATES,
     Instruction,
@@ -36,8 +35,6 @@ from collavo.panoptic.maps import (
     read_panoptic_png,
     write_panoptic_png,
 )
-from collavo.panoptic.prepare import PrepareReport, prepare_folder
-from collavo.panoptic.prepared import PreparedDataset, PreparedSample
 from collavo.panoptic.prompts import (
     BoxPrompt,
     ClickPrompt,
@@ -48,8 +45,6 @@ from collavo.panoptic.prompts import (
 )
 from collavo.panoptic.segmenter_cache import CachedSegmenter
 from collavo.panoptic.segmenters import TransformersSegmenter
-from collavo.panoptic.shards import PrepareSettings
-from collavo.panoptic.streaming import SampleStream, SkipLog
 from collavo.panoptic.text import (
     Detection,
     detections_by_image,
@@ -63,6 +58,11 @@ from collavo.panoptic.text import (
     parse_objects,
     split_prefix,
 )
+from collavo.pictures.drawing import draw_scene, save_scene
+from collavo.prepared.read import PreparedDataset, PreparedSample
+from collavo.prepared.shards import PrepareSettings
+from collavo.prepared.streaming import SampleStream, SkipLog
+from collavo.prepared.write import PrepareReport, prepare_folder
 
 __all__ = [
     "CATEGORY_IDS",

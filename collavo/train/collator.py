@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from collavo.processing import IGNORE_INDEX, CollavoProcessor
+from collavo.processing.processor import IGNORE_INDEX, CollavoProcessor
 from collavo.train.dataset import check_record, record_images
 
 

@@ -24,8 +24,8 @@ from collavo.panoptic.instructions import (
     draw_instruction,
 )
 from collavo.panoptic.maps import MapInput, PathLike
-from collavo.panoptic.prepared import PreparedDataset, PreparedSample
 from collavo.panoptic.text import detections_from_map
+from collavo.prepared.read import PreparedDataset, PreparedSample
 
 Record: TypeAlias = dict[str, Any]
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
-from collavo.panoptic.prepared import PreparedDataset
+from collavo.prepared.read import PreparedDataset
 from collavo.train import checkpoint
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator

@@ -1,12 +1,12 @@
 """Modules that are dropped into LLaVA-family models."""
 
-from collavo_kernels.nn.attention_interface import register_attention
-from collavo_kernels.nn.crayon_attention import CrayonAttention
+from collavo_kernels.nn.attention.inputs import CrayonInputs
+from collavo_kernels.nn.attention.interface import register_attention
+from collavo_kernels.nn.attention.module import CrayonAttention
 from collavo_kernels.nn.crayon_branch import CrayonBranch
-from collavo_kernels.nn.crayon_inputs import CrayonInputs
 from collavo_kernels.nn.crayon_prompt import CrayonPrompt
-from collavo_kernels.nn.dual_qlora_linear import DualQLoRALinear
-from collavo_kernels.nn.peft_exchange import load_peft_adapter, save_peft_adapter
+from collavo_kernels.nn.linear.module import DualQLoRALinear
+from collavo_kernels.nn.linear.peft import load_peft_adapter, save_peft_adapter
 
 __all__ = [
     "CrayonAttention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from collavo_kernels import LoRAAdapter, NF4Weight, crayon_attention, panoptic_lookup, qlora_linear
-from collavo_kernels.ops.qlora_linear.nf4 import packed_bytes, scale_bytes
+from collavo_kernels.ops.qlora_linear.nf4.format import packed_bytes, scale_bytes
 
 _LOW = torch.bfloat16
 

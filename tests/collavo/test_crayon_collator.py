@@ -11,10 +11,10 @@ from PIL import Image
 from tiny import tiny_vision
 from torch.utils.data import DataLoader
 
-from collavo.chat_templates import CHAT_TEMPLATES
 from collavo.configuration import CollavoConfig
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 from collavo.panoptic import CocoPanopticDataset, PanopticMap, parse_objects
+from collavo.processing.chat_templates import CHAT_TEMPLATES
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
 

@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 
 from collavo.configuration import CollavoConfig
 from collavo.panoptic import PanopticMap
-from collavo.processing import CollavoProcessor, make_image_processor
+from collavo.processing.processor import CollavoProcessor, make_image_processor
 from collavo_kernels import panoptic_lookup
 
 PROMPT = "USER: <image>\nIs there a horse ASSISTANT:"
@@ -230,7 +230,7 @@ def test_a_crayon_in_place_of_a_map(tiny_processor, panoptic, crayon):
 
 
 def test_no_lookup_is_made_of_a_crayon(tiny_processor, crayon, monkeypatch):
-    monkeypatch.setattr("collavo.processing.panoptic_lookup", None)
+    monkeypatch.setattr("collavo.processing.processor.panoptic_lookup", None)
     tiny_processor()(text=PROMPT, images=picture(), panoptic=crayon)
 
 

@@ -87,7 +87,7 @@ def users_of_transformers() -> list[str]:
 def test_every_part_that_needs_transformers_says_which(found: str) -> None:
     """Whatever is imported first: the sentence, not the first name that the older one lacks."""
     code = """
-import importlib, collavo, collavo.panoptic.shards, collavo.cli
+import importlib, collavo, collavo.prepared.shards, collavo.cli
 modules = sys.argv[2].split()
 def attempt(name, get):
     try:
@@ -100,7 +100,7 @@ attempt("collavo.CollavoModel", lambda: collavo.CollavoModel)
 if sys.modules.get("transformers"): print("transformers was imported")
 """
     modules = users_of_transformers()
-    assert "collavo.modeling" in modules and "collavo.cli.train" in modules
+    assert "collavo.model.llava" in modules and "collavo.cli.train" in modules
     result = run(FAKED + code, f"transformers={found}", " ".join(modules))
     assert result.returncode == 0, result.stderr
     sentence = SENTENCE.format(found or "none")

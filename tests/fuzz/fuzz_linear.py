@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from collavo_kernels.ops.qlora_linear import NF4Weight
-from collavo_kernels.ops.qlora_linear.nf4 import (
+from collavo_kernels.ops.qlora_linear.nf4.format import (
     BLOCK_SIZES,
     NESTED_BLOCK,
     ScaleParts,
@@ -22,7 +22,7 @@ from collavo_kernels.ops.qlora_linear.nf4 import (
     packed_bytes,
     scale_bytes,
 )
-from collavo_kernels.ops.qlora_linear.nf4_panels import cannot_pack
+from collavo_kernels.ops.qlora_linear.nf4.panels import cannot_pack
 from collavo_kernels.testing import poisoned_empty
 
 FEW = 64

@@ -16,7 +16,7 @@ from triton.runtime import driver
 
 from collavo_kernels import _gpu, panoptic_lookup
 from collavo_kernels.info import operators
-from collavo_kernels.ops.qlora_linear import triton_launch
+from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
 from collavo_kernels.testing.gpu_stand_in import gpu_stand_in
 
 CPU = torch.device("cpu")

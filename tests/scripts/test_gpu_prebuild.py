@@ -50,10 +50,9 @@ def test_a_wheel_is_laid_out_without_libraries_for_other_cuda(
 
 def test_every_table_of_cases_is_gone_through(prebuild: ModuleType) -> None:
     pytest.importorskip("triton")
-    from ops.panoptic_lookup.panoptic_cases import CASES, LARGE_CASES
-
-    from collavo_kernels.testing import crayon_attention_cases as attention
-    from collavo_kernels.testing import qlora_linear_cases as linear
+    from collavo_kernels.testing.cases import crayon_attention as attention
+    from collavo_kernels.testing.cases import qlora_linear as linear
+    from collavo_kernels.testing.cases.panoptic_lookup import CASES, LARGE_CASES
 
     with_tokens = sum(bool(case.length and case.batch) for case in attention.CASES)
     dtypes = 3 * (with_tokens + len(attention.LONG_CASES) + len(linear.CASES))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
 from collavo_kernels._backends import Backend, Operator, triton_reason
-from collavo_kernels.ops.crayon_attention import cpu, cuda, reference
+from collavo_kernels.ops.crayon_attention import cpu, library, reference
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
     BackwardInputs,
@@ -39,21 +39,21 @@ _FLOATING = 8  # q, k, v, cos, sin and the three tables come first in every sign
 
 
 def _triton_declines(inputs: AttentionInputs) -> str | None:
-    from collavo_kernels.ops.crayon_attention import triton_kernels
+    from collavo_kernels.ops.crayon_attention.triton import launch
 
-    return triton_kernels.declines(inputs)
+    return launch.declines(inputs)
 
 
 def _triton_forward(inputs: AttentionInputs) -> ForwardResult:
-    from collavo_kernels.ops.crayon_attention import triton_kernels
+    from collavo_kernels.ops.crayon_attention.triton import launch
 
-    return triton_kernels.forward(inputs)
+    return launch.forward(inputs)
 
 
 def _triton_backward(given: BackwardInputs) -> Gradients:
-    from collavo_kernels.ops.crayon_attention import triton_kernels
+    from collavo_kernels.ops.crayon_attention.triton import launch
 
-    return triton_kernels.backward(given)
+    return launch.backward(given)
 
 
 OPERATOR: Operator[AttentionInputs] = Operator(
@@ -68,12 +68,12 @@ OPERATOR: Operator[AttentionInputs] = Operator(
             declines=cpu.declines,
         ),
         Backend(
-            "cuda",
-            cuda.forward,
-            cuda.backward,
+            "library",
+            library.forward,
+            library.backward,
             devices=("cuda",),
-            unavailable=cuda.unavailable,
-            declines=cuda.declines,
+            unavailable=library.unavailable,
+            declines=library.declines,
             opt_in=True,
         ),
         Backend(

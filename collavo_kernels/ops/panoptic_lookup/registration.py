@@ -30,7 +30,7 @@ SCHEMA = (
 
 
 def _triton_forward(inputs: LookupInputs) -> LookupResult:
-    from collavo_kernels.ops.panoptic_lookup.triton_kernels import forward
+    from collavo_kernels.ops.panoptic_lookup.triton.launch import forward
 
     return forward(inputs)
 

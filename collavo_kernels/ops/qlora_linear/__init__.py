@@ -10,8 +10,8 @@ from torch import Tensor
 
 from collavo_kernels._validation import describe, expect_tensor
 from collavo_kernels.ops.qlora_linear.inputs import LoRAAdapter
-from collavo_kernels.ops.qlora_linear.nf4 import NF4Weight
-from collavo_kernels.ops.qlora_linear.nf4_quantize import quantize_nf4
+from collavo_kernels.ops.qlora_linear.nf4.quantize import quantize_nf4
+from collavo_kernels.ops.qlora_linear.nf4.weight import NF4Weight
 from collavo_kernels.ops.qlora_linear.registration import OPERATOR
 
 __all__ = ["OPERATOR", "LoRAAdapter", "NF4Weight", "qlora_linear", "quantize_nf4"]

@@ -23,7 +23,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     active,
     gated,
 )
-from collavo_kernels.ops.qlora_linear.nf4_panels import cannot_pack
+from collavo_kernels.ops.qlora_linear.nf4.panels import cannot_pack
 from collavo_kernels.ops.qlora_linear.reference import checked_rows
 
 FEW_TOKENS = 64

@@ -29,7 +29,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAInputs,
     active,
 )
-from collavo_kernels.ops.qlora_linear.nf4 import block_count, split_scales
+from collavo_kernels.ops.qlora_linear.nf4.format import block_count, split_scales
 
 FEW_TOKENS = 16
 _CHUNK = 64

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collavo_kernels._rows import add_rows, checked_index, sum_rows
-from collavo_kernels.ops.qlora_linear import nf4_panels
 from collavo_kernels.ops.qlora_linear.inputs import (
     GradientMask,
     QLoRAGradients,
@@ -27,7 +26,8 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     active,
     gated,
 )
-from collavo_kernels.ops.qlora_linear.nf4 import dequantize_rows
+from collavo_kernels.ops.qlora_linear.nf4 import panels as nf4_panels
+from collavo_kernels.ops.qlora_linear.nf4.format import dequantize_rows
 
 _STRIP_ELEMENTS = 1 << 22
 

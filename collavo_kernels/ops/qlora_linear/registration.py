@@ -50,15 +50,15 @@ def _triton_declines(inputs: QLoRAInputs) -> str | None:
 
 
 def _triton_forward(inputs: QLoRAInputs) -> Tensor:
-    from collavo_kernels.ops.qlora_linear import triton_kernels
+    from collavo_kernels.ops.qlora_linear.triton import launch
 
-    return triton_kernels.forward(inputs)
+    return launch.forward(inputs)
 
 
 def _triton_backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
-    from collavo_kernels.ops.qlora_linear import triton_kernels
+    from collavo_kernels.ops.qlora_linear.triton import launch
 
-    return triton_kernels.backward(inputs, grad, mask)
+    return launch.backward(inputs, grad, mask)
 
 
 OPERATOR: Operator[QLoRAInputs] = Operator(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
-from collavo_kernels.ops.qlora_linear import nf4_panels
 from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
-from collavo_kernels.ops.qlora_linear.nf4 import BLOCK_SIZES, packed_bytes, scale_bytes
+from collavo_kernels.ops.qlora_linear.nf4 import panels as nf4_panels
+from collavo_kernels.ops.qlora_linear.nf4.format import BLOCK_SIZES, packed_bytes, scale_bytes
 
 
 def validate(

@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_vision
 
 from collavo.configuration import CollavoConfig
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from collavo.cli import main
-from collavo.panoptic import PreparedDataset, PrepareSettings, prepare
+from collavo.panoptic import PreparedDataset, PrepareSettings
+from collavo.prepared import write as prepare
 
 
 @pytest.fixture

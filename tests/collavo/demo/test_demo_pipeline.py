@@ -25,7 +25,7 @@ from collavo.demo.settings import QUICK, Margins
 from collavo.demo.storage import Scenes, write_scenes
 from collavo.demo.tuning import Phase, run_phase, same_bits, snapshot
 from collavo.panoptic import parse_objects
-from collavo.processing import CollavoProcessor
+from collavo.processing.processor import CollavoProcessor
 from collavo_kernels.info import processor_name
 
 TALKS = (base_talk, list_talk, image_talk, vl_talk)

@@ -20,7 +20,7 @@ from transformers import (
 
 from collavo import apply_to_llava
 from collavo.configuration import CollavoConfig
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 
 IMAGE = 31
 SIZES: dict[str, Any] = {

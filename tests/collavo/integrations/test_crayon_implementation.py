@@ -27,8 +27,8 @@ from transformers.masking_utils import create_chunked_causal_mask
 
 from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.nn import register_attention
-from collavo_kernels.nn.prefill_mask import prefill_mask
-from collavo_kernels.nn.transformers_attention import crayon_attention_forward
+from collavo_kernels.nn.attention.masks import prefill_mask
+from collavo_kernels.nn.attention.transformers import crayon_attention_forward
 
 TOKENS = torch.arange(1, 15).view(2, 7)
 PADDING = {
@@ -294,4 +294,4 @@ def test_collavos_models_register_it() -> None:
     import collavo
 
     assert collavo.register_attention is register_attention
-    assert "collavo_kernels.nn.transformers_attention" in sys.modules
+    assert "collavo_kernels.nn.attention.transformers" in sys.modules

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from collavo_kernels.nn import CrayonAttention, register_attention
-from collavo_kernels.nn import crayon_attention as module_file
-from collavo_kernels.nn import transformers_attention as interface_file
+from collavo_kernels.nn.attention import module as module_file
+from collavo_kernels.nn.attention import transformers as interface_file
 from collavo_kernels.testing import assert_within_budget
 
 register_attention()

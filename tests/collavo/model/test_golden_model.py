@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from collavo.configuration import CollavoConfig
-from collavo.convert import convert_state_dict, resize_position_embedding, unpack_wqkv
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.convert import convert_state_dict, resize_position_embedding, unpack_wqkv
+from collavo.model.llava import CollavoForConditionalGeneration
 
 HEADS, GROUPS, CELLS, IMAGE = 4, 2, 25, 300
 # float32, three layers; the record names a second computation that differed by 8.4e-6.

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from collavo import load_pretrained
 from collavo.configuration import CollavoConfig, CollavoTextConfig
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 
 MODES = ("attention", "projection")
 

@@ -10,7 +10,7 @@ from tiny_crayon_model import IMAGE, PAD, make_batch, make_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from collavo.modeling_layer import CollavoLinear
+from collavo.model.layer import CollavoLinear
 
 MODES = ("attention", "projection")
 

@@ -9,7 +9,7 @@ from tiny import tiny_vision
 from torch import Tensor
 
 from collavo.configuration import CollavoConfig
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 
 IMAGE, PAD, VOCABULARY, CELLS = 31, 0, 32, 4
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from collavo import apply_to_llava
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.trainer import CollavoTrainer
 

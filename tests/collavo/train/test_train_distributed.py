@@ -14,7 +14,7 @@ import pytest
 import torch
 from distributed_worker import train_ddp
 
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]

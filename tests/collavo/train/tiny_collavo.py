@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from collavo.configuration import CollavoConfig
-from collavo.modeling import CollavoForConditionalGeneration
+from collavo.model.llava import CollavoForConditionalGeneration
 
 VOCABULARY, IMAGE_TOKEN, CELLS = 40, 39, 4
 

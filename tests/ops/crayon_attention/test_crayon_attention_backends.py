@@ -11,7 +11,7 @@ from collavo_kernels._native import ISA_CODES, native, native_reason
 from collavo_kernels.ops.crayon_attention import cpu
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.testing import assert_within_budget
-from collavo_kernels.testing.crayon_attention_cases import CASES, AttentionCase, eager
+from collavo_kernels.testing.cases.crayon_attention import CASES, AttentionCase, eager
 
 LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

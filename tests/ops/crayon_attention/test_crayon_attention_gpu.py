@@ -12,7 +12,7 @@ from collavo_kernels import check, crayon_attention
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.ops.crayon_attention.registration import OPERATOR
 from collavo_kernels.testing import assert_within_budget
-from collavo_kernels.testing.crayon_attention_cases import (
+from collavo_kernels.testing.cases.crayon_attention import (
     CASES,
     LONG_CASES,
     AttentionCase,

@@ -13,7 +13,7 @@ from collavo_kernels._native import native
 from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.testing import offset_view, poisoned_empty
-from collavo_kernels.testing.crayon_attention_cases import CASES
+from collavo_kernels.testing.cases.crayon_attention import CASES
 
 BACKENDS = ["reference"] + (["cpu"] if native() is not None else [])
 LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")

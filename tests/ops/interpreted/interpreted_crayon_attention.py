@@ -10,20 +10,18 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
 from collavo_kernels import check
-from collavo_kernels.ops.crayon_attention import (
-    reference,
-    triton_backward,
-    triton_backward_query,
-    triton_forward,
-    triton_kernels,
-)
+from collavo_kernels.ops.crayon_attention import reference
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
     BackwardInputs,
     ForwardResult,
 )
+from collavo_kernels.ops.crayon_attention.triton import backward as triton_backward
+from collavo_kernels.ops.crayon_attention.triton import backward_query as triton_backward_query
+from collavo_kernels.ops.crayon_attention.triton import forward as triton_forward
+from collavo_kernels.ops.crayon_attention.triton import launch
 from collavo_kernels.testing import assert_within_budget, offset_view, poisoned_empty
-from collavo_kernels.testing.crayon_attention_cases import CASES, AttentionCase, eager
+from collavo_kernels.testing.cases.crayon_attention import CASES, AttentionCase, eager
 
 # The interpreter computes bfloat16 on its bits, so its dtypes are these.
 DTYPES = (torch.float32, torch.float16)
@@ -60,9 +58,9 @@ def backward_inputs(
 def run(
     inputs: AttentionInputs, mask: tuple[bool, ...] = ALL
 ) -> tuple[ForwardResult, tuple[Tensor, ...]]:
-    done = triton_kernels.forward(inputs)
+    done = launch.forward(inputs)
     given = backward_inputs(inputs, done, upstream(inputs), mask)
-    return done, triton_kernels.backward(given)
+    return done, launch.backward(given)
 
 
 def in_float64(bundle: tuple[object, ...]) -> list[object]:
@@ -172,7 +170,7 @@ def test_same_bits_from_odd_views_and_from_run_to_run(name: str) -> None:
     done, gradients = run(inputs)
     views = AttentionInputs(*(offset_view(x) if isinstance(x, Tensor) else x for x in inputs))
     grads = tuple(None if g is None else offset_view(g) for g in upstream(inputs))
-    again = triton_kernels.forward(views)
+    again = launch.forward(views)
     given = backward_inputs(views, again, grads)
     given = given._replace(
         out=offset_view(given.out),
@@ -181,7 +179,7 @@ def test_same_bits_from_odd_views_and_from_run_to_run(name: str) -> None:
     )
     for one, other in zip(again, done, strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(triton_kernels.backward(given), gradients, strict=True):
+    for one, other in zip(launch.backward(given), gradients, strict=True):
         assert torch.equal(one, other)
 
 
@@ -191,13 +189,13 @@ def test_nan_in_padding_stays_there(name: str) -> None:
     token = torch.arange(inputs.q.shape[1])
     padding = (token < inputs.key_range[:, :1]) | (token >= inputs.key_range[:, 1:])
     grads = (upstream(inputs)[0], None, None)
-    done = triton_kernels.forward(inputs)
-    clean = triton_kernels.backward(backward_inputs(inputs, done, grads))
+    done = launch.forward(inputs)
+    clean = launch.backward(backward_inputs(inputs, done, grads))
     for x in (*inputs[:3], grads[0]):
         x[padding] = float("nan")
-    dirty = triton_kernels.forward(inputs)
+    dirty = launch.forward(inputs)
     assert torch.equal(dirty.out, done.out) and torch.equal(dirty.lse, done.lse)
-    found = triton_kernels.backward(backward_inputs(inputs, dirty, grads))
+    found = launch.backward(backward_inputs(inputs, dirty, grads))
     for one, other in zip(found, clean, strict=True):
         assert torch.equal(one, other)
     for gradient in found[:3]:
@@ -207,9 +205,9 @@ def test_nan_in_padding_stays_there(name: str) -> None:
 def test_gradients_of_key_and_value_reach_padding() -> None:
     """A padded key sees nothing and is seen by nothing, but it lies in the cache."""
     inputs = case_of("left_padding").make(torch.float32)
-    done = triton_kernels.forward(inputs)
+    done = launch.forward(inputs)
     grads = (torch.zeros_like(inputs.q), *upstream(inputs)[1:])
-    found = triton_kernels.backward(backward_inputs(inputs, done, grads))
+    found = launch.backward(backward_inputs(inputs, done, grads))
     turned = reference.unrotate(grads[1], inputs.cos, inputs.sin)
     torch.testing.assert_close(found[1], turned)
     assert torch.equal(found[2], grads[2])
@@ -232,13 +230,13 @@ def test_a_strange_gradient_stays_in_its_row() -> None:
     """NaN and infinity reach the row of their token, in the place of their column, and no other."""
     inputs = case_of("plain").make(torch.float32)
     index = inputs.row_index
-    done = triton_kernels.forward(inputs)
+    done = launch.forward(inputs)
     out, key, value = upstream(inputs)
-    clean = triton_kernels.backward(backward_inputs(inputs, done, (out, key, value)))
+    clean = launch.backward(backward_inputs(inputs, done, (out, key, value)))
     sample, token = (int(n) for n in (index == 1).nonzero()[0])
     value[sample, token, 0, 3] = float("nan")
     value[sample, token, 1, 5] = float("inf")
-    found = triton_kernels.backward(backward_inputs(inputs, done, (out, key, value)))
+    found = launch.backward(backward_inputs(inputs, done, (out, key, value)))
     strange = torch.zeros(clean[5].shape, dtype=torch.bool)
     strange[1, 0, 3] = strange[1, 1, 5] = True
     assert bool(found[5][1, 0, 3].isnan()) and float(found[5][1, 1, 5]) == float("inf")
@@ -273,15 +271,15 @@ def test_bad_values_are_reported_and_harmless() -> None:
 def test_the_backward_reports_bad_values_too() -> None:
     """It reads rows and ranges again, and may be called alone."""
     inputs = case_of("left_padding").make(torch.float32)
-    done = triton_kernels.forward(inputs)
+    done = launch.forward(inputs)
     given = backward_inputs(inputs, done, upstream(inputs))
     inputs.row_index[1, 4] = -7
-    triton_kernels.backward(given)
+    launch.backward(given)
     with pytest.raises(ValueError, match="row_index"):
         check()
     inputs.row_index[1, 4] = -1
     inputs.key_range[0, 0] = -2
-    triton_kernels.backward(given)
+    launch.backward(given)
     with pytest.raises(ValueError, match="key_range"):
         check()
 
@@ -293,7 +291,7 @@ def test_what_is_no_number_stays_visible(where: str, value: float) -> None:
     case = next(c for c in CASES if c.name == "attention_alone")
     inputs = case.make(torch.float32)
     getattr(inputs, where)[0, 7, 0, 3] = value
-    found, expected = triton_kernels.forward(inputs), reference.forward(inputs)
+    found, expected = launch.forward(inputs), reference.forward(inputs)
     rows = (7, case.length - 1)
     broken = [~expected.out[0, row].isfinite() for row in rows]
     assert bool(torch.stack(broken).any())

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from collavo_kernels import check
-from collavo_kernels.ops.qlora_linear import reference, triton_kernels, triton_launch
+from collavo_kernels.ops.qlora_linear import reference
 from collavo_kernels.ops.qlora_linear.inputs import (
     GradientMask,
     QLoRAGradients,
     QLoRAInputs,
 )
+from collavo_kernels.ops.qlora_linear.triton import launch
+from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
 from collavo_kernels.testing import assert_within_budget, poisoned_empty, relative_error
-from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACall, QLoRACase, make_call
+from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACall, QLoRACase, make_call
 
 # The interpreter computes bfloat16 on its bits, so its dtypes are these.
 DTYPES = (torch.float32, torch.float16)
@@ -78,8 +80,8 @@ def test_forward_and_gradients(case: QLoRACase, dtype: torch.dtype) -> None:
     low, low_grads = call.gradients(grad, "reference")
     inputs = bundle(call)
     with poisoned_empty():
-        out = triton_kernels.forward(inputs)
-        found = triton_kernels.backward(inputs, grad.flatten(0, -2), everything(inputs))
+        out = launch.forward(inputs)
+        found = launch.backward(inputs, grad.flatten(0, -2), everything(inputs))
     assert_within_budget(out.view(exact.shape), low, exact)
     grads = listed(found)
     assert len(grads) == len(low_grads)
@@ -102,12 +104,12 @@ def test_shares_give_the_same_bits_again_and_the_same_sums(
         return shares(steps, wanted)
 
     monkeypatch.setattr(triton_launch, "shares_of", recorded)
-    split = triton_kernels.forward(inputs)
+    split = launch.forward(inputs)
     assert launched[-1] > 1, "the case does not share anything out"
-    assert torch.equal(triton_kernels.forward(inputs), split)
+    assert torch.equal(launch.forward(inputs), split)
     monkeypatch.setattr(triton_launch, "processors", lambda device: 0)
     launched.clear()
-    whole = triton_kernels.forward(inputs)
+    whole = launch.forward(inputs)
     assert max(launched) == 1
     assert relative_error(whole, split) < 1e-5
 
@@ -116,7 +118,7 @@ def test_only_what_is_asked_for_comes() -> None:
     inputs = bundle(make_call(next(c for c in SERVED if c.name == "few")))
     grad = torch.randn(inputs.x.shape[0], inputs.out_features)
     wanted = GradientMask(False, False, False, True, [False, True], [True, False])
-    found = triton_kernels.backward(inputs, grad, wanted)
+    found = launch.backward(inputs, grad, wanted)
     given = [each is not None for each in listed(found)]
     # x, a and b of the first adapter, of the second, bias; no table, which is left out of the list.
     assert given == [False, False, True, True, False, True]
@@ -137,7 +139,7 @@ def test_what_an_idle_token_holds_reaches_no_adapter(tokens: int) -> None:
     inputs.x[2] = float("nan")
     grad = torch.randn(tokens, inputs.out_features)
     grad[2] = float("inf")
-    found = triton_kernels.backward(inputs, grad, everything(inputs))
+    found = launch.backward(inputs, grad, everything(inputs))
     (a, idle_a), (b, idle_b) = found.a, found.b
     assert a is not None and b is not None and idle_a is not None and idle_b is not None
     assert a.isfinite().all() and b.isfinite().all()
@@ -145,7 +147,7 @@ def test_what_an_idle_token_holds_reaches_no_adapter(tokens: int) -> None:
     # An adapter whose values are not finite reaches only the tokens that it is active for.
     inputs.x[2] = 1.0
     inputs.a[0].fill_(float("nan"))
-    out = triton_kernels.forward(inputs)
+    out = launch.forward(inputs)
     assert torch.equal(out.isfinite().all(1), torch.arange(tokens) == 2)
 
 
@@ -161,7 +163,7 @@ def test_rows_keep_infinity_and_nan_to_themselves() -> None:
     grad[2, 5], grad[72, 5], grad[66, 6] = float("inf"), -float("inf"), -float("inf")
     grad[78] = float("nan")
     wanted = GradientMask(False, False, True, False, [False] * 2, [False] * 2)
-    found = triton_kernels.backward(inputs, grad, wanted).row_table
+    found = launch.backward(inputs, grad, wanted).row_table
     exact = torch.zeros(70, inputs.out_features).index_add_(0, inputs.row_index[:75], grad[:75])
     assert found is not None
     torch.testing.assert_close(found, exact, equal_nan=True)
@@ -174,14 +176,14 @@ def test_a_bad_row_counts_as_none_and_is_reported() -> None:
     assert inputs.row_index is not None
     inputs.row_index.fill_(-1)
     grad = torch.randn(inputs.x.shape[0], inputs.out_features)
-    expected = triton_kernels.forward(inputs)
-    none = triton_kernels.backward(inputs, grad, everything(inputs)).row_table
+    expected = launch.forward(inputs)
+    none = launch.backward(inputs, grad, everything(inputs)).row_table
     check()
     inputs.row_index[2], inputs.row_index[3] = 5, -7
-    assert torch.equal(triton_kernels.forward(inputs), expected)
+    assert torch.equal(launch.forward(inputs), expected)
     with pytest.raises(ValueError, match="row_index"):
         check()
-    found = triton_kernels.backward(inputs, grad, everything(inputs)).row_table
+    found = launch.backward(inputs, grad, everything(inputs)).row_table
     assert none is not None and found is not None and torch.equal(found, none)
     with pytest.raises(ValueError, match="row_index"):
         check()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from panoptic_cases import CASES
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from collavo_kernels import CrayonMap, panoptic_lookup
+from collavo_kernels.testing.cases.panoptic_lookup import CASES
 
 NAMES = [field.name for field in fields(CrayonMap)]
 

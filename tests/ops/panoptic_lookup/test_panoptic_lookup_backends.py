@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from panoptic_cases import CASES, LARGE_CASES, Case, colours, ints, naive
 from torch import Tensor
 
 from collavo_kernels import panoptic_lookup
@@ -16,6 +15,14 @@ from collavo_kernels._native import ISA_CODES, native
 from collavo_kernels.ops.panoptic_lookup import OPERATOR, cpu, reference
 from collavo_kernels.ops.panoptic_lookup.inputs import REDUCTIONS, LookupResult
 from collavo_kernels.testing import offset_view, poisoned_empty
+from collavo_kernels.testing.cases.panoptic_lookup import (
+    CASES,
+    LARGE_CASES,
+    Case,
+    colours,
+    ints,
+    naive,
+)
 
 needs_native = pytest.mark.skipif(
     cpu.reason_against() is not None, reason=f"no compiled kernel: {cpu.reason_against()}"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from panoptic_cases import CASES, Case, ints
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from collavo_kernels import CrayonMap, panoptic_lookup
+from collavo_kernels.testing.cases.panoptic_lookup import CASES, Case, ints
 
 FIELDS = (
     "row_index",

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from collavo_kernels import NF4Weight, quantize_nf4
-from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE, block_count, block_scales
-from collavo_kernels.ops.qlora_linear.nf4_quantize import dynamic_code
+from collavo_kernels.ops.qlora_linear.nf4.format import NF4_CODE, block_count, block_scales
+from collavo_kernels.ops.qlora_linear.nf4.quantize import dynamic_code
 
 
 def test_codes(golden: Any) -> None:

@@ -17,10 +17,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from collavo_kernels import _rows_triton
-from collavo_kernels.ops.qlora_linear import quantize_nf4, triton_kernels, triton_launch
+from collavo_kernels.ops.qlora_linear import quantize_nf4
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
-from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE
-from collavo_kernels.ops.qlora_linear.triton_weight import permutations
+from collavo_kernels.ops.qlora_linear.nf4.format import NF4_CODE
+from collavo_kernels.ops.qlora_linear.triton import launch
+from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
+from collavo_kernels.ops.qlora_linear.triton.weight import permutations
 from collavo_kernels.testing.aot import TARGETS, compile_ahead
 
 KINDS = dict(zip(TARGETS, ("ampere", "hopper", "blackwell", "portable"), strict=True))
@@ -89,7 +91,7 @@ def test_forward(target: str, nested: bool) -> None:
         splits |= {True} if triton_launch.may_split(tiles) else set()
         for split in splits:
             signature = types(dtype, nested) | ({"out": "*fp32"} if split else {})
-            values = facts_of(dtype, target, nested, aligned) | EPILOGUE | triton_kernels.LINEAR
+            values = facts_of(dtype, target, nested, aligned) | EPILOGUE | launch.LINEAR
             values |= {"SPLIT": split, "BLOCK_M": tiles.tokens, "BLOCK_N": tiles.rows}
             values |= {"CHUNKS": tiles.chunks}
             if tiles.tokens > 128:
@@ -97,7 +99,7 @@ def test_forward(target: str, nested: bool) -> None:
                 values |= {"HAS_TABLE": False}
                 signature |= {"ranks_0": "i32:16", "ranks_1": "i32:16"}
             options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-            compiles(triton_kernels.linear_kernel, signature, target, **values, **options)
+            compiles(launch.linear_kernel, signature, target, **values, **options)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
@@ -107,10 +109,10 @@ def test_hidden_values_and_the_sum_of_shares(target: str, dtype: torch.dtype) ->
     for tokens, signature in ((1, types(dtype) | {"hidden": "*fp32"}), (2048, types(dtype))):
         values = dict(zip("MRK", triton_launch.hidden_tiles(tokens, dtype), strict=True))
         values = {f"BLOCK_{name}": size for name, size in values.items()}
-        options = values | triton_kernels.PREPARE | MASKED
-        compiles(triton_kernels.prepare_kernel, signature, target, **options)
-    values = EPILOGUE | {"HIDDEN_SPLITS": 8, "SPLITS": 16} | triton_kernels.SUM
-    compiles(triton_kernels.sum_kernel, types(dtype) | {"hidden": "*fp32"}, target, **values)
+        options = values | launch.PREPARE | MASKED
+        compiles(launch.prepare_kernel, signature, target, **options)
+    values = EPILOGUE | {"HIDDEN_SPLITS": 8, "SPLITS": 16} | launch.SUM
+    compiles(launch.sum_kernel, types(dtype) | {"hidden": "*fp32"}, target, **values)
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
@@ -127,18 +129,18 @@ def test_gradient_of_x(target: str, nested: bool) -> None:
     ):
         if not nested and (dtype == wide or not aligned):
             continue
-        values = facts_of(dtype, target, nested, aligned) | triton_kernels.LINEAR
+        values = facts_of(dtype, target, nested, aligned) | launch.LINEAR
         values |= {"BLOCK_M": tiles.tokens, "BLOCK_N": tiles.rows, "BLOCK_P": tiles.pairs}
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        kernel = triton_kernels.grad_x_kernel
+        kernel = launch.grad_x_kernel
         compiles(kernel, types(dtype, nested), target, **values, **options)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradients_of_factors_and_rows(target: str, dtype: torch.dtype) -> None:
-    values = {"BIT": 1} | MASKED | triton_kernels.FACTOR
-    compiles(triton_kernels.factor_kernel, types(dtype), target, **values)
+    values = {"BIT": 1} | MASKED | launch.FACTOR
+    compiles(launch.factor_kernel, types(dtype), target, **values)
     compiles(_rows_triton.sum_rows_kernel, types(dtype), target, **_rows_triton.TILE)
 
 

@@ -17,7 +17,7 @@ from collavo_kernels.testing import (
     poisoned_empty,
     relative_error,
 )
-from collavo_kernels.testing.qlora_linear_cases import (
+from collavo_kernels.testing.cases.qlora_linear import (
     CASES,
     PANEL_CASES,
     QLoRACase,

@@ -24,7 +24,7 @@ from collavo_kernels import NF4Weight, quantize_nf4
 from collavo_kernels.ops.qlora_linear import cuda
 from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
 from collavo_kernels.testing import assert_within_budget, poisoned_empty
-from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACall, QLoRACase, make_call
+from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACall, QLoRACase, make_call
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).with_name("cuda_emulation")

@@ -10,8 +10,8 @@ import torch
 from collavo_kernels import check
 from collavo_kernels.ops.qlora_linear import OPERATOR
 from collavo_kernels.testing import assert_within_budget
+from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACall, QLoRACase, make_call
 from collavo_kernels.testing.gpu import no_synchronisation, replayed
-from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACall, QLoRACase, make_call
 
 pytestmark = pytest.mark.gpu
 BACKENDS = [b.name for b in OPERATOR.backends if not b.devices or "cuda" in b.devices]

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from collavo_kernels import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
-from collavo_kernels.testing.qlora_linear_cases import CASES, PANEL_CASES, QLoRACall, make_call
+from collavo_kernels.testing.cases.qlora_linear import CASES, PANEL_CASES, QLoRACall, make_call
 
 BY_NAME = {case.name: case for case in (*CASES, *PANEL_CASES)}
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from collavo_kernels import NF4Weight, qlora_linear, quantize_nf4
 from collavo_kernels._native import ISA_CODES, best_isa, native
-from collavo_kernels.ops.qlora_linear.nf4 import NF4_CODE
+from collavo_kernels.ops.qlora_linear.nf4.format import NF4_CODE
 from collavo_kernels.testing import relative_error
-from collavo_kernels.testing.qlora_linear_cases import CASES, QLoRACase, make_call
+from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACase, make_call
 
 IN_TILES = [case for case in CASES if case.in_tiles]
 needs_native = pytest.mark.skipif(native() is None, reason="the compiled module is not there")

@@ -1,0 +1,1 @@
+"""Pictures of panoptic maps and crayons, drawn as PNG or SVG by one code."""

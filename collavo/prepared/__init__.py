@@ -1,0 +1,1 @@
+"""Prepared data sets: shards of crayon rows and instructions, written once and streamed."""

@@ -1,0 +1,1 @@
+"""Attention with the crayon inside: a module that takes a model's own attention over."""

@@ -1,0 +1,1 @@
+"""Linear layers with a frozen 4-bit base and several adapters."""

@@ -1,0 +1,386 @@
+"""The Triton backend for NVIDIA and AMD: launches of the forward and of the backward.
+
+A forward is a launch that prepares k and v and one that attends: K is rotated once, since inside
+the attention every block of queries would rotate it again. A backward prepares q and what it needs
+of each query, then computes the gradients of keys and values, of queries, and of the tables' rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from collavo_kernels._backends import device_of
+from collavo_kernels._flags import error_word
+from collavo_kernels._gpu import kind_of
+from collavo_kernels._rows_triton import sum_rows
+from collavo_kernels.ops.crayon_attention.inputs import (
+    AttentionInputs,
+    BackwardInputs,
+    ForwardResult,
+    Gradients,
+)
+from collavo_kernels.ops.crayon_attention.triton import tiles
+from collavo_kernels.ops.crayon_attention.triton.backward import (
+    key_gradients_kernel,
+    sum_shares_kernel,
+)
+from collavo_kernels.ops.crayon_attention.triton.backward_query import query_gradients_kernel
+from collavo_kernels.ops.crayon_attention.triton.forward import attend_kernel
+from collavo_kernels.ops.crayon_attention.triton.prepare import prepare_kernel
+
+_LARGEST_HEAD_DIM = 256
+_LARGEST_GRID = 65535  # a launch's second dimension: heads while preparing, then blocks of tokens
+_LOG2_E = 1.4426950408889634
+_CONTIGUOUS = ("cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index", "key_range")
+
+
+class Prepared(NamedTuple):
+    """What attention runs on.
+
+    Attributes:
+        query: ``[B, S, H, D]``: q with the crayon, rotated; q itself where neither is asked for, or
+            where the pass was not to make it.
+        key: ``[B, S, G, D]``: the same of k.
+        value: ``[B, S, G, D]``: v with the crayon, or v itself.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Statistics(NamedTuple):
+    """What the backward needs of each query, ``[B, H, S]`` float32.
+
+    Attributes:
+        shift: The log-sum-exp in base 2; infinity for a query that sees no key.
+        delta: ``dOut . out``.
+    """
+
+    shift: Tensor
+    delta: Tensor
+
+
+def declines(inputs: AttentionInputs) -> str | None:
+    """Say why these inputs are not taken, or None."""
+    if inputs.q.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16; float64 is the reference's"
+    if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
+        return f"takes head dims up to {_LARGEST_HEAD_DIM}"
+    if inputs.q.shape[0] * (inputs.q.shape[2] + 2 * inputs.k.shape[2]) > _LARGEST_GRID:
+        return f"takes up to {_LARGEST_GRID} heads of q, k and v of all samples together"
+    if inputs.q.shape[1] > _LARGEST_GRID * tiles.SMALLEST_BLOCK:
+        return f"takes up to {_LARGEST_GRID * tiles.SMALLEST_BLOCK} tokens"
+    return None
+
+
+def forward(inputs: AttentionInputs) -> ForwardResult:
+    """Prepare key and value in one launch, attend in a second."""
+    inputs = readable(inputs)
+    q = inputs.q
+    batch, length, heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+    with device_of(q):
+        ready = prepared(inputs, query=False)
+        if q.numel():
+            _launch_attend(inputs, ready, out, lse)
+    return result(inputs, ready, out, lse)
+
+
+def backward(given: BackwardInputs) -> Gradients:
+    """Return the gradients of q, k, v and the three tables; empty where the mask says no."""
+    inputs, mask = readable(given.inputs), given.mask
+    q, k, v = inputs[:3]
+    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
+    wanted = [
+        want or (want_table and table is not None)
+        for want, want_table, table in zip(mask[:3], mask[3:], tables, strict=True)
+    ]
+    dense = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    with device_of(q):
+        if q.numel() and any(wanted):
+            given = given._replace(
+                grad_out=given.grad_out.contiguous(), out=given.out.contiguous(), inputs=inputs
+            )
+            query, statistics = _prepared_backward(given)
+            if wanted[1] or wanted[2]:
+                _launch_key_gradients(given, query, statistics, dense[1], dense[2])
+            if wanted[0]:
+                _launch_query_gradients(given, query, statistics, dense[0])
+        gradients = [x if want else q.new_empty(0) for x, want in zip(dense, mask[:3], strict=True)]
+        gradients += [
+            _table_gradient(table, inputs.row_index, x)
+            if want and table is not None
+            else q.new_empty(0)
+            for x, table, want in zip(dense, tables, mask[3:], strict=True)
+        ]
+    dq, dk, dv, dtq, dtk, dtv = gradients
+    return dq, dk, dv, dtq, dtk, dtv
+
+
+def readable(inputs: AttentionInputs) -> AttentionInputs:
+    """Return the inputs as the kernels read them: dense where strides are not passed on."""
+    dense: dict[str, Any] = {name: _dense(getattr(inputs, name)) for name in ("q", "k", "v")}
+    for name in _CONTIGUOUS:
+        x = getattr(inputs, name)
+        dense[name] = None if x is None else x.contiguous()
+    window = inputs.window
+    if window is not None and window >= inputs.q.shape[1]:
+        window = None
+    return inputs._replace(**dense, window=window)
+
+
+def prepared(inputs: AttentionInputs, *, query: bool) -> Prepared:
+    """Launch the preparation pass; without ``query`` it leaves q alone.
+
+    Args:
+        inputs: As ``readable`` returns them.
+        query: Whether to prepare q too.
+    """
+    q, k, v = inputs[:3]
+    query = query and (inputs.cos is not None or inputs.crayon_q is not None)
+    ready = Prepared(
+        _like(q) if query else q,
+        _like(k) if inputs.changes_key else k,
+        _like(v) if inputs.changes_value else v,
+    )
+    switches = {"Q": query, "K": inputs.changes_key, "V": inputs.changes_value}
+    _launch_prepare(inputs, ready, switches)
+    return ready
+
+
+def result(inputs: AttentionInputs, ready: Prepared, out: Tensor, lse: Tensor) -> ForwardResult:
+    """Return the forward's results; a key or value that did not change is left out."""
+    empty = inputs.q.new_empty
+    key = ready.key if inputs.changes_key else empty(0)
+    return ForwardResult(out, key, ready.value if inputs.changes_value else empty(0), lse)
+
+
+def _prepared_backward(given: BackwardInputs) -> tuple[Tensor, Statistics]:
+    """Prepare q again, and the statistics, in one launch."""
+    inputs = given.inputs
+    query = inputs.cos is not None or inputs.crayon_q is not None
+    ready = Prepared(_like(inputs.q) if query else inputs.q.contiguous(), inputs.k, inputs.v)
+    lse = given.lse.contiguous()
+    statistics = Statistics(torch.empty_like(lse), torch.empty_like(lse))
+    switches = {"Q": query, "K": False, "V": False}
+    _launch_prepare(inputs, ready, switches, (given.grad_out, given.out, lse), statistics)
+    return ready.query, statistics
+
+
+def _launch_prepare(
+    inputs: AttentionInputs,
+    ready: Prepared,
+    switches: dict[str, bool],
+    results: tuple[Tensor, ...] = (),
+    statistics: Statistics | None = None,
+) -> None:
+    q, k = inputs.q, inputs.k
+    batch, length, heads, size = q.shape
+    groups = k.shape[2]
+    slots = heads if switches["Q"] or statistics is not None else 0
+    slots += groups * (switches["K"] + switches["V"])
+    if not slots or not q.numel():
+        return
+    options = tiles.preparation(size)
+    grid = triton.cdiv(length, options["TOKENS"]), batch * triton.cdiv(slots, options["HEADS"])
+    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
+    prepare_kernel[grid](
+        *inputs[:3],
+        *_or(q, inputs.cos, inputs.sin, *tables, inputs.row_index, inputs.key_range),
+        *(results or (q, q, q)),
+        *ready,
+        *(statistics or (q, q)),
+        error_word(q.device),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *inputs.v.stride()[:3],
+        _angle_stride(inputs),
+        length,
+        heads,
+        groups,
+        _row_count(inputs),
+        **_head(size),
+        **options,
+        **switches,
+        STATISTICS=statistics is not None,
+        ROTATE=inputs.cos is not None,
+        ADD_Q=switches["Q"] and inputs.crayon_q is not None,
+        ADD_K=switches["K"] and inputs.crayon_k is not None,
+        ADD_V=switches["V"],
+        HAS_RANGE=inputs.key_range is not None,
+    )
+
+
+def _launch_attend(inputs: AttentionInputs, ready: Prepared, out: Tensor, lse: Tensor) -> None:
+    q = inputs.q
+    batch, length, heads, size = q.shape
+    plan = _plan(q).attend
+    attend_kernel[(batch * heads, triton.cdiv(length, plan.queries))](
+        q,
+        *_or(q, inputs.cos, inputs.sin, inputs.crayon_q, inputs.row_index),
+        ready.key,
+        ready.value,
+        *_or(q, inputs.key_range),
+        out,
+        lse,
+        error_word(q.device),
+        *q.stride()[:3],
+        *ready.key.stride()[:3],
+        *ready.value.stride()[:3],
+        _angle_stride(inputs),
+        length,
+        heads,
+        ready.key.shape[2],
+        _row_count(inputs),
+        inputs.window or 0,
+        inputs.softmax_scale * _LOG2_E,
+        **_head(size),
+        **plan.options,
+        ADD_Q=inputs.crayon_q is not None,
+        **_switches(inputs),
+    )
+
+
+def _launch_key_gradients(
+    given: BackwardInputs, query: Tensor, statistics: Statistics, dk: Tensor, dv: Tensor
+) -> None:
+    inputs = given.inputs
+    batch, length, groups, size = inputs.k.shape
+    plan, switches = _plan(query).key_gradients, _switches(inputs)
+    blocks = triton.cdiv(length, plan.keys)
+    members = inputs.q.shape[2] // groups
+    shares = tiles.shares_of(members, blocks * batch * groups, query.device)
+    parts: tuple[Tensor, ...] = (dk, dv)
+    if shares > 1:
+        parts = query.new_empty((2, shares, *dk.shape), dtype=torch.float32).unbind()
+    extra = _or(query, given.grad_key, given.grad_value, inputs.cos, inputs.sin)
+    added = {"ADD_KEY": given.grad_key is not None, "ADD_VALUE": given.grad_value is not None}
+    key_gradients_kernel[(batch * groups * shares, blocks)](
+        query,
+        inputs.k,
+        inputs.v,
+        given.grad_out,
+        *statistics,
+        *extra,
+        *_or(query, inputs.key_range),
+        *parts,
+        *_common(inputs),
+        shares,
+        **_head(size),
+        **plan.options,
+        **added,
+        **switches,
+        SHARED=shares > 1,
+    )
+    if shares > 1:
+        tokens = tiles.preparation(size)["TOKENS"]
+        sum_shares_kernel[(triton.cdiv(length, tokens), batch * groups)](
+            *parts,
+            *extra,
+            dk,
+            dv,
+            _angle_stride(inputs),
+            length,
+            groups,
+            shares,
+            **_head(size),
+            **added,
+            TOKENS=tokens,
+            ROTATE=switches["ROTATE"],
+        )
+
+
+def _launch_query_gradients(
+    given: BackwardInputs, query: Tensor, statistics: Statistics, dq: Tensor
+) -> None:
+    inputs = given.inputs
+    batch, length, heads, size = query.shape
+    plan = _plan(query).query_gradients
+    query_gradients_kernel[(batch * heads, triton.cdiv(length, plan.queries))](
+        query,
+        inputs.k,
+        inputs.v,
+        given.grad_out,
+        *statistics,
+        *_or(query, inputs.cos, inputs.sin, inputs.key_range),
+        dq,
+        *_common(inputs),
+        **_head(size),
+        **plan.options,
+        **_switches(inputs),
+    )
+
+
+def _table_gradient(table: Tensor, row_index: Tensor | None, dense: Tensor) -> Tensor:
+    """Sum the stored gradient over the tokens of each row."""
+    out = torch.empty_like(table, memory_format=torch.contiguous_format)
+    if row_index is None or dense.numel() == 0 or out.numel() == 0:
+        return out.zero_()
+    sum_rows(dense.view(row_index.numel(), -1), row_index.view(-1), out.view(out.shape[0], -1))
+    return out
+
+
+def _common(inputs: AttentionInputs) -> tuple[Any, ...]:
+    """Return the arguments that end the two kernels of gradients."""
+    scale = inputs.softmax_scale
+    return (
+        error_word(inputs.q.device),
+        *inputs.k.stride()[:3],
+        *inputs.v.stride()[:3],
+        _angle_stride(inputs),
+        inputs.q.shape[1],
+        inputs.q.shape[2],
+        inputs.k.shape[2],
+        inputs.window or 0,
+        scale,
+        scale * _LOG2_E,
+    )
+
+
+def _switches(inputs: AttentionInputs) -> dict[str, Any]:
+    return {
+        "ROTATE": inputs.cos is not None,
+        "HAS_RANGE": inputs.key_range is not None,
+        "CAUSAL": inputs.causal,
+        "WINDOW": inputs.window is not None,
+        "PRECISION": "ieee" if inputs.q.dtype == torch.float32 else "tf32",
+    }
+
+
+def _plan(x: Tensor) -> tiles.Plan:
+    return tiles.plan_for(x.shape[-1], x.element_size(), kind_of(x.device))
+
+
+def _head(size: int) -> dict[str, int]:
+    return {"D": size, "HALF": tiles.half_of(size)}
+
+
+def _row_count(inputs: AttentionInputs) -> int:
+    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
+    return next((t.shape[0] for t in tables if t is not None), 0)
+
+
+def _or(instead: Tensor, *given: Tensor | None) -> list[Tensor]:
+    """Return tensors as they are, or another one's address where the kernel will not look."""
+    return [instead if x is None else x.contiguous() for x in given]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x as the kernels read it: last dimension dense, offsets of a block within int32."""
+    _, token, head, last = (abs(n) for n in x.stride())
+    reach = max(token * tiles.LARGEST_BLOCK, head * x.shape[2])
+    return x if last == 1 and reach < 2**31 else x.contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _angle_stride(inputs: AttentionInputs) -> int:
+    return 0 if inputs.cos is None or inputs.cos.shape[0] == 1 else inputs.cos.stride(0)

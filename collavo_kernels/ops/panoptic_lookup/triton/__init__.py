@@ -1,0 +1,1 @@
+"""The lookup in Triton, for NVIDIA and AMD: ``launch`` is the backend."""

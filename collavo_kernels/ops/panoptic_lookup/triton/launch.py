@@ -1,0 +1,88 @@
+"""The Triton backend: one launch over the cells of the whole batch, one over its rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from collavo_kernels._backends import device_of
+from collavo_kernels.ops.panoptic_lookup.inputs import (
+    LookupInputs,
+    LookupResult,
+    image_table,
+    with_packed_lines,
+)
+from collavo_kernels.ops.panoptic_lookup.triton.kernels import finish_rows, lookup_cells
+
+LARGEST_BLOCK = 1024  # pixels a program looks at together; a cell may have more
+PIXELS_PER_WARP = 256
+ROWS = 256  # rows a program of the second kernel writes
+FACTS = 5  # area, then the distances of the box's edges from the opposite sides
+
+# Host buffers whose copy a CUDA graph replays: they must outlive the graph.
+_captured: list[Tensor] = []
+
+
+def forward(inputs: LookupInputs) -> LookupResult:
+    """Send the tables, launch the two kernels; nothing waits for the device."""
+    device = inputs.device
+    images = len(inputs.counts)
+    rows = inputs.num_rows
+    cells = inputs.grid_h * inputs.grid_w
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    result = LookupResult(
+        row_index=integers(images, cells),
+        row_class=integers(rows),
+        row_number=integers(rows),
+        row_image=integers(rows),
+        row_segment_id=integers(rows),
+        row_box=torch.empty(rows, 4, device=device),
+        row_area=integers(rows),
+    )
+    if images == 0:
+        return result
+    maps = with_packed_lines(inputs.maps)
+    table, columns = _send(inputs, image_table(maps, inputs.counts))
+    facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
+    # The rows of one image are searched: enough halvings for the image with most rows.
+    steps = max(inputs.counts).bit_length()
+    block = _block_of(inputs)
+    with device_of(facts):
+        lookup_cells[(images * cells,)](
+            table,
+            columns[3],
+            result.row_index,
+            facts,
+            inputs.grid_h,
+            inputs.grid_w,
+            STEPS=steps,
+            MAJORITY=inputs.reduce == "majority",
+            BLOCK=block,
+            num_warps=max(1, block // PIXELS_PER_WARP),
+        )
+        finish_rows[(triton.cdiv(rows, ROWS),)](table, columns, facts, *result[1:], rows, ROWS=ROWS)
+    return result
+
+
+def _block_of(inputs: LookupInputs) -> int:
+    """Pixels that a program looks at together: the largest cell's, within bounds."""
+    sizes = [each.shape[1:3] for each in inputs.maps]
+    most = max((h // inputs.grid_h + 2) * (w // inputs.grid_w + 2) for h, w in sizes)
+    return int(min(max(triton.next_power_of_2(most), 128), LARGEST_BLOCK))
+
+
+def _send(inputs: LookupInputs, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy both host tables to the device in one asynchronous transfer."""
+    on_gpu = inputs.device.type == "cuda"
+    rows = inputs.num_rows
+    packed = torch.empty(table.numel() + 2 * rows, dtype=torch.int64, pin_memory=on_gpu)
+    packed[: table.numel()] = table.flatten()
+    packed[table.numel() :].view(torch.int32).view(4, rows).copy_(inputs.columns)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _captured.append(packed)
+    sent = packed.to(inputs.device, non_blocking=True)
+    return sent[: table.numel()], sent[table.numel() :].view(torch.int32).view(4, rows)

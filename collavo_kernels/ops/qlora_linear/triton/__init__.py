@@ -1,0 +1,1 @@
+"""The 4-bit linear operator in Triton, for NVIDIA and AMD: ``launch`` is the backend."""

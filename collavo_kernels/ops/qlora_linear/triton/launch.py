@@ -1,0 +1,258 @@
+"""The Triton backend for NVIDIA and AMD.
+
+A forward is two launches: hidden values and x's two halves, then the product with decoded weights,
+adapters and epilogue. Where output tiles are fewer than the GPU has room for, as when decoding, the
+columns are shared out between programs, and a third launch adds their sums in fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from collavo_kernels._backends import device_of
+from collavo_kernels._flags import error_word
+from collavo_kernels._rows_triton import sum_rows
+from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
+from collavo_kernels.ops.qlora_linear.triton import tiles as launch
+from collavo_kernels.ops.qlora_linear.triton.backward import (
+    factor_kernel,
+    grad_x_kernel,
+)
+from collavo_kernels.ops.qlora_linear.triton.forward import linear_kernel, sum_kernel
+from collavo_kernels.ops.qlora_linear.triton.hidden import prepare_kernel
+
+_MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
+# Constants and options of kernels whose tiles do not depend on the call.
+SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
+PREPARE = {"BLOCK_P": 128, "num_warps": 4, "num_stages": 3}
+FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
+LINEAR = {"BLOCK_R": 16, "GROUP": 8}
+
+
+class Hidden(NamedTuple):
+    """``m s A x`` of all adapters side by side.
+
+    Attributes:
+        values: ``[splits, M, R]``: x's dtype, or float32 where there is more than one split.
+        splits: Shares of the sum, which readers add in order.
+    """
+
+    values: Tensor
+    splits: int
+
+
+class _Epilogue(NamedTuple):
+    """What the kernels that store the output take beside the sum, in their parameters' order."""
+
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    flags: dict[str, int | bool]
+
+
+def forward(inputs: QLoRAInputs) -> Tensor:
+    """Return ``[M, N]`` in x's dtype; nothing waits for the device."""
+    x, n = inputs.x.contiguous(), inputs.out_features
+    m, half = x.shape[0], x.shape[1] // 2
+    out = x.new_empty((m, n))
+    halves = x.new_empty((2, m, half))
+    tiles = launch.tiles_for(inputs)
+    grid = launch.grid_of(tiles, m, n)
+    wanted = launch.processors(x.device) * tiles.resident // grid
+    most = _MOST_SHARES if launch.may_split(tiles) else 1
+    steps = triton.cdiv(half, tiles.chunks * launch.CHUNK)
+    shares, steps = launch.shares_of(steps, min(most, wanted))
+    split = shares > 1 or launch.must_split(tiles)
+    target = x.new_empty((shares, m, n), dtype=torch.float32) if split else out
+    with device_of(out):
+        epilogue = _epilogue(inputs, x, _hidden(inputs, x, inputs.a, halves))
+        linear_kernel[(grid, shares)](
+            halves,
+            *launch.weight_of(inputs),
+            *epilogue.tensors,
+            target,
+            m,
+            n,
+            launch.units_of(inputs),
+            *epilogue.sizes,
+            steps,
+            **launch.facts_of(inputs),
+            **epilogue.flags,
+            **LINEAR,
+            SPLIT=split,
+            BLOCK_M=tiles.tokens,
+            BLOCK_N=tiles.rows,
+            CHUNKS=tiles.chunks,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+        if split:
+            sum_kernel[(triton.cdiv(m, SUM["BLOCK_M"]), triton.cdiv(n, SUM["BLOCK_N"]))](
+                target,
+                *epilogue.tensors,
+                out,
+                m,
+                n,
+                *epilogue.sizes,
+                **epilogue.flags,
+                **SUM,
+                SPLITS=shares,
+            )
+    return out
+
+
+def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
+    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
+    grad, x = grad.contiguous(), inputs.x.contiguous()
+    grad_x, grad_table, grad_bias = None, None, None
+    grads_a: list[Tensor | None] = [None] * len(inputs.a)
+    grads_b: list[Tensor | None] = [None] * len(inputs.b)
+    with device_of(grad):
+        if mask.x or any(mask.a):
+            upstream = _hidden(inputs, grad, [b.t() for b in inputs.b])
+            if mask.x:
+                grad_x = _grad_x(inputs, grad, upstream)
+            for i in (i for i, wanted in enumerate(mask.a) if wanted):
+                out = torch.empty_like(inputs.a[i], memory_format=torch.contiguous_format)
+                grads_a[i] = out
+                _grad_factor(inputs, upstream, x, i, out)
+        if any(mask.b):
+            hidden = _hidden(inputs, x, inputs.a)
+            for i in (i for i, wanted in enumerate(mask.b) if wanted):
+                out = torch.empty_like(inputs.b[i], memory_format=torch.contiguous_format)
+                grads_b[i] = out
+                _grad_factor(inputs, hidden, grad, i, out.t())
+        if mask.row_table:
+            grad_table = _grad_row_table(inputs, grad)
+        if mask.bias and inputs.bias is not None:
+            grad_bias = torch.sum(grad, 0, dtype=torch.float32).to(inputs.bias.dtype)
+    return QLoRAGradients(grad_x, None, grad_table, grad_bias, grads_a, grads_b)
+
+
+def _hidden(
+    inputs: QLoRAInputs, x: Tensor, factors: Sequence[Tensor], halves: Tensor | None = None
+) -> Hidden:
+    """Multiply x by every factor ``[R, K]`` of any strides; take x apart into ``halves``."""
+    (m, k), mask = x.shape, inputs.adapter_mask
+    joined = None
+    if len(factors) > launch.READ_IN_PLACE:
+        products = [F.linear(x, each.to(x.dtype)) for each in factors]
+        gated = [launch.gate(inputs, i, each) for i, each in enumerate(products)]
+        joined, factors = torch.cat(gated, dim=1), ()
+    tokens, ranks, columns = launch.hidden_tiles(m, x.dtype)
+    counts = [each.shape[0] for each in factors]
+    rank_tiles = sum(triton.cdiv(count, ranks) for count in counts)
+    wanted = launch.processors(x.device) // max(1, rank_tiles * triton.cdiv(m, tokens))
+    # The backward has many tokens, and readers that should not add shares.
+    most = 1 if halves is None else _MOST_HIDDEN_SHARES
+    splits, steps = launch.shares_of(triton.cdiv(k, columns), min(most, wanted))
+    kind = torch.float32 if splits > 1 else x.dtype
+    values = x.new_empty((splits, m, sum(counts)), dtype=kind)
+    work = rank_tiles * splits
+    work += 0 if halves is None else triton.cdiv(k // 2, PREPARE["BLOCK_P"])
+    if work:
+        first, second = launch.two(factors, x)
+        prepare_kernel[(triton.cdiv(m, tokens), work)](
+            x,
+            x if halves is None else halves,
+            first,
+            second,
+            values,
+            x if mask is None else mask.contiguous(),
+            m,
+            k,
+            *launch.two(counts, 0),
+            first.stride(0),
+            second.stride(0),
+            first.stride(1),
+            second.stride(1),
+            *launch.two(inputs.scaling, 0.0),
+            splits,
+            steps,
+            HAS_MASK=mask is not None,
+            BLOCK_M=tokens,
+            BLOCK_R=ranks,
+            BLOCK_K=columns,
+            **PREPARE,
+        )
+    return Hidden(values, splits) if joined is None else Hidden(joined, 1)
+
+
+def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> _Epilogue:
+    factors, ranks = launch.beside(inputs.b, 1, x)
+    table, index, bias = inputs.row_table, inputs.row_index, inputs.bias
+    rest = [x if each is None else each.contiguous() for each in (table, index, bias)]
+    flags = {
+        "HAS_TABLE": table is not None,
+        "HAS_BIAS": bias is not None,
+        "HIDDEN_SPLITS": hidden.splits,
+    }
+    rows = 0 if table is None else table.shape[0]
+    return _Epilogue((hidden.values, *factors, *rest, error_word(x.device)), (*ranks, rows), flags)
+
+
+def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
+    (n, k), m = inputs.shape, grad.shape[0]
+    out = grad.new_empty((m, k))
+    factors, ranks = launch.beside(inputs.a, 0, grad)
+    tiles = launch.gradient_tiles_for(inputs)
+    grid = triton.cdiv(m, tiles.tokens) * triton.cdiv(k // 2, tiles.pairs)
+    grad_x_kernel[(grid,)](
+        grad,
+        *launch.weight_of(inputs),
+        upstream.values,
+        *factors,
+        out,
+        m,
+        n,
+        launch.units_of(inputs),
+        *ranks,
+        **launch.facts_of(inputs),
+        **LINEAR,
+        BLOCK_M=tiles.tokens,
+        BLOCK_N=tiles.rows,
+        BLOCK_P=tiles.pairs,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return out
+
+
+def _grad_factor(
+    inputs: QLoRAInputs, hidden: Hidden, value: Tensor, adapter: int, out: Tensor
+) -> None:
+    """Fill ``out``, ``[R, C]`` of any strides, with ``hidden^T value`` of one adapter."""
+    (m, columns), mask = value.shape, inputs.adapter_mask
+    ranks = [a.shape[0] for a in inputs.a]
+    if not ranks[adapter]:
+        return
+    grid = triton.cdiv(columns, FACTOR["BLOCK_C"]), triton.cdiv(ranks[adapter], FACTOR["BLOCK_R"])
+    factor_kernel[grid](
+        hidden.values,
+        value,
+        value if mask is None else mask.contiguous(),
+        out,
+        m,
+        columns,
+        ranks[adapter],
+        sum(ranks[:adapter]),
+        sum(ranks),
+        *out.stride(),
+        BIT=adapter,
+        HAS_MASK=mask is not None,
+        **FACTOR,
+    )
+
+
+def _grad_row_table(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
+    table, index = inputs.row_table, inputs.row_index
+    if table is None or index is None:
+        raise ValueError("row_table: a gradient was asked for, but there is none")
+    out = torch.empty_like(table, memory_format=torch.contiguous_format)
+    sum_rows(grad, index.contiguous(), out)
+    return out
