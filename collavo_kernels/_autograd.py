@@ -20,17 +20,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _BEFORE_LEAVES = 4  # what ``First.apply`` takes before them
 
 
-def flat(values: Iterable[Any]) -> list[Any]:
-    """Return values with the lists among them taken apart."""
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, list):
-            found += value
-        else:
-            found.append(value)
-    return found
-
-
 def wants_gradient(tensors: Iterable[Tensor]) -> bool:
     """Tell whether autograd will ask for a gradient of any of these."""
     # Plain loops here and below: a generator costs more than what it does.
@@ -106,9 +95,9 @@ class First(Function):
         outputs = operator.call_below_autograd(inputs, tensors, backend)
         derivative, result = operator.derivative, operator.bundled(outputs)
         kept, saved = derivative.keep(inputs, result)
-        pack = Pack.of((*kept, *saved), operator.kept_places)
+        pack = Pack.of((*kept, *saved), operator.backward.kept_places)
         ctx.save_for_backward(*pack.tensors)
-        ctx.call = operator, pack._replace(tensors=()), backend
+        ctx.call = operator.backward, pack._replace(tensors=()), backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*derivative.without_gradient(inputs, result))
         return outputs
@@ -118,8 +107,7 @@ class First(Function):
         operator, pack, backend = ctx.call
         inputs, saved = operator.kept(pack.restored(ctx.saved_tensors))
         flags = list(ctx.needs_input_grad[_BEFORE_LEAVES:])
-        upstream = operator.upstream(grads, saved)
-        found = iter(operator.call_backward(inputs, saved, upstream, flags, backend))
+        found = iter(operator.call(inputs, saved, operator.upstream(grads, saved), flags, backend))
         return (*[None] * _BEFORE_LEAVES, *(next(found) if flag else None for flag in flags))
 
 
@@ -136,7 +124,7 @@ class Second(Function):
     ) -> tuple[Tensor, ...]:
         ctx.operator = operator.name
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(operator.op_backward(*arguments, backend=backend))
+            return tuple(operator.op(*arguments, backend=backend))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

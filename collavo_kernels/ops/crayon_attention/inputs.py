@@ -1,4 +1,4 @@
-"""The operator's bundles: its inputs, its results, and what its backward takes and returns."""
+"""The operator's bundles: inputs, results, what the backward takes and returns; and their fakes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from collavo_kernels._validation import lowered
 
 T = TypeVar("T")
 
@@ -124,3 +126,56 @@ class AttentionGradients(NamedTuple, Generic[T]):
 
 Wanted = AttentionGradients[bool]
 Gradients = AttentionGradients[Tensor | None]
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Return the log-sum-exp's dtype: float64 for float64 inputs, else float32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def fake(inputs: AttentionInputs) -> AttentionResult:
+    """Return results without values."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    batch, length, heads, _ = q.shape
+    return AttentionResult(
+        out=q.new_empty(q.shape),
+        key=k.new_empty(k.shape if inputs.changes_key else 0),
+        value=v.new_empty(v.shape if inputs.changes_value else 0),
+        lse=q.new_empty((batch, heads, length), dtype=lse_dtype(q)),
+    )
+
+
+def keep(
+    inputs: AttentionInputs, result: AttentionResult
+) -> tuple[AttentionInputs, AttentionSaved]:
+    """Keep the prepared key and value in place of k and v: the backward needs no more of them."""
+    key = result.key if inputs.changes_key else inputs.k
+    value = result.value if inputs.changes_value else inputs.v
+    saved = AttentionSaved(key, value, result.out, result.lse)
+    return inputs._replace(k=key, v=value), saved
+
+
+def empty(inputs: AttentionInputs) -> tuple[str, ...]:
+    """Name the results that are empty: those that nothing changes."""
+    key = () if inputs.changes_key else ("key",)
+    return key if inputs.changes_value else (*key, "value")
+
+
+def in_dtype(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
+    """Return the inputs in autocast's dtype; cos and sin keep their precision."""
+    # All fields by name: _replace() costs three times as much.
+    return AttentionInputs(
+        q=lowered(inputs.q, dtype),
+        k=lowered(inputs.k, dtype),
+        v=lowered(inputs.v, dtype),
+        cos=inputs.cos,
+        sin=inputs.sin,
+        crayon_q=lowered(inputs.crayon_q, dtype),
+        crayon_k=lowered(inputs.crayon_k, dtype),
+        crayon_v=lowered(inputs.crayon_v, dtype),
+        row_index=inputs.row_index,
+        key_range=inputs.key_range,
+        causal=inputs.causal,
+        window=inputs.window,
+        scale=inputs.scale,
+    )

@@ -18,6 +18,7 @@ from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionOutputGrads,
     AttentionSaved,
     Wanted,
+    lse_dtype,
 )
 
 # Names of the tensors among the inputs, and whether each may be None.
@@ -102,11 +103,6 @@ def validate_backward(
     for name, want in zip(wanted._fields, wanted, strict=True):
         if want and getattr(inputs, name) is None:
             raise ValueError(f"wanted: a gradient of {name} is asked for, but there is none")
-
-
-def lse_dtype(q: Tensor) -> torch.dtype:
-    """Return the log-sum-exp's dtype: float64 for float64 inputs, else float32."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _validate_angles(inputs: AttentionInputs) -> None:

@@ -66,6 +66,24 @@ class LookupResult(NamedTuple):
     row_area: Tensor
 
 
+def empty_result(inputs: LookupInputs) -> LookupResult:
+    """Return results that are not filled yet, on the maps' device."""
+    images, rows = len(inputs.segment_counts), inputs.num_rows
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=inputs.device)
+
+    return LookupResult(
+        row_index=integers(images, inputs.grid_h * inputs.grid_w),
+        row_class=integers(rows),
+        row_number=integers(rows),
+        row_image=integers(rows),
+        row_segment_id=integers(rows),
+        row_box=torch.empty(rows, 4, dtype=torch.float32, device=inputs.device),
+        row_area=integers(rows),
+    )
+
+
 def decode_colours(colours: Tensor) -> Tensor:
     """Return the segment ids of COCO's colours: ``R + 256 G + 65536 B``.
 

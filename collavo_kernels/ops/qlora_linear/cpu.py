@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._native import DTYPE_CODES, best_isa, native, native_reason
-from collavo_kernels._register import Nothing
 from collavo_kernels.ops.qlora_linear.inputs import (
     Gradients,
     LoRAAdapter,

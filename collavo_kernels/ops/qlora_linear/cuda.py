@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collavo_kernels._backends import device_of
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
 from collavo_kernels._native import DTYPE_CODES, cuda_check, cuda_library, cuda_reason
-from collavo_kernels._register import Nothing
 from collavo_kernels.ops.qlora_linear.inputs import (
     MAX_MASKED_ADAPTERS,
     PANELS_DECLINE,

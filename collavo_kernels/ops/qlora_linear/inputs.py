@@ -7,7 +7,9 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._schema import SymInt
+from collavo_kernels._validation import lowered
 
 T = TypeVar("T")
 MAX_MASKED_ADAPTERS = 8
@@ -136,6 +138,42 @@ class QLoRAGradients(NamedTuple, Generic[T]):
 
 Wanted = QLoRAGradients[bool]
 Gradients = QLoRAGradients[Tensor | None]
+
+
+def fake(inputs: QLoRAInputs) -> QLoRAResult:
+    """Return the result without values."""
+    return QLoRAResult(inputs.x.new_empty((*inputs.x.shape[:-1], inputs.out_features)))
+
+
+def keep(inputs: QLoRAInputs, result: QLoRAResult) -> tuple[QLoRAInputs, Nothing]:
+    """Return what the backward gets: the inputs alone."""
+    return inputs, Nothing()
+
+
+def without_derivative(inputs: QLoRAInputs) -> str | None:
+    """Say why these inputs have no derivative, or None."""
+    if not inputs.int8_activations:
+        return None
+    return (
+        "int8_activations: it is for inference, but an argument asks for gradients; call under "
+        "torch.no_grad()"
+    )
+
+
+def in_dtype(inputs: QLoRAInputs, dtype: torch.dtype) -> QLoRAInputs:
+    """Return the inputs in autocast's dtype, but float32 adapters, which go with any x."""
+
+    def factors(given: list[Tensor]) -> list[Tensor]:
+        return [x if x.dtype == torch.float32 else lowered(x, dtype) for x in given]
+
+    return inputs._replace(
+        x=lowered(inputs.x, dtype),
+        weight=lowered(inputs.weight, dtype),
+        a=factors(inputs.a),
+        b=factors(inputs.b),
+        row_table=lowered(inputs.row_table, dtype),
+        bias=lowered(inputs.bias, dtype),
+    )
 
 
 def gated(inputs: QLoRAInputs, adapter: int, rows: Tensor) -> Tensor:

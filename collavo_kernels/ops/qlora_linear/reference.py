@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collavo_kernels._register import Nothing
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._rows import add_rows, checked_index, sum_rows
 from collavo_kernels.ops.qlora_linear.inputs import (
     Gradients,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from collavo_kernels._backends import Backend, LazyModule, triton_reason
-from collavo_kernels._register import Derivative, Nothing, Operator
-from collavo_kernels._validation import lowered
+from collavo_kernels._derivative import Derivative, Nothing
+from collavo_kernels._register import Operator
 from collavo_kernels.ops.qlora_linear import cpu, cuda, reference
 from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAGradients,
     QLoRAInputs,
     QLoRAOutputGrads,
     QLoRAResult,
+    fake,
+    in_dtype,
+    keep,
+    without_derivative,
 )
 from collavo_kernels.ops.qlora_linear.tokens import on_tokens
 from collavo_kernels.ops.qlora_linear.validation import validate, validate_backward
@@ -24,39 +25,6 @@ if TYPE_CHECKING:
     from collavo_kernels.ops.qlora_linear.triton import launch as triton
 else:
     triton = LazyModule("collavo_kernels.ops.qlora_linear.triton.launch")
-
-
-def _fake(inputs: QLoRAInputs) -> QLoRAResult:
-    return QLoRAResult(inputs.x.new_empty((*inputs.x.shape[:-1], inputs.out_features)))
-
-
-def _keep(inputs: QLoRAInputs, result: QLoRAResult) -> tuple[QLoRAInputs, Nothing]:
-    return inputs, Nothing()
-
-
-def _has_no_derivative(inputs: QLoRAInputs) -> str | None:
-    if not inputs.int8_activations:
-        return None
-    return (
-        "int8_activations: it is for inference, but an argument asks for gradients; call under "
-        "torch.no_grad()"
-    )
-
-
-def _autocast(inputs: QLoRAInputs, dtype: torch.dtype) -> QLoRAInputs:
-    """Lower everything but float32 adapters, which the operator takes beside a 16-bit x."""
-
-    def factors(given: list[Tensor]) -> list[Tensor]:
-        return [x if x.dtype == torch.float32 else lowered(x, dtype) for x in given]
-
-    return inputs._replace(
-        x=lowered(inputs.x, dtype),
-        weight=lowered(inputs.weight, dtype),
-        a=factors(inputs.a),
-        b=factors(inputs.b),
-        row_table=lowered(inputs.row_table, dtype),
-        bias=lowered(inputs.bias, dtype),
-    )
 
 
 def _choose(inputs: QLoRAInputs, requested: str) -> str:
@@ -102,15 +70,15 @@ OPERATOR = Operator(
         Backend("reference", reference.forward, reference.backward),
     ),
     validate=validate,
-    fake=_fake,
-    autocast=_autocast,
+    fake=fake,
+    autocast=in_dtype,
     derivative=Derivative(
         saved=Nothing,
         grads=QLoRAOutputGrads,
         gradients=QLoRAGradients,
-        keep=_keep,
+        keep=keep,
         validate=validate_backward,
-        refuses=_has_no_derivative,
+        refuses=without_derivative,
     ),
     choose=_choose,
 )

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from collavo_kernels._backends import Backend
-from collavo_kernels._register import Nothing
+from collavo_kernels._derivative import Nothing
 from collavo_kernels.ops.qlora_linear.inputs import (
     Gradients,
     QLoRAInputs,

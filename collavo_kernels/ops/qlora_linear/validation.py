@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collavo_kernels._register import Nothing
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
 from collavo_kernels.ops.qlora_linear.inputs import (
     MAX_MASKED_ADAPTERS,

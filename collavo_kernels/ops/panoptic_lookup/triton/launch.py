@@ -10,6 +10,7 @@ from collavo_kernels._backends import device_of
 from collavo_kernels.ops.panoptic_lookup.inputs import (
     LookupInputs,
     LookupResult,
+    empty_result,
     image_table,
     row_columns,
     with_packed_lines,
@@ -33,18 +34,7 @@ def forward(inputs: LookupInputs) -> LookupResult:
     rows = inputs.num_rows
     cells = inputs.grid_h * inputs.grid_w
 
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    result = LookupResult(
-        row_index=integers(images, cells),
-        row_class=integers(rows),
-        row_number=integers(rows),
-        row_image=integers(rows),
-        row_segment_id=integers(rows),
-        row_box=torch.empty(rows, 4, device=device),
-        row_area=integers(rows),
-    )
+    result = empty_result(inputs)
     if images == 0:
         return result
     maps = with_packed_lines(inputs.maps)

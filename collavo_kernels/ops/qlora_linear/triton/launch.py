@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 
 from collavo_kernels._backends import device_of
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
-from collavo_kernels._register import Nothing
 from collavo_kernels._rows_triton import sum_rows
 from collavo_kernels.ops.qlora_linear import cpu
 from collavo_kernels.ops.qlora_linear.inputs import (
