@@ -118,7 +118,7 @@ crayon_attention::Problem problem_of(const ProblemTuple& x) {
 
 void bind_crayon_attention(py::module_& module) {
   namespace op = crayon_attention;
-  module.attr("crayon_attention_largest_head_dim") = op::kMostWidth;
+  module.attr("crayon_attention_largest_head_dim") = op::kLargestHeadDim;
   module.def(
       "crayon_attention_first_bad_row",
       [](int64_t row_index, int64_t count, int64_t rows) {

@@ -8,8 +8,8 @@
 
 namespace collavo::crayon_attention {
 
-// The largest head dim: strips of tokens lie on the stack.
-constexpr int64_t kMostWidth = 256;
+// The largest head dim: slabs of tokens lie on the stack.
+constexpr int64_t kLargestHeadDim = 256;
 
 // A [batch, length, heads, size] tensor: its last dimension is contiguous, strides are in elements.
 // data is null where a tensor is absent.

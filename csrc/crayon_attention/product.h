@@ -18,7 +18,7 @@ namespace collavo::crayon_attention {
 
 namespace {
 
-// Rows and vectors of a tile, whose sums stay in registers: as many as keep the multipliers busy.
+// Keys and vectors of a tile, whose sums stay in registers: as many as keep the multipliers busy.
 #if defined(__AVX512F__)
 constexpr int64_t kRows = 8, kVectors = 2;
 #elif defined(__AVX2__)
@@ -28,7 +28,7 @@ constexpr int64_t kRows = 4, kVectors = 8;
 #endif
 
 // Queries that are attended together, one in a lane.
-constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kQueryBlock = kVectors * kLanes;
 
 struct Floats {
   using Element = float;
@@ -125,13 +125,13 @@ inline void tile(const typename P::Element* left, int64_t left_stride,
 template <typename Function>
 inline void over_vectors(int64_t lanes, const Function& function) {
   int64_t lane = 0;
-  for (; lane + kPanel <= lanes; lane += kPanel) {
+  for (; lane + kQueryBlock <= lanes; lane += kQueryBlock) {
     function(lane, std::integral_constant<int64_t, kVectors>());
   }
   for (; lane < lanes; lane += kLanes) function(lane, std::integral_constant<int64_t, 1>());
 }
 
-// A panel: all rows (a multiple of kRows), of its kPanel lanes the first (a multiple of kLanes).
+// A panel: all rows (a multiple of kRows), of its kQueryBlock lanes the first (a multiple of kLanes).
 template <typename P>
 inline void product(const typename P::Element* left, int64_t left_stride, int64_t rows,
                     const typename P::Element* right, int64_t lanes, int64_t terms, bool first,
@@ -139,8 +139,8 @@ inline void product(const typename P::Element* left, int64_t left_stride, int64_
   over_vectors(lanes, [&](int64_t lane, auto count) {
     for (int64_t r = 0; r < rows; r += kRows) {
       tile<P, decltype(count)::value>(left + r * left_stride, left_stride, right + lane * P::kDepth,
-                                      kPanel * P::kDepth, terms / P::kDepth, first,
-                                      sums + r * kPanel + lane, kPanel);
+                                      kQueryBlock * P::kDepth, terms / P::kDepth, first,
+                                      sums + r * kQueryBlock + lane, kQueryBlock);
     }
   });
 }

@@ -1,5 +1,5 @@
 // Weights from products: powers of two, hidden keys, and the running softmax of a panel of queries.
-// Queries are lanes and keys are rows, [keys][kPanel], so nothing is summed across a vector.
+// Queries are lanes and keys are rows, [keys][kQueryBlock], so nothing is summed across a vector.
 #pragma once
 
 #include <cmath>
@@ -72,14 +72,14 @@ struct Reach {
   }
 
   // Its rows within a block, from whole tile to whole tile.
-  int64_t first_row(int64_t block) const { return most(first / kRows * kRows, block * kBlock); }
-  int64_t end_row(int64_t block) const { return least(round_up(end, kRows), (block + 1) * kBlock); }
+  int64_t first_key(int64_t block) const { return larger(first / kRows * kRows, block * kKeyBlock); }
+  int64_t end_key(int64_t block) const { return smaller(round_up(end, kRows), (block + 1) * kKeyBlock); }
 };
 
 // Minus infinity where a query does not see the key; scores are the rows [first, end).
 inline void hide(const Sight& sight, const Reach& reach, int64_t position, int64_t lanes,
                  int64_t first, int64_t end, float* scores) {
-  for (int64_t key = first; key < end; ++key, scores += kPanel) {
+  for (int64_t key = first; key < end; ++key, scores += kQueryBlock) {
     if (key >= reach.all_first && key < reach.all_end) continue;
     const bool inside = key < sight.length;
     const int64_t seen_first = inside ? sight.first_query(key) - position : lanes;
@@ -94,12 +94,12 @@ inline void hide(const Sight& sight, const Reach& reach, int64_t position, int64
 // sum of weights relative to it. The lowest that there is times the scale is finite, and so is its
 // distance from any finite product.
 struct Running {
-  alignas(64) float top[kPanel];
-  alignas(64) float total[kPanel];
+  alignas(64) float top[kQueryBlock];
+  alignas(64) float total[kQueryBlock];
 
   explicit Running(float scale) {
     const float lowest = -3e38f / (scale > 1 ? scale : 1.0f);
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
+    for (int64_t lane = 0; lane < kQueryBlock; ++lane) {
       top[lane] = lowest;
       total[lane] = 0;
     }
@@ -118,7 +118,7 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
   for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kCount; ++v) {
-      highest[v] = maximum(load(scores + r * kPanel + v * kLanes), highest[v]);
+      highest[v] = maximum(load(scores + r * kQueryBlock + v * kLanes), highest[v]);
     }
   }
   const Vec factor = broadcast(scale);
@@ -136,11 +136,11 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kDepth; ++j) {
         // The difference first: the largest product's weight is 1 however large it is.
-        const Vec below = subtract(load(scores + (r + j) * kPanel + v * kLanes), highest[v]);
+        const Vec below = subtract(load(scores + (r + j) * kQueryBlock + v * kLanes), highest[v]);
         pair[j] = power_of_two<Power>(multiply(below, factor));
         sums[v] = add(sums[v], pair[j]);
       }
-      P::put(weights + r * kPanel + v * kLanes * kDepth, pair);
+      P::put(weights + r * kQueryBlock + v * kLanes * kDepth, pair);
     }
   }
   bool changed = false;
@@ -149,7 +149,7 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
   return changed;
 }
 
-// Multiplies every row of [rows][kPanel] by a factor per lane.
+// Multiplies every row of [rows][kQueryBlock] by a factor per lane.
 inline void shrink_rows(const float* shrink, int64_t lanes, int64_t rows, float* x) {
   over_vectors(lanes, [&](int64_t lane, auto count) {
     constexpr int64_t kCount = decltype(count)::value;
@@ -157,7 +157,7 @@ inline void shrink_rows(const float* shrink, int64_t lanes, int64_t rows, float*
     for (int64_t v = 0; v < kCount; ++v) factor[v] = load(shrink + lane + v * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t v = 0; v < kCount; ++v) {
-        float* at = x + r * kPanel + lane + v * kLanes;
+        float* at = x + r * kQueryBlock + lane + v * kLanes;
         store(at, multiply(load(at), factor[v]));
       }
     }
