@@ -1,4 +1,4 @@
-// Backward: weights are recomputed panel by panel, and every sum is made in an order that depends
+// Backward: weights are recomputed block by block, and every sum is made in an order that depends
 // on the shapes alone.
 //
 // An item is a key head of a sample with some of the query heads that share it. It owns their dq;

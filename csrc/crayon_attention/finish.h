@@ -10,7 +10,7 @@ namespace collavo::crayon_attention {
 
 namespace {
 
-// Sums of one table: a row per slot, [slots][heads][size]; null where they are not wanted.
+// Sums of one table: a row per slot, [slots][heads][head_dim]; null where they are not wanted.
 struct SlotSums {
   float* data = nullptr;
   int64_t heads = 0;
@@ -34,12 +34,12 @@ struct SlotSums {
 template <typename T>
 void deliver(const BackwardArgs& args, const Heads& to, const SlotSums& sums, int64_t batch,
              int64_t token, int64_t head, const float* x) {
-  const int64_t size = args.problem.head_dim;
-  if (float* slot = sums.of(args, batch, token, head)) accumulate(x, size, slot);
-  if (to.data) convert(x, size, at<T>(to, batch, token, head));
+  const int64_t head_dim = args.problem.head_dim;
+  if (float* slot = sums.of(args, batch, token, head)) accumulate(x, head_dim, slot);
+  if (to.data) convert(x, head_dim, at<T>(to, batch, token, head));
 }
 
-// dq of one head: sums are [panels][width][kQueryBlock], tokens in lanes.
+// dq of one head: sums are [query blocks][width][kQueryBlock], tokens in lanes.
 template <typename T>
 void finish_queries(const BackwardArgs& args, const SlotSums& sums, const Span& span, int64_t batch,
                     int64_t head, const float* dq) {
@@ -75,7 +75,7 @@ void finish_keys(const BackwardArgs& args, bool is_key, const SlotSums& sums, co
                  int64_t batch, int64_t head, const float* parts, int64_t part_stride,
                  int64_t count) {
   const Problem& problem = args.problem;
-  const int64_t width = width_of(problem), size = problem.head_dim;
+  const int64_t width = width_of(problem), head_dim = problem.head_dim;
   const Heads &extra = is_key ? args.grad_key : args.grad_value, &to = is_key ? args.dk : args.dv;
   const float magnitude = problem.scale < 0 ? -problem.scale : problem.scale;
   const Vec scale = broadcast(is_key ? magnitude : 1.0f);
@@ -88,7 +88,7 @@ void finish_keys(const BackwardArgs& args, bool is_key, const SlotSums& sums, co
       }
       for (int64_t d = 0; d < width; d += kLanes) store(x + d, multiply(load(x + d), scale));
     }
-    if (extra.data) accumulate(at<const T>(extra, batch, token, head), size, x);
+    if (extra.data) accumulate(at<const T>(extra, batch, token, head), head_dim, x);
     if (is_key) unrotate(problem, batch, token, x);
     deliver<T>(args, to, sums, batch, token, head, x);
   }

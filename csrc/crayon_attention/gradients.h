@@ -17,22 +17,22 @@ namespace collavo::crayon_attention {
 
 namespace {
 
-// Panels whose queries are one sum in dK and dV.
+// Query blocks whose queries are one sum in dK and dV.
 constexpr int64_t kQueryBlocks = 4;
 constexpr int64_t kQueryGroup = kQueryBlocks * kQueryBlock;
 
-// Buffers of one worker. Positions are padded to whole panels and blocks.
+// Buffers of one worker. Positions are padded to whole blocks.
 template <typename P>
 struct Work {
   using Element = typename P::Element;
 
-  // Left operands of the key head: [keys][width], [blocks][width][kKeyBlock], [keys][width].
+  // Left operands of the key head: [keys][width], [key blocks][width][kKeyBlock], [keys][width].
   Element *keys, *keys_transposed, *values;
-  // Right operands of the query head and of dOut: panels with positions in lanes, and
+  // Right operands of the query head and of dOut: query blocks with positions in lanes, and
   // [positions][width].
   Element *queries, *queries_by_value, *grads, *grads_by_value;
   float *lse, *delta;             // [positions], lse in powers of two
-  float* dq;                      // [panels][width][kQueryBlock]
+  float* dq;                      // [query blocks][width][kQueryBlock]
   float *products, *d_weights;    // [kKeyBlock][kQueryBlock]
   Element *weights, *d_products;  // left operands, [kKeyBlock][kQueryGroup]
   Element* d_products_right;      // right operand, [kKeyBlock][kQueryBlock]
@@ -49,7 +49,8 @@ struct Work {
     }
     for (float** buffer : {&lse, &delta}) *buffer = arena->take<float>(positions);
     dq = arena->take<float>(positions * width);
-    for (float** buffer : {&products, &d_weights}) *buffer = arena->take<float>(kKeyBlock * kQueryBlock);
+    for (float** buffer : {&products, &d_weights})
+      *buffer = arena->take<float>(kKeyBlock * kQueryBlock);
     for (Element** buffer : {&weights, &d_products}) {
       *buffer = arena->take<Element>(kKeyBlock * kQueryGroup);
     }
@@ -58,12 +59,12 @@ struct Work {
 };
 
 template <typename T>
-inline float dot(const T* a, const T* b, int64_t size) {
+inline float dot(const T* a, const T* b, int64_t count) {
   Vec sums = zeros();
   int64_t d = 0;
-  for (; d + kLanes <= size; d += kLanes) sums = fma(load(a + d), load(b + d), sums);
+  for (; d + kLanes <= count; d += kLanes) sums = fma(load(a + d), load(b + d), sums);
   float total = sum(sums);
-  for (; d < size; ++d) total += to_float(a[d]) * to_float(b[d]);
+  for (; d < count; ++d) total += to_float(a[d]) * to_float(b[d]);
   return total;
 }
 
@@ -76,7 +77,8 @@ void pack_keys(const BackwardArgs& args, const Span& span, int64_t batch, int64_
     token_slab(args.problem, args.key, span, batch, head, i, slab);
     pack_left<P>(slab, width, work.keys + i * width);
     const int64_t within = i % kKeyBlock;
-    pack_left_transposed<P>(slab, width, work.keys_transposed + (i - within) * width + within, kKeyBlock);
+    pack_left_transposed<P>(slab, width, work.keys_transposed + (i - within) * width + within,
+                            kKeyBlock);
     token_slab(args.problem, args.value, span, batch, head, i, slab);
     pack_left<P>(slab, width, work.values + i * width);
   }
@@ -93,33 +95,34 @@ void pack_queries(const BackwardArgs& args, const Span& span, int64_t batch, int
   const float* lse = args.lse + (batch * problem.q_heads + head) * problem.length + span.first;
   clear(slab, kLanes * width);
   for (int64_t i = 0; i < round_up(span.length(), kQueryBlock); i += kLanes) {
-    const int64_t panel = i / kQueryBlock * kQueryBlock * width + i % kQueryBlock * P::kDepth;
+    const int64_t place = i / kQueryBlock * kQueryBlock * width + i % kQueryBlock * P::kDepth;
     query_slab(problem, args.q, args.table_q, span, batch, head, i, slab, query);
-    pack_right_transposed<P>(query, width, work.queries + panel, kQueryBlock);
+    pack_right_transposed<P>(query, width, work.queries + place, kQueryBlock);
     pack_right<P>(query, width, work.queries_by_value + i * width);
     token_slab(problem, args.grad_out, span, batch, head, i, slab);
-    pack_right_transposed<P>(slab, width, work.grads + panel, kQueryBlock);
+    pack_right_transposed<P>(slab, width, work.grads + place, kQueryBlock);
     pack_right<P>(slab, width, work.grads_by_value + i * width);
     for (int64_t j = i; j < i + kLanes; ++j) {
       const bool inside = j < span.length();
       const float log_sum = inside ? lse[j] * 1.44269504f : 0.0f;
       work.lse[j] = log_sum == -INFINITY ? 0.0f : log_sum;
-      work.delta[j] = inside ? dot(slab + (j - i) * width,
-                                   at<const T>(args.out, batch, span.first + j, head), problem.head_dim)
-                             : 0.0f;
+      work.delta[j] =
+          inside ? dot(slab + (j - i) * width, at<const T>(args.out, batch, span.first + j, head),
+                       problem.head_dim)
+                 : 0.0f;
     }
   }
 }
 
-// Keys of a block that a panel of queries sees, from whole tile to whole tile.
+// Keys of a block that a block of queries sees, from whole tile to whole tile.
 struct Keys {
   int64_t first = 0, end = 0;
 };
 
 // Weights from the products, and the products' gradients from the weights'. Both become left
-// operands at the panel's place in the group, the gradients a right operand too.
+// operands at the query block's place in the group, the gradients a right operand too.
 template <typename P>
-void weigh(int64_t rows, float scale, const float* lse, const float* delta, const float* products,
+void weigh(int64_t keys, float scale, const float* lse, const float* delta, const float* products,
            const float* d_weights, typename P::Element* weights, typename P::Element* d_products,
            typename P::Element* d_products_right) {
   using Power = PowerOf<P>;
@@ -127,7 +130,7 @@ void weigh(int64_t rows, float scale, const float* lse, const float* delta, cons
   const Vec factor = broadcast(scale);
   for (int64_t v = 0; v < kQueryBlock; v += kLanes) {
     const Vec base = load(lse + v), shift = load(delta + v);
-    for (int64_t r = 0; r < rows; r += kDepth) {
+    for (int64_t r = 0; r < keys; r += kDepth) {
       Vec pair[kDepth];
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kDepth; ++j) {
@@ -144,45 +147,45 @@ void weigh(int64_t rows, float scale, const float* lse, const float* delta, cons
   }
 }
 
-// A block of keys and one panel of queries: weights and gradients of the products, and dQ.
+// A block of keys and one of queries: weights and gradients of the products, and dQ.
 template <typename P>
-Keys gradients_of_blocks(const Problem& problem, const Sight& sight, const Work<P>& work, int64_t block,
-                     int64_t position, int64_t column) {
+Keys gradients_of_blocks(const Problem& problem, const Sight& sight, const Work<P>& work,
+                         int64_t block, int64_t position, int64_t column) {
   if (position >= sight.length) return {};
   const Reach reach(sight, position, smaller(kQueryBlock, sight.length - position));
-  const Keys rows{reach.first_key(block), reach.end_key(block)};
-  if (rows.first >= rows.end) return {};
-  const int64_t width = width_of(problem), count = rows.end - rows.first;
-  product<P>(work.keys + rows.first * width, width, count, work.queries + position * width, kQueryBlock,
-             width, true, work.products);
-  product<P>(work.values + rows.first * width, width, count, work.grads + position * width, kQueryBlock,
-             width, true, work.d_weights);
-  hide(sight, reach, position, kQueryBlock, rows.first, rows.end, work.products);
-  const int64_t within = rows.first % kKeyBlock, left = within * kQueryGroup + column;
+  const Keys keys{reach.first_key(block), reach.end_key(block)};
+  if (keys.first >= keys.end) return {};
+  const int64_t width = width_of(problem), count = keys.end - keys.first;
+  product<P>(work.keys + keys.first * width, width, count, work.queries + position * width,
+             kQueryBlock, width, true, work.products);
+  product<P>(work.values + keys.first * width, width, count, work.grads + position * width,
+             kQueryBlock, width, true, work.d_weights);
+  hide(sight, reach, position, kQueryBlock, keys.first, keys.end, work.products);
+  const int64_t within = keys.first % kKeyBlock, left = within * kQueryGroup + column;
   weigh<P>(count, exponent_scale(problem.scale), work.lse + position, work.delta + position,
            work.products, work.d_weights, work.weights + left, work.d_products + left,
            work.d_products_right);
   product<P>(work.keys_transposed + block * kKeyBlock * width + within, kKeyBlock, width,
              work.d_products_right, kQueryBlock, count, false, work.dq + position * width);
-  return rows;
+  return keys;
 }
 
 // to[key] += sum over the group's queries of left[key][query] * right[query], for a block's keys.
 template <typename P>
-void sum_over_queries(const Keys (&rows)[kQueryBlocks], int64_t block, int64_t width,
+void sum_over_queries(const Keys (&keys)[kQueryBlocks], int64_t block, int64_t width,
                       const typename P::Element* left, const typename P::Element* right,
                       float* to) {
   over_vectors(width, [&](int64_t lane, auto count) {
     for (int64_t r = 0; r < kKeyBlock; r += kRows) {
-      const int64_t row = block * kKeyBlock + r;
+      const int64_t key = block * kKeyBlock + r;
       int64_t first = 0, end = kQueryBlocks;
-      while (first < end && (row < rows[first].first || row >= rows[first].end)) ++first;
-      while (first < end && (row < rows[end - 1].first || row >= rows[end - 1].end)) --end;
+      while (first < end && (key < keys[first].first || key >= keys[first].end)) ++first;
+      while (first < end && (key < keys[end - 1].first || key >= keys[end - 1].end)) --end;
       if (first == end) continue;
       tile<P, decltype(count)::value>(left + r * kQueryGroup + first * kQueryBlock, kQueryGroup,
                                       right + first * kQueryBlock * width + lane * P::kDepth,
-                                      width * P::kDepth, (end - first) * kQueryBlock / P::kDepth, false,
-                                      to + row * width + lane, width);
+                                      width * P::kDepth, (end - first) * kQueryBlock / P::kDepth,
+                                      false, to + key * width + lane, width);
     }
   });
 }
@@ -197,13 +200,14 @@ void head_gradients(const Problem& problem, const Sight& sight, const Work<P>& w
     const int64_t last = smaller(sight.length, (block + 1) * kKeyBlock) - 1;
     int64_t group = sight.first_query(block * kKeyBlock) / kQueryGroup * kQueryGroup;
     for (; group < sight.end_query(last); group += kQueryGroup) {
-      Keys rows[kQueryBlocks];
+      Keys keys[kQueryBlocks];
       for (int64_t i = 0; i < kQueryBlocks; ++i) {
-        rows[i] = gradients_of_blocks<P>(problem, sight, work, block, group + i * kQueryBlock, i * kQueryBlock);
+        keys[i] = gradients_of_blocks<P>(problem, sight, work, block, group + i * kQueryBlock,
+                                         i * kQueryBlock);
       }
-      sum_over_queries<P>(rows, block, width, work.weights, work.grads_by_value + group * width,
+      sum_over_queries<P>(keys, block, width, work.weights, work.grads_by_value + group * width,
                           dv);
-      sum_over_queries<P>(rows, block, width, work.d_products,
+      sum_over_queries<P>(keys, block, width, work.d_products,
                           work.queries_by_value + group * width, dk);
     }
   }

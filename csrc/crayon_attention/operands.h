@@ -1,7 +1,8 @@
-// Keys of tokens packed as the operands of product.h. A slab is kLanes tokens, [kLanes][width]
+// Tokens packed as the operands of product.h. A slab is kLanes tokens, [kLanes][width]
 // values of the tensors' dtype; width is the head dim padded with zeros.
 #pragma once
 
+#include "common/integers.h"
 #include "crayon_attention/product.h"
 #include "crayon_attention/rotation.h"
 
@@ -14,18 +15,6 @@ constexpr int64_t kWidthUnit = 16;
 
 // Keys that are taken together; a multiple of kRows, and of every slab.
 constexpr int64_t kKeyBlock = 128;
-
-inline int64_t round_up(int64_t count, int64_t unit) {
-  return (count + unit - 1) / unit * unit;
-}
-
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-inline int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
 
 template <typename T>
 inline void clear(T* to, int64_t count) {
@@ -53,7 +42,7 @@ inline void pack_left(const T* slab, int64_t width, typename P::Element* to) {
 // Left operand with a row per value: [width][stride], the slab's tokens side by side in a row.
 template <typename P, typename T>
 inline void pack_left_transposed(const T* slab, int64_t width, typename P::Element* to,
-                             int64_t stride) {
+                                 int64_t stride) {
   Vec square[kLanes];
   for (int64_t d = 0; d < width; d += kLanes) {
     transpose_square(slab, width, d, square);
@@ -78,7 +67,7 @@ inline void pack_right(const T* slab, int64_t width, typename P::Element* to) {
 // the slab's lanes start.
 template <typename P, typename T>
 inline void pack_right_transposed(const T* slab, int64_t width, typename P::Element* to,
-                              int64_t lanes) {
+                                  int64_t lanes) {
   constexpr int64_t kDepth = P::kDepth;
   Vec square[kLanes];
   for (int64_t d = 0; d < width; d += kLanes) {
@@ -134,8 +123,8 @@ struct Sight {
 };
 
 // A negative scale's sign goes into the queries: then a larger product is a larger score.
-inline void negate(float* x, int64_t size) {
-  for (int64_t d = 0; d < size; ++d) x[d] = -x[d];
+inline void negate(float* x, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) x[d] = -x[d];
 }
 
 // From products to the exponents of two. Never zero: hidden scores are minus infinity.
@@ -151,11 +140,11 @@ inline int64_t token_of(const Span& span, int64_t position) {
   return around < span.first ? around : around - span.first + span.end;
 }
 
-// A slab of one head's tokens as they are; rows behind the span and values behind the head dim are
-// zeros, which the caller has put there once.
+// A slab of one head's tokens as they are; tokens behind the span and values behind the head
+// dim are zeros, which the caller has put there once.
 template <typename T>
 inline void token_slab(const Problem& problem, const Heads& x, const Span& span, int64_t batch,
-                        int64_t head, int64_t position, T* slab) {
+                       int64_t head, int64_t position, T* slab) {
   const int64_t width = width_of(problem);
   for (int64_t i = 0; i < kLanes; ++i, ++position, slab += width) {
     if (position >= span.length()) {
@@ -166,11 +155,11 @@ inline void token_slab(const Problem& problem, const Heads& x, const Span& span,
   }
 }
 
-// The same of queries, prepared, in float32: packing rounds them. raw is a slab for the tokens as
-// they are: copied first, all of their rows are on the way at once.
+// The same of queries, with their rows and rotated, in float32: packing rounds them. raw is a slab
+// for the tokens as they are: copied first, all of them are on the way at once.
 template <typename T>
 inline void query_slab(const Problem& problem, const Heads& q, const void* table, const Span& span,
-                        int64_t batch, int64_t head, int64_t position, T* raw, float* slab) {
+                       int64_t batch, int64_t head, int64_t position, T* raw, float* slab) {
   token_slab(problem, q, span, batch, head, position, raw);
   const int64_t width = width_of(problem);
   const int64_t count = larger(0, smaller(kLanes, span.length() - position));

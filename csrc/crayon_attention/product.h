@@ -131,7 +131,8 @@ inline void over_vectors(int64_t lanes, const Function& function) {
   for (; lane < lanes; lane += kLanes) function(lane, std::integral_constant<int64_t, 1>());
 }
 
-// A panel: all rows (a multiple of kRows), of its kQueryBlock lanes the first (a multiple of kLanes).
+// A block of queries: all rows (a multiple of kRows), of its kQueryBlock lanes the first (a
+// multiple of kLanes).
 template <typename P>
 inline void product(const typename P::Element* left, int64_t left_stride, int64_t rows,
                     const typename P::Element* right, int64_t lanes, int64_t terms, bool first,

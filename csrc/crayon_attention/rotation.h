@@ -77,8 +77,8 @@ inline typename L::Value load_sum(const T* x, const U* y, int64_t d) {
 
 // to = x + row, where row may be null; to may be x.
 template <typename T, typename U>
-inline void add_row(const T* x, const T* row, int64_t size, U* to) {
-  over_lanes(size, [&](auto lanes, int64_t d) {
+inline void add_row(const T* x, const T* row, int64_t count, U* to) {
+  over_lanes(count, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
     L::store(to + d, load_sum<L>(x, row, d));
   });
@@ -122,8 +122,8 @@ inline void unrotate(const Problem& problem, int64_t batch, int64_t token, float
 
 // to += x, to in float32.
 template <typename T>
-inline void accumulate(const T* x, int64_t size, float* to) {
-  over_lanes(size, [&](auto lanes, int64_t d) {
+inline void accumulate(const T* x, int64_t count, float* to) {
+  over_lanes(count, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
     L::store(to + d, L::add(L::load(to + d), L::load(x + d)));
   });
@@ -131,8 +131,8 @@ inline void accumulate(const T* x, int64_t size, float* to) {
 
 // to = x, rounded to its type.
 template <typename T, typename U>
-inline void convert(const T* x, int64_t size, U* to) {
-  over_lanes(size, [&](auto lanes, int64_t d) {
+inline void convert(const T* x, int64_t count, U* to) {
+  over_lanes(count, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
     L::store(to + d, L::load(x + d));
   });

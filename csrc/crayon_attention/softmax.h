@@ -1,4 +1,4 @@
-// Weights from products: powers of two, hidden keys, and the running softmax of a panel of queries.
+// Weights from products: powers of two, hidden keys, and the running softmax of a block of queries.
 // Queries are lanes and keys are rows, [keys][kQueryBlock], so nothing is summed across a vector.
 #pragma once
 
@@ -58,8 +58,8 @@ inline Vec power_of_two(Vec x) {
 template <typename P>
 using PowerOf = std::conditional_t<P::kDepth == 2, RoughPower, FinePower>;
 
-// The keys [first, end) of a panel's queries at [position, position + count), and which of them all
-// of its queries see.
+// The keys [first, end) of a block of queries at [position, position + count), and which of them
+// all of its queries see.
 struct Reach {
   int64_t first, end, all_first, all_end;
 
@@ -71,12 +71,16 @@ struct Reach {
     all_end = sight.end(position);
   }
 
-  // Its rows within a block, from whole tile to whole tile.
-  int64_t first_key(int64_t block) const { return larger(first / kRows * kRows, block * kKeyBlock); }
-  int64_t end_key(int64_t block) const { return smaller(round_up(end, kRows), (block + 1) * kKeyBlock); }
+  // Those within a block of keys, from whole tile to whole tile.
+  int64_t first_key(int64_t block) const {
+    return larger(first / kRows * kRows, block * kKeyBlock);
+  }
+  int64_t end_key(int64_t block) const {
+    return smaller(round_up(end, kRows), (block + 1) * kKeyBlock);
+  }
 };
 
-// Minus infinity where a query does not see the key; scores are the rows [first, end).
+// Minus infinity where a query does not see the key; scores are those of [first, end).
 inline void hide(const Sight& sight, const Reach& reach, int64_t position, int64_t lanes,
                  int64_t first, int64_t end, float* scores) {
   for (int64_t key = first; key < end; ++key, scores += kQueryBlock) {
@@ -90,9 +94,9 @@ inline void hide(const Sight& sight, const Reach& reach, int64_t position, int64
   }
 }
 
-// What a panel carries from block to block, a value per query: the largest product so far and the
-// sum of weights relative to it. The lowest that there is times the scale is finite, and so is its
-// distance from any finite product.
+// What a block of queries carries from key block to key block, a value per query: the largest
+// product so far and the sum of weights relative to it. The lowest that there is times the scale is
+// finite, and so is its distance from any finite product.
 struct Running {
   alignas(64) float top[kQueryBlock];
   alignas(64) float total[kQueryBlock];
@@ -109,13 +113,13 @@ struct Running {
 // Folds a block's products into the running softmax: weights is the block's right operand, shrink
 // the factor on what was summed before. Returns whether any factor differs from 1.
 template <typename P, int64_t kCount>
-inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* top, float* total,
+inline bool fold_vectors(const float* scores, int64_t keys, float scale, float* top, float* total,
                          typename P::Element* weights, float* shrink) {
   using Power = PowerOf<P>;
   constexpr int64_t kDepth = P::kDepth;
   Vec highest[kCount], sums[kCount];
   for (int64_t v = 0; v < kCount; ++v) highest[v] = load(top + v * kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < keys; ++r) {
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kCount; ++v) {
       highest[v] = maximum(load(scores + r * kQueryBlock + v * kLanes), highest[v]);
@@ -129,7 +133,7 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
     store(top + v * kLanes, highest[v]);
     sums[v] = multiply(load(total + v * kLanes), power);
   }
-  for (int64_t r = 0; r < rows; r += kDepth) {
+  for (int64_t r = 0; r < keys; r += kDepth) {
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kCount; ++v) {
       Vec pair[kDepth];
