@@ -8,14 +8,6 @@ namespace collavo {
 // Internal linkage: sources compiled for several instruction sets must not share this code.
 namespace {
 
-constexpr int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-constexpr int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
 // How many units cover the count.
 constexpr int64_t ceil_divide(int64_t count, int64_t unit) {
   return (count + unit - 1) / unit;

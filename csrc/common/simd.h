@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/dtype.h"
 
@@ -45,8 +46,9 @@ inline float sum(Vec a) {
   return lanes[0];
 }
 
-// Rows to columns: lane j of vector i becomes lane i of vector j.
-inline void transpose(Vec (&v)[kLanes]) {
+// Rows to columns: lane j of vector i becomes lane i of vector j. Inlined by force: the vectors of
+// a call would go through memory.
+[[gnu::always_inline]] inline void transpose(Vec (&v)[kLanes]) {
   Vec pairs[kLanes], fours[kLanes];
   for (int i = 0; i < 16; i += 2) {
     pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
@@ -80,7 +82,21 @@ inline void store(T* to, Vec values) {
   store16(to, values);
 }
 
+// Four bytes, whatever they mean, in every lane.
+inline __m512i broadcast_bytes(const void* four) {
+  int32_t bits;
+  std::memcpy(&bits, four, sizeof(bits));
+  return _mm512_set1_epi32(bits);
+}
+
 #if defined(__AVX512BF16__)
+
+inline __m512bh load_pairs(const void* from) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
+}
+inline __m512bh broadcast_pair(const void* pair) {
+  return reinterpret_cast<__m512bh>(broadcast_bytes(pair));
+}
 
 // Two vectors of float32 as pairs: value i of each, rounded to bfloat16, the first one low.
 inline __m512i round_pairs(__m512 low, __m512 high) {
@@ -125,8 +141,9 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
-// Rows to columns: lane j of vector i becomes lane i of vector j.
-inline void transpose(Vec (&v)[kLanes]) {
+// Rows to columns: lane j of vector i becomes lane i of vector j. Inlined by force: the vectors of
+// a call would go through memory.
+[[gnu::always_inline]] inline void transpose(Vec (&v)[kLanes]) {
   Vec fours[kLanes];
   for (int i = 0; i < 8; i += 4) {
     const Vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);

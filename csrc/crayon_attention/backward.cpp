@@ -4,6 +4,7 @@
 // An item is a key head of a sample with some of the query heads that share it. It owns their dq;
 // its dk and dv are the whole of the key head's, or a part that is added to the others in order.
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/arena.h"
@@ -27,7 +28,7 @@ struct Plan {
       : shared(problem.q_heads / problem.kv_heads),
         per_head(round_up(problem.length, kKeyBlock) * width_of(problem)) {
     const int64_t pairs = problem.batch * problem.kv_heads;
-    splits = smaller(shared, (kItems + pairs - 1) / pairs);
+    splits = std::min(shared, ceil_divide(kItems, pairs));
     items = pairs * splits;
     workers = workers_for(problem, items, threads);
   }

@@ -2,6 +2,8 @@
 // the sums over the tokens of each table row in token order.
 #pragma once
 
+#include <algorithm>
+
 #include "common/arena.h"
 #include "common/parallel.h"
 #include "crayon_attention/operands.h"
@@ -57,7 +59,7 @@ void finish_queries(const BackwardArgs& args, const SlotSums& sums, const Span& 
       transpose(square);
       for (int64_t i = 0; i < kLanes; ++i) store(slab + i * width + d, square[i]);
     }
-    for (int64_t i = 0; i < smaller(kLanes, span.length() - position); ++i) {
+    for (int64_t i = 0; i < std::min(kLanes, span.length() - position); ++i) {
       const int64_t token = span.first + position + i;
       unrotate(problem, batch, token, slab + i * width);
       deliver<T>(args, args.dq, sums, batch, token, head, slab + i * width);

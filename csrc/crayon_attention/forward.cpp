@@ -1,6 +1,7 @@
 // Forward: one pass adds rows to keys and values, rotates keys and packs both; then blocks of
 // queries attend.
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/arena.h"
@@ -80,7 +81,7 @@ void fill_slab(const ForwardArgs& args, const Span& span, int64_t batch, int64_t
   const Heads &from = is_key ? args.k : args.v, &to = is_key ? args.key : args.value;
   const void* table = is_key ? args.table_k : args.table_v;
   const int64_t width = width_of(problem), head_dim = problem.head_dim;
-  const int64_t count = smaller(kLanes, problem.length - position);
+  const int64_t count = std::min(kLanes, problem.length - position);
   for (int64_t i = 0; i < count; ++i) {
     const T* x = at<const T>(from, batch, token_of(span, position + i), head);
     copy(x, head_dim, slab + i * width);
@@ -96,7 +97,7 @@ void fill_slab(const ForwardArgs& args, const Span& span, int64_t batch, int64_t
     }
     if (to.data) copy(x, head_dim, at<T>(to, batch, token, head));
   }
-  const int64_t inside = larger(0, smaller(kLanes, span.length() - position));
+  const int64_t inside = std::max<int64_t>(0, std::min(kLanes, span.length() - position));
   clear(slab + inside * width, (kLanes - inside) * width);
 }
 
@@ -119,7 +120,7 @@ void pack_slab(const ForwardArgs& args, const Scratch<P>& scratch, int64_t batch
     pack_left_transposed<P>(
         slab, width, scratch.values + start + (position - within) * width + within, kKeyBlock);
   }
-  for (int64_t i = position; i < smaller(position + kLanes, problem.length); ++i) {
+  for (int64_t i = position; i < std::min(position + kLanes, problem.length); ++i) {
     if (i >= span.length()) leave_empty<T>(args, batch, token_of(span, i));
   }
 }
@@ -127,7 +128,7 @@ void pack_slab(const ForwardArgs& args, const Scratch<P>& scratch, int64_t batch
 template <typename P, typename T>
 void pack_keys_and_values(const ForwardArgs& args, const Scratch<P>& scratch) {
   const Problem& problem = args.problem;
-  const int64_t slabs = round_up(problem.length, larger(kLanes, kRows)) / kLanes;
+  const int64_t slabs = round_up(problem.length, std::max(kLanes, kRows)) / kLanes;
   const int64_t per_slab = kLanes * problem.kv_heads * width_of(problem);
   parallel_for(problem.batch * slabs, (1 << 15) / per_slab + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -191,7 +192,7 @@ void write_out(const ForwardArgs& args, int64_t batch, int64_t head, int64_t tok
       transpose(square);
       for (int64_t i = 0; i < kLanes; ++i) store(slab + i * width + d, square[i]);
     }
-    for (int64_t i = 0; i < smaller(kLanes, count - lane); ++i) {
+    for (int64_t i = 0; i < std::min(kLanes, count - lane); ++i) {
       copy(slab + i * width, problem.head_dim, at<T>(args.out, batch, token + lane + i, head));
     }
   }
@@ -225,7 +226,7 @@ void attend_block(const ForwardArgs& args, const Scratch<P>& scratch, const Orde
   const int64_t batch = place.batch, head = place.head, width = width_of(problem);
   const Span span = span_of(problem, batch);
   if (place.position >= span.length()) return;
-  const int64_t count = smaller(kQueryBlock, span.length() - place.position);
+  const int64_t count = std::min(kQueryBlock, span.length() - place.position);
   const int64_t start = place.pair * Scratch<P>::per_head(problem);
   alignas(64) T raw[kLanes * kLargestHeadDim];
   alignas(64) float slab[kLanes * kLargestHeadDim];

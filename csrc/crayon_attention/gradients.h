@@ -7,6 +7,7 @@
 // Factors that all terms share are left to whoever reads the sums: dK and dQ lack the scale.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/arena.h"
@@ -73,7 +74,7 @@ void pack_keys(const BackwardArgs& args, const Span& span, int64_t batch, int64_
                const Work<P>& work, T* slab) {
   const int64_t width = width_of(args.problem);
   clear(slab, kLanes * width);
-  for (int64_t i = 0; i < round_up(span.length(), larger(kRows, kLanes)); i += kLanes) {
+  for (int64_t i = 0; i < round_up(span.length(), std::max(kRows, kLanes)); i += kLanes) {
     token_slab(args.problem, args.key, span, batch, head, i, slab);
     pack_left<P>(slab, width, work.keys + i * width);
     const int64_t within = i % kKeyBlock;
@@ -152,7 +153,7 @@ template <typename P>
 Keys gradients_of_blocks(const Problem& problem, const Sight& sight, const Work<P>& work,
                          int64_t block, int64_t position, int64_t column) {
   if (position >= sight.length) return {};
-  const Reach reach(sight, position, smaller(kQueryBlock, sight.length - position));
+  const Reach reach(sight, position, std::min(kQueryBlock, sight.length - position));
   const Keys keys{reach.first_key(block), reach.end_key(block)};
   if (keys.first >= keys.end) return {};
   const int64_t width = width_of(problem), count = keys.end - keys.first;
@@ -182,10 +183,10 @@ void sum_over_queries(const Keys (&keys)[kQueryBlocks], int64_t block, int64_t w
       while (first < end && (key < keys[first].first || key >= keys[first].end)) ++first;
       while (first < end && (key < keys[end - 1].first || key >= keys[end - 1].end)) --end;
       if (first == end) continue;
-      tile<P, decltype(count)::value>(left + r * kQueryGroup + first * kQueryBlock, kQueryGroup,
-                                      right + first * kQueryBlock * width + lane * P::kDepth,
-                                      width * P::kDepth, (end - first) * kQueryBlock / P::kDepth,
-                                      false, to + key * width + lane, width);
+      tile_product<P, kRows, decltype(count)::value>(
+          left + r * kQueryGroup + first * kQueryBlock, kQueryGroup,
+          right + first * kQueryBlock * width + lane * P::kDepth, width * P::kDepth,
+          (end - first) * kQueryBlock / P::kDepth, false, to + key * width + lane, width);
     }
   });
 }
@@ -197,7 +198,7 @@ void head_gradients(const Problem& problem, const Sight& sight, const Work<P>& w
   const int64_t width = width_of(problem);
   clear(work.dq, round_up(sight.length, kQueryBlock) * width);
   for (int64_t block = 0; block * kKeyBlock < sight.length; ++block) {
-    const int64_t last = smaller(sight.length, (block + 1) * kKeyBlock) - 1;
+    const int64_t last = std::min(sight.length, (block + 1) * kKeyBlock) - 1;
     int64_t group = sight.first_query(block * kKeyBlock) / kQueryGroup * kQueryGroup;
     for (; group < sight.end_query(last); group += kQueryGroup) {
       Keys keys[kQueryBlocks];

@@ -2,6 +2,9 @@
 // values of the tensors' dtype; width is the head dim padded with zeros.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
 #include "common/integers.h"
 #include "crayon_attention/product.h"
 #include "crayon_attention/rotation.h"
@@ -86,7 +89,8 @@ constexpr int64_t kGrain = 1 << 20;
 // How many threads a call's products keep busy, of those there are.
 inline int64_t workers_for(const Problem& problem, int64_t items, int64_t threads) {
   const int64_t products = problem.batch * problem.q_heads * problem.length * problem.length;
-  return larger(1, smaller(smaller(threads, items), products * problem.head_dim / kGrain));
+  return std::max<int64_t>(
+      1, std::min(std::min(threads, items), products * problem.head_dim / kGrain));
 }
 
 // The valid tokens of a sample: [first, end). Kernels count positions from the first.
@@ -113,13 +117,15 @@ struct Sight {
   Sight(const Problem& problem, const Span& span)
       : length(span.length()), causal(problem.causal), window(problem.window) {}
 
-  int64_t first(int64_t query) const { return larger(0, query - window + 1); }
+  int64_t first(int64_t query) const { return std::max<int64_t>(0, query - window + 1); }
   int64_t end(int64_t query) const {
-    return causal ? smaller(length, query + 1) : smaller(length, query + window);
+    return causal ? std::min(length, query + 1) : std::min(length, query + window);
   }
   // The queries that see a key.
-  int64_t first_query(int64_t key) const { return causal ? key : larger(0, key - window + 1); }
-  int64_t end_query(int64_t key) const { return smaller(length, key + window); }
+  int64_t first_query(int64_t key) const {
+    return causal ? key : std::max<int64_t>(0, key - window + 1);
+  }
+  int64_t end_query(int64_t key) const { return std::min(length, key + window); }
 };
 
 // A negative scale's sign goes into the queries: then a larger product is a larger score.
@@ -162,7 +168,7 @@ inline void query_slab(const Problem& problem, const Heads& q, const void* table
                        int64_t batch, int64_t head, int64_t position, T* raw, float* slab) {
   token_slab(problem, q, span, batch, head, position, raw);
   const int64_t width = width_of(problem);
-  const int64_t count = larger(0, smaller(kLanes, span.length() - position));
+  const int64_t count = std::max<int64_t>(0, std::min(kLanes, span.length() - position));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = span.first + position + i;
     const T* row = row_of<T>(problem, table, batch, token, problem.q_heads, head);

@@ -2,6 +2,7 @@
 // Queries are lanes and keys are rows, [keys][kQueryBlock], so nothing is summed across a vector.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "crayon_attention/operands.h"
@@ -73,10 +74,10 @@ struct Reach {
 
   // Those within a block of keys, from whole tile to whole tile.
   int64_t first_key(int64_t block) const {
-    return larger(first / kRows * kRows, block * kKeyBlock);
+    return std::max(first / kRows * kRows, block * kKeyBlock);
   }
   int64_t end_key(int64_t block) const {
-    return smaller(round_up(end, kRows), (block + 1) * kKeyBlock);
+    return std::min(round_up(end, kRows), (block + 1) * kKeyBlock);
   }
 };
 

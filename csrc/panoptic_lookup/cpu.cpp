@@ -2,6 +2,7 @@
 // look shows. Of the others, the pixels of one id after another are bits of masks, whose sums give
 // the cell's counts and the rows' areas and boxes.
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -19,10 +20,6 @@ constexpr int kPasses = 8;
 constexpr int64_t kFewPixels = 8;
 constexpr int64_t kMostLines = 64;  // of a tile, beside kMostPixels
 constexpr int64_t kCacheLine = 64;  // bytes
-
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 inline int64_t lowest_bit(uint64_t bits) {
   return __builtin_ctzll(bits);
@@ -163,8 +160,8 @@ class BandPass {
   // other for the processor to foresee them. Inlined by force, for a call without an effect on its
   // results is taken out.
   [[gnu::always_inline]] void ask_for_next(const Span& rows, const Span& columns) {
-    const int64_t below = smaller(rows.end - rows.begin, image_.height - rows.end);
-    const int64_t lines = smaller(below, kMostLines);
+    const int64_t below = std::min(rows.end - rows.begin, image_.height - rows.end);
+    const int64_t lines = std::min(below, kMostLines);
     const int64_t bytes = (columns.end - columns.begin) * Pixels::kBytes;
     const uint8_t* line = image_.map + rows.end * image_.stride + columns.begin * Pixels::kBytes;
     for (int64_t y = 0; y < lines; ++y, line += image_.stride) {
@@ -181,10 +178,10 @@ class BandPass {
         tile.pixels = image_.map + y * image_.stride + x * Pixels::kBytes;
         tile.x = x;
         tile.y = y;
-        tile.width = smaller(columns.end - x, kMostPixels);
-        tile.height = smaller(rows.end - y, kMostLines);
-        tile.owned_width = smaller(columns.owned_end - x, kMostPixels);
-        tile.owned_height = smaller(rows.owned_end - y, kMostLines);
+        tile.width = std::min(columns.end - x, kMostPixels);
+        tile.height = std::min(rows.end - y, kMostLines);
+        tile.owned_width = std::min(columns.owned_end - x, kMostPixels);
+        tile.owned_height = std::min(rows.owned_end - y, kMostLines);
         if (!uniform<Pixels>(block_of(tile))) {
           add_parts(tile);
           continue;

@@ -128,12 +128,6 @@ struct PairProduct {
   static __m512bh look_up(__m512i codes, __m512i table) {
     return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(codes, table));
   }
-
-  static __m512bh broadcast_pair(const X* pair) {
-    int32_t bits;
-    std::memcpy(&bits, pair, sizeof(bits));
-    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
-  }
 };
 
 #endif
