@@ -296,7 +296,7 @@ class Sums {
     for (int64_t i = 0; i < args_.num_adapters; ++i) {
       const Adapter& adapter = args_.adapters[i];
       for (int64_t first = 0; first < adapter.rank; first += kTermsAtOnce) {
-        const int64_t pairs = (std::min(kTermsAtOnce, adapter.rank - first) + 1) / 2;
+        const int64_t pairs = ceil_divide(std::min(kTermsAtOnce, adapter.rank - first), 2);
         problem_.side(adapter, strip, first, pairs, right);
         strip_product(left(slice++, 0), right, pairs, false, tokens, sums);
       }
