@@ -36,6 +36,14 @@ inline int64_t panels_of(int64_t rows) {
   return ceil_divide(rows, kPanel);
 }
 
+// The values that meet a chunk in a product's order: eight to eight.
+template <typename T>
+inline void arrange_floats(const int (&order)[8], const T* from, float* to) {
+  for (int64_t i = 0; i < kChunk; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) to[i + j] = to_float(from[i + order[j]]);
+  }
+}
+
 // Tiles of a weight in either order. Needs columns % 64 == 0 and block_size >= 64.
 class Tiles {
  public:
