@@ -118,7 +118,7 @@ crayon_attention::Problem problem_of(const ProblemTuple& x) {
 
 void bind_crayon_attention(py::module_& module) {
   namespace op = crayon_attention;
-  module.attr("crayon_attention_largest_head_dim") = op::kMostWidth;
+  module.attr("crayon_attention_largest_head_dim") = op::kLargestHeadDim;
   module.def(
       "crayon_attention_first_bad_row",
       [](int64_t row_index, int64_t count, int64_t rows) {
@@ -243,20 +243,20 @@ void bind_qlora_linear(py::module_& module) {
              "float32 values that qlora_linear_forward needs as scratch.");
   module.def(
       "qlora_linear_dequantize",
-      [](int isa, const std::array<int64_t, 7>& weight, const std::array<int64_t, 4>& panel,
+      [](int isa, const std::array<int64_t, 7>& weight, const std::array<int64_t, 4>& strip,
          int dtype, int64_t out, int64_t stride) {
         const op::DequantizeArgs args{nf4_of(weight),
-                                      panel[0],
-                                      panel[1],
-                                      panel[2],
-                                      panel[3],
+                                      strip[0],
+                                      strip[1],
+                                      strip[2],
+                                      strip[3],
                                       static_cast<DType>(dtype),
                                       pointer_of<void>(out),
                                       stride};
         py::gil_scoped_release unlocked;
         op::dequantize(isa, args);
       },
-      "A panel of an NF4 matrix (rows from, to, columns from, to) as dense values.");
+      "A strip of an NF4 matrix (rows from, to, columns from, to) as dense values.");
   module.def(
       "qlora_linear_forward",
       [](int isa, const std::array<int64_t, 7>& weight, int dtype, int64_t x, int64_t tokens,

@@ -39,14 +39,98 @@ inline uint32_t bits_of(float value) {
   return bits;
 }
 
+// For every type:
+//   to_float(value), from_float(value, &out)      one value, rounded to out's type
+//   load8(pointer), store8(pointer, values)       eight values as float32, with AVX2
+//   load16(pointer), store16(pointer, values)     sixteen values as float32, with AVX-512
+// Pointers of any alignment.
+
+// float32.
 inline float to_float(float value) {
   return value;
 }
 
+inline void from_float(float value, float* out) {
+  *out = value;
+}
+
+#if defined(__AVX2__)
+inline __m256 load8(const float* from) {
+  return _mm256_loadu_ps(from);
+}
+
+inline void store8(float* to, __m256 values) {
+  _mm256_storeu_ps(to, values);
+}
+#endif
+
+#if defined(__AVX512F__)
+inline __m512 load16(const float* from) {
+  return _mm512_loadu_ps(from);
+}
+
+inline void store16(float* to, __m512 values) {
+  _mm512_storeu_ps(to, values);
+}
+#endif
+
+// bfloat16: the upper half of a float32.
 inline float to_float(BFloat16 value) {
   return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
 }
 
+inline void from_float(float value, BFloat16* out) {
+  const uint32_t bits = bits_of(value);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  out->bits = static_cast<uint16_t>((nan ? bits | 0x00400000u : rounded) >> 16);
+}
+
+#if defined(__AVX2__)
+inline __m256 load8(const BFloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+inline void store8(BFloat16* to, __m256 values) {
+  const __m256i bits = _mm256_castps_si256(values);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+#endif
+
+#if defined(__AVX512F__)
+inline __m512 load16(const BFloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline void store16(BFloat16* to, __m512 values) {
+#if defined(__AVX512BF16__)
+  // The processor's own conversion rounds alike but for subnormals, which it flushes.
+  constexpr int kSubnormal = 0x20;
+  if (_mm512_fpclass_ps_mask(values, kSubnormal) == 0) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+    return;
+  }
+#endif
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+}
+#endif
+
+// float16.
 inline float to_float(Float16 value) {
 #if defined(__F16C__)
   return _cvtsh_ss(value.bits);
@@ -57,18 +141,6 @@ inline float to_float(Float16 value) {
   // 2^112 moves the exponent's bias from 15 to 127, and is exact for subnormals too.
   return float_from_bits(sign | bits_of(float_from_bits(magnitude) * 0x1p112f));
 #endif
-}
-
-// from_float(value, &out): the nearest value of out's type.
-inline void from_float(float value, float* out) {
-  *out = value;
-}
-
-inline void from_float(float value, BFloat16* out) {
-  const uint32_t bits = bits_of(value);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  out->bits = static_cast<uint16_t>((nan ? bits | 0x00400000u : rounded) >> 16);
 }
 
 inline void from_float(float value, Float16* out) {
@@ -92,90 +164,26 @@ inline void from_float(float value, Float16* out) {
 }
 
 #if defined(__AVX2__)
-
-// load8(pointer): eight values as float32. Any alignment.
-inline __m256 load8(const float* from) {
-  return _mm256_loadu_ps(from);
-}
-
-inline __m256 load8(const BFloat16* from) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
 inline __m256 load8(const Float16* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-
-// store8(pointer, values): eight float32 values rounded to the pointer's type. Any alignment.
-inline void store8(float* to, __m256 values) {
-  _mm256_storeu_ps(to, values);
-}
-
-inline void store8(BFloat16* to, __m256 values) {
-  const __m256i bits = _mm256_castps_si256(values);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
 
 inline void store8(Float16* to, __m256 values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-
-#endif  // __AVX2__
+#endif
 
 #if defined(__AVX512F__)
-
-// load16(pointer): sixteen values as float32. Any alignment.
-inline __m512 load16(const float* from) {
-  return _mm512_loadu_ps(from);
-}
-
-inline __m512 load16(const BFloat16* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
 inline __m512 load16(const Float16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-
-// store16(pointer, values): sixteen float32 values rounded to the pointer's type. Any alignment.
-inline void store16(float* to, __m512 values) {
-  _mm512_storeu_ps(to, values);
-}
-
-inline void store16(BFloat16* to, __m512 values) {
-#if defined(__AVX512BF16__)
-  // The processor's own conversion rounds alike but for subnormals, which it flushes.
-  constexpr int kSubnormal = 0x20;
-  if (_mm512_fpclass_ps_mask(values, kSubnormal) == 0) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
-    return;
-  }
-#endif
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
-  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
 }
 
 inline void store16(Float16* to, __m512 values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                       _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-
-#endif  // __AVX512F__
+#endif
 
 // Calls function(pointer of the dtype's type).
 template <typename Function>

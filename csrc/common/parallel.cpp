@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "common/parallel.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -13,6 +13,8 @@
 #else
 #include <link.h>
 #endif
+
+#include "common/integers.h"
 
 namespace collavo {
 
@@ -109,7 +111,7 @@ Runtime find_runtime(const std::vector<std::string>& paths) {
 }
 
 struct Loop {
-  int64_t n, chunk, chunks;
+  int64_t n, length, ranges;  // ranges of `length`, the last one shorter
   RangeBody body;
   const void* context;
 };
@@ -117,8 +119,8 @@ struct Loop {
 void run_share(void* data) {
   const Loop& loop = *static_cast<const Loop*>(data);
   const int64_t team = runtime.team_size();
-  for (int64_t i = runtime.thread_num(); i < loop.chunks; i += team) {
-    loop.body(loop.context, i * loop.chunk, std::min(loop.n, (i + 1) * loop.chunk));
+  for (int64_t i = runtime.thread_num(); i < loop.ranges; i += team) {
+    loop.body(loop.context, i * loop.length, std::min(loop.n, (i + 1) * loop.length));
   }
 }
 
@@ -170,9 +172,9 @@ void parallel_ranges(int64_t n, int64_t grain, RangeBody body, const void* conte
   grain = std::max<int64_t>(grain, 1);
   const int64_t threads = n <= grain ? 1 : std::min<int64_t>(num_threads(), n / grain);
   if (threads <= 1) return body(context, 0, n);
-  Loop loop{n, (n + threads - 1) / threads, threads, body, context};
-  loop.chunks = (n + loop.chunk - 1) / loop.chunk;
-  run_team(&loop, static_cast<int>(loop.chunks));
+  Loop loop{n, ceil_divide(n, threads), threads, body, context};
+  loop.ranges = ceil_divide(n, loop.length);
+  run_team(&loop, static_cast<int>(loop.ranges));
 }
 
 }  // namespace collavo

@@ -1,8 +1,11 @@
 // One name for each vector operation the kernels need, for whatever instruction set the source is
 // compiled for. Baseline is plain float, one lane. maximum(a, b) is b where a is not a number.
+// transpose(v) makes lane j of vector i lane i of vector j; it is inlined by force, since the
+// vectors of a call would go through memory.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/dtype.h"
 
@@ -15,26 +18,8 @@ namespace {
 constexpr int64_t kLanes = 16;
 using Vec = __m512;
 
-inline Vec zeros() {
-  return _mm512_setzero_ps();
-}
 inline Vec broadcast(float value) {
   return _mm512_set1_ps(value);
-}
-inline Vec fma(Vec a, Vec b, Vec c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
-inline Vec add(Vec a, Vec b) {
-  return _mm512_add_ps(a, b);
-}
-inline Vec subtract(Vec a, Vec b) {
-  return _mm512_sub_ps(a, b);
-}
-inline Vec multiply(Vec a, Vec b) {
-  return _mm512_mul_ps(a, b);
-}
-inline Vec maximum(Vec a, Vec b) {
-  return _mm512_max_ps(a, b);
 }
 inline float sum(Vec a) {
   alignas(64) float lanes[16];
@@ -44,9 +29,13 @@ inline float sum(Vec a) {
   }
   return lanes[0];
 }
-
-// Rows to columns: lane j of vector i becomes lane i of vector j.
-inline void transpose(Vec (&v)[kLanes]) {
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Vec maximum(Vec a, Vec b) {
+  return _mm512_max_ps(a, b);
+}
+[[gnu::always_inline]] inline void transpose(Vec (&v)[kLanes]) {
   Vec pairs[kLanes], fours[kLanes];
   for (int i = 0; i < 16; i += 2) {
     pairs[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
@@ -80,7 +69,21 @@ inline void store(T* to, Vec values) {
   store16(to, values);
 }
 
+// Four bytes, whatever they mean, in every lane.
+inline __m512i broadcast_bytes(const void* four) {
+  int32_t bits;
+  std::memcpy(&bits, four, sizeof(bits));
+  return _mm512_set1_epi32(bits);
+}
+
 #if defined(__AVX512BF16__)
+
+inline __m512bh load_pairs(const void* from) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
+}
+inline __m512bh broadcast_pair(const void* pair) {
+  return reinterpret_cast<__m512bh>(broadcast_bytes(pair));
+}
 
 // Two vectors of float32 as pairs: value i of each, rounded to bfloat16, the first one low.
 inline __m512i round_pairs(__m512 low, __m512 high) {
@@ -98,35 +101,21 @@ inline __m512i round_pairs(__m512 low, __m512 high) {
 constexpr int64_t kLanes = 8;
 using Vec = __m256;
 
-inline Vec zeros() {
-  return _mm256_setzero_ps();
-}
 inline Vec broadcast(float value) {
   return _mm256_set1_ps(value);
-}
-inline Vec fma(Vec a, Vec b, Vec c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
-inline Vec add(Vec a, Vec b) {
-  return _mm256_add_ps(a, b);
-}
-inline Vec subtract(Vec a, Vec b) {
-  return _mm256_sub_ps(a, b);
-}
-inline Vec multiply(Vec a, Vec b) {
-  return _mm256_mul_ps(a, b);
-}
-inline Vec maximum(Vec a, Vec b) {
-  return _mm256_max_ps(a, b);
 }
 inline float sum(Vec a) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
-
-// Rows to columns: lane j of vector i becomes lane i of vector j.
-inline void transpose(Vec (&v)[kLanes]) {
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Vec maximum(Vec a, Vec b) {
+  return _mm256_max_ps(a, b);
+}
+[[gnu::always_inline]] inline void transpose(Vec (&v)[kLanes]) {
   Vec fours[kLanes];
   for (int i = 0; i < 8; i += 4) {
     const Vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
@@ -156,29 +145,17 @@ inline void store(T* to, Vec values) {
 constexpr int64_t kLanes = 1;
 using Vec = float;
 
-inline Vec zeros() {
-  return 0.0f;
-}
 inline Vec broadcast(float value) {
   return value;
+}
+inline float sum(Vec a) {
+  return a;
 }
 inline Vec fma(Vec a, Vec b, Vec c) {
   return a * b + c;
 }
-inline Vec add(Vec a, Vec b) {
-  return a + b;
-}
-inline Vec subtract(Vec a, Vec b) {
-  return a - b;
-}
-inline Vec multiply(Vec a, Vec b) {
-  return a * b;
-}
 inline Vec maximum(Vec a, Vec b) {
   return a > b ? a : b;
-}
-inline float sum(Vec a) {
-  return a;
 }
 inline void transpose(Vec (&)[kLanes]) {}
 template <typename T>
@@ -191,6 +168,20 @@ inline void store(T* to, Vec values) {
 }
 
 #endif
+
+// The compiler's own operators: they take vectors as they take numbers.
+inline Vec zeros() {
+  return Vec{};
+}
+inline Vec add(Vec a, Vec b) {
+  return a + b;
+}
+inline Vec subtract(Vec a, Vec b) {
+  return a - b;
+}
+inline Vec multiply(Vec a, Vec b) {
+  return a * b;
+}
 
 }  // namespace
 

@@ -1,9 +1,10 @@
-// Backward: weights are recomputed panel by panel, and every sum is made in an order that depends
+// Backward: weights are recomputed block by block, and every sum is made in an order that depends
 // on the shapes alone.
 //
 // An item is a key head of a sample with some of the query heads that share it. It owns their dq;
 // its dk and dv are the whole of the key head's, or a part that is added to the others in order.
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/arena.h"
@@ -25,9 +26,9 @@ struct Plan {
 
   Plan(const Problem& problem, int64_t threads)
       : shared(problem.q_heads / problem.kv_heads),
-        per_head(round_up(problem.length, kBlock) * width_of(problem)) {
+        per_head(round_up(problem.length, kKeyBlock) * width_of(problem)) {
     const int64_t pairs = problem.batch * problem.kv_heads;
-    splits = least(shared, (kItems + pairs - 1) / pairs);
+    splits = std::min(shared, ceil_divide(kItems, pairs));
     items = pairs * splits;
     workers = workers_for(problem, items, threads);
   }
@@ -84,12 +85,12 @@ void run_item(const BackwardArgs& args, const Scratch& scratch, int64_t item,
   float* dk = plan.splits > 1 ? scratch.parts + item * 2 * plan.per_head : worker.own;
   float* dv = dk + plan.per_head;
   clear(dk, 2 * plan.per_head);
-  alignas(64) T strip[kLanes * kMostWidth];
-  pack_keys<P>(args, span, batch, kv_head, work, strip);
+  alignas(64) T slab[kLanes * kLargestHeadDim];
+  pack_keys<P>(args, span, batch, kv_head, work, slab);
   const int64_t end = plan.shared * (part + 1) / plan.splits;
   for (int64_t i = plan.shared * part / plan.splits; i < end; ++i) {
     const int64_t head = kv_head * plan.shared + i;
-    pack_queries<P>(args, span, batch, head, work, strip);
+    pack_queries<P>(args, span, batch, head, work, slab);
     head_gradients<P>(problem, Sight(problem, span), work, dk, dv);
     finish_queries<T>(args, scratch.sum_q, span, batch, head, work.dq);
   }
@@ -102,7 +103,7 @@ void run(const BackwardArgs& args, int64_t threads, void* buffer) {
   const Scratch scratch(args, threads, buffer);
   const Plan& plan = scratch.plan;
   for (const SlotSums& sums : {scratch.sum_q, scratch.sum_k, scratch.sum_v}) {
-    if (sums.data) clear(sums.data, args.slot_count * sums.heads * problem.size);
+    if (sums.data) clear(sums.data, args.slot_count * sums.heads * problem.head_dim);
   }
   parallel_items(plan.workers, plan.items, [&](int64_t worker, int64_t item) {
     Arena arena = scratch.arena;

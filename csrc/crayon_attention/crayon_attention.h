@@ -8,25 +8,25 @@
 
 namespace collavo::crayon_attention {
 
-// The largest head dim: strips of tokens lie on the stack.
-constexpr int64_t kMostWidth = 256;
+// The largest head dim: slabs of tokens lie on the stack.
+constexpr int64_t kLargestHeadDim = 256;
 
-// A [batch, length, heads, size] tensor: its last dimension is contiguous, strides are in elements.
-// data is null where a tensor is absent.
+// A [batch, length, heads, head_dim] tensor: its last dimension is contiguous, strides are in
+// elements. data is null where a tensor is absent.
 struct Heads {
   void* data = nullptr;
   int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
 };
 
-// What forward and backward share. q_heads is a multiple of kv_heads, size is even.
+// What forward and backward share. q_heads is a multiple of kv_heads, head_dim is even.
 //
-// Angles are contiguous [1 or batch, length, size], or null: no rotation; a batch stride of 0
+// Angles are contiguous [1 or batch, length, head_dim], or null: no rotation; a batch stride of 0
 // shares them. row_index is a contiguous [batch, length], or null: no token has a row. key_range is
 // a contiguous [batch, 2], or null: all tokens are valid. Query i sees key j if both are valid, j
 // <= i (causal), and |i - j| < window.
 struct Problem {
   DType dtype;
-  int64_t batch, length, q_heads, kv_heads, size, rows;
+  int64_t batch, length, q_heads, kv_heads, head_dim, rows;
   const float *cos, *sin;
   int64_t angle_batch_stride;
   const int32_t *row_index, *key_range;
@@ -35,8 +35,8 @@ struct Problem {
   float scale;
 };
 
-// Tables are contiguous [rows, heads, size] or null. key and value are null where they would equal
-// k and v. lse is a contiguous [batch, q_heads, length].
+// Tables are contiguous [rows, heads, head_dim] or null. key and value are null where they would
+// equal k and v. lse is a contiguous [batch, q_heads, length].
 struct ForwardArgs {
   Problem problem;
   Heads q, k, v;
@@ -45,9 +45,10 @@ struct ForwardArgs {
   float* lse;
 };
 
-// key and value are prepared, q is not. dq, dk, dv and the tables' gradients sum_* are null where
-// they are not wanted; sum_* are contiguous [rows, heads, size] of the problem's dtype. slots is
-// what number_slots() wrote, and slot_count what it returned; null and 0 where no sum is wanted.
+// key and value are what the forward wrote, or k and v where it wrote nothing; q is its input. dq,
+// dk, dv and the tables' gradients sum_* are null where they are not wanted; sum_* are contiguous
+// [rows, heads, head_dim] of the problem's dtype. slots is what number_slots() wrote, and
+// slot_count what it returned; null and 0 where no sum is wanted.
 struct BackwardArgs {
   Problem problem;
   Heads q, key, value;

@@ -2,6 +2,8 @@
 // the sums over the tokens of each table row in token order.
 #pragma once
 
+#include <algorithm>
+
 #include "common/arena.h"
 #include "common/parallel.h"
 #include "crayon_attention/operands.h"
@@ -10,14 +12,14 @@ namespace collavo::crayon_attention {
 
 namespace {
 
-// Sums of one table: a row per slot, [slots][heads][size]; null where they are not wanted.
+// Sums of one table: a row per slot, [slots][heads][head_dim]; null where they are not wanted.
 struct SlotSums {
   float* data = nullptr;
   int64_t heads = 0;
 
   SlotSums(const BackwardArgs& args, const void* wanted, int64_t heads_of_table, Arena* arena)
       : heads(heads_of_table) {
-    if (wanted) data = arena->take<float>(args.slot_count * heads * args.problem.size);
+    if (wanted) data = arena->take<float>(args.slot_count * heads * args.problem.head_dim);
   }
 
   // A token's sum, or null.
@@ -26,7 +28,7 @@ struct SlotSums {
     if (!data || !problem.row_index) return nullptr;
     const int64_t row = problem.row_index[batch * problem.length + token];
     if (row < 0) return nullptr;
-    return data + (args.slots[batch * problem.rows + row] * heads + head) * problem.size;
+    return data + (args.slots[batch * problem.rows + row] * heads + head) * problem.head_dim;
   }
 };
 
@@ -34,37 +36,37 @@ struct SlotSums {
 template <typename T>
 void deliver(const BackwardArgs& args, const Heads& to, const SlotSums& sums, int64_t batch,
              int64_t token, int64_t head, const float* x) {
-  const int64_t size = args.problem.size;
-  if (float* slot = sums.of(args, batch, token, head)) accumulate(x, size, slot);
-  if (to.data) convert(x, size, at<T>(to, batch, token, head));
+  const int64_t head_dim = args.problem.head_dim;
+  if (float* slot = sums.of(args, batch, token, head)) accumulate(x, head_dim, slot);
+  if (to.data) convert(x, head_dim, at<T>(to, batch, token, head));
 }
 
-// dq of one head: sums are [panels][width][kPanel], tokens in lanes.
+// dq of one head: sums are [query blocks][width][kQueryBlock], tokens in lanes.
 template <typename T>
 void finish_queries(const BackwardArgs& args, const SlotSums& sums, const Span& span, int64_t batch,
                     int64_t head, const float* dq) {
   const Problem& problem = args.problem;
   const int64_t width = width_of(problem);
   const Vec scale = broadcast(problem.scale);
-  alignas(64) float strip[kLanes * kMostWidth];
+  alignas(64) float slab[kLanes * kLargestHeadDim];
   for (int64_t position = 0; position < span.length(); position += kLanes) {
-    const float* from = dq + position / kPanel * kPanel * width + position % kPanel;
+    const float* from = dq + position / kQueryBlock * kQueryBlock * width + position % kQueryBlock;
     Vec square[kLanes];
     for (int64_t d = 0; d < width; d += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
-        square[i] = multiply(load(from + (d + i) * kPanel), scale);
+        square[i] = multiply(load(from + (d + i) * kQueryBlock), scale);
       }
       transpose(square);
-      for (int64_t i = 0; i < kLanes; ++i) store(strip + i * width + d, square[i]);
+      for (int64_t i = 0; i < kLanes; ++i) store(slab + i * width + d, square[i]);
     }
-    for (int64_t i = 0; i < least(kLanes, span.length() - position); ++i) {
+    for (int64_t i = 0; i < std::min(kLanes, span.length() - position); ++i) {
       const int64_t token = span.first + position + i;
-      unrotate(problem, batch, token, strip + i * width);
-      deliver<T>(args, args.dq, sums, batch, token, head, strip + i * width);
+      unrotate(problem, batch, token, slab + i * width);
+      deliver<T>(args, args.dq, sums, batch, token, head, slab + i * width);
     }
   }
   for (int64_t i = span.length(); args.dq.data && i < problem.length; ++i) {
-    clear(at<T>(args.dq, batch, token_of(span, i), head), problem.size);
+    clear(at<T>(args.dq, batch, token_of(span, i), head), problem.head_dim);
   }
 }
 
@@ -75,11 +77,11 @@ void finish_keys(const BackwardArgs& args, bool is_key, const SlotSums& sums, co
                  int64_t batch, int64_t head, const float* parts, int64_t part_stride,
                  int64_t count) {
   const Problem& problem = args.problem;
-  const int64_t width = width_of(problem), size = problem.size;
+  const int64_t width = width_of(problem), head_dim = problem.head_dim;
   const Heads &extra = is_key ? args.grad_key : args.grad_value, &to = is_key ? args.dk : args.dv;
   const float magnitude = problem.scale < 0 ? -problem.scale : problem.scale;
   const Vec scale = broadcast(is_key ? magnitude : 1.0f);
-  alignas(64) float x[kMostWidth];
+  alignas(64) float x[kLargestHeadDim];
   for (int64_t token = 0; token < problem.length; ++token) {
     clear(x, width);
     if (token >= span.first && token < span.end) {
@@ -88,7 +90,7 @@ void finish_keys(const BackwardArgs& args, bool is_key, const SlotSums& sums, co
       }
       for (int64_t d = 0; d < width; d += kLanes) store(x + d, multiply(load(x + d), scale));
     }
-    if (extra.data) accumulate(at<const T>(extra, batch, token, head), size, x);
+    if (extra.data) accumulate(at<const T>(extra, batch, token, head), head_dim, x);
     if (is_key) unrotate(problem, batch, token, x);
     deliver<T>(args, to, sums, batch, token, head, x);
   }
@@ -99,19 +101,19 @@ template <typename T>
 void finish_table(const BackwardArgs& args, const SlotSums& sums, void* table) {
   if (!table) return;
   const Problem& problem = args.problem;
-  const int64_t row_size = sums.heads * problem.size;
+  const int64_t row_size = sums.heads * problem.head_dim;
   parallel_for(problem.rows, (1 << 14) / row_size + 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float x[kMostWidth];
+    alignas(64) float x[kLargestHeadDim];
     for (int64_t i = begin * sums.heads; i < end * sums.heads; ++i) {
       const int64_t row = i / sums.heads, head = i % sums.heads;
-      clear(x, problem.size);
+      clear(x, problem.head_dim);
       for (int64_t batch = 0; args.slots && batch < problem.batch; ++batch) {
         const int64_t slot = args.slots[batch * problem.rows + row];
         if (slot >= 0) {
-          accumulate(sums.data + slot * row_size + head * problem.size, problem.size, x);
+          accumulate(sums.data + slot * row_size + head * problem.head_dim, problem.head_dim, x);
         }
       }
-      convert(x, problem.size, static_cast<T*>(table) + i * problem.size);
+      convert(x, problem.head_dim, static_cast<T*>(table) + i * problem.head_dim);
     }
   });
 }

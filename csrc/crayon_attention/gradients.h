@@ -7,6 +7,7 @@
 // Factors that all terms share are left to whoever reads the sums: dK and dQ lack the scale.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/arena.h"
@@ -17,31 +18,31 @@ namespace collavo::crayon_attention {
 
 namespace {
 
-// Panels whose queries are one sum in dK and dV.
-constexpr int64_t kPanels = 4;
-constexpr int64_t kGroup = kPanels * kPanel;
+// Query blocks whose queries are one sum in dK and dV.
+constexpr int64_t kQueryBlocks = 4;
+constexpr int64_t kQueryGroup = kQueryBlocks * kQueryBlock;
 
-// Buffers of one worker. Positions are padded to whole panels and blocks.
+// Buffers of one worker. Positions are padded to whole blocks.
 template <typename P>
 struct Work {
   using Element = typename P::Element;
 
-  // Left operands of the key head: [keys][width], [blocks][width][kBlock], [keys][width].
-  Element *keys, *keys_turned, *values;
-  // Right operands of the query head and of dOut: panels with positions in lanes, and
+  // Left operands of the key head: [keys][width], [key blocks][width][kKeyBlock], [keys][width].
+  Element *keys, *keys_transposed, *values;
+  // Right operands of the query head and of dOut: query blocks with positions in lanes, and
   // [positions][width].
   Element *queries, *queries_by_value, *grads, *grads_by_value;
   float *lse, *delta;             // [positions], lse in powers of two
-  float* dq;                      // [panels][width][kPanel]
-  float *products, *d_weights;    // [kBlock][kPanel]
-  Element *weights, *d_products;  // left operands, [kBlock][kGroup]
-  Element* d_products_right;      // right operand, [kBlock][kPanel]
+  float* dq;                      // [query blocks][width][kQueryBlock]
+  float *products, *d_weights;    // [kKeyBlock][kQueryBlock]
+  Element *weights, *d_products;  // left operands, [kKeyBlock][kQueryGroup]
+  Element* d_products_right;      // right operand, [kKeyBlock][kQueryBlock]
 
   Work(const Problem& problem, Arena* arena) {
     const int64_t width = width_of(problem);
-    const int64_t keys_count = round_up(problem.length, kBlock);
-    const int64_t positions = round_up(problem.length, kPanel);
-    for (Element** buffer : {&keys, &keys_turned, &values}) {
+    const int64_t keys_count = round_up(problem.length, kKeyBlock);
+    const int64_t positions = round_up(problem.length, kQueryBlock);
+    for (Element** buffer : {&keys, &keys_transposed, &values}) {
       *buffer = arena->take<Element>(keys_count * width);
     }
     for (Element** buffer : {&queries, &queries_by_value, &grads, &grads_by_value}) {
@@ -49,89 +50,92 @@ struct Work {
     }
     for (float** buffer : {&lse, &delta}) *buffer = arena->take<float>(positions);
     dq = arena->take<float>(positions * width);
-    for (float** buffer : {&products, &d_weights}) *buffer = arena->take<float>(kBlock * kPanel);
+    for (float** buffer : {&products, &d_weights})
+      *buffer = arena->take<float>(kKeyBlock * kQueryBlock);
     for (Element** buffer : {&weights, &d_products}) {
-      *buffer = arena->take<Element>(kBlock * kGroup);
+      *buffer = arena->take<Element>(kKeyBlock * kQueryGroup);
     }
-    d_products_right = arena->take<Element>(kBlock * kPanel);
+    d_products_right = arena->take<Element>(kKeyBlock * kQueryBlock);
   }
 };
 
 template <typename T>
-inline float dot(const T* a, const T* b, int64_t size) {
+inline float dot(const T* a, const T* b, int64_t count) {
   Vec sums = zeros();
   int64_t d = 0;
-  for (; d + kLanes <= size; d += kLanes) sums = fma(load(a + d), load(b + d), sums);
+  for (; d + kLanes <= count; d += kLanes) sums = fma(load(a + d), load(b + d), sums);
   float total = sum(sums);
-  for (; d < size; ++d) total += to_float(a[d]) * to_float(b[d]);
+  for (; d < count; ++d) total += to_float(a[d]) * to_float(b[d]);
   return total;
 }
 
 template <typename P, typename T>
 void pack_keys(const BackwardArgs& args, const Span& span, int64_t batch, int64_t head,
-               const Work<P>& work, T* strip) {
+               const Work<P>& work, T* slab) {
   const int64_t width = width_of(args.problem);
-  clear(strip, kLanes * width);
-  for (int64_t i = 0; i < round_up(span.length(), most(kRows, kLanes)); i += kLanes) {
-    token_strip(args.problem, args.key, span, batch, head, i, strip);
-    pack_left<P>(strip, width, work.keys + i * width);
-    const int64_t within = i % kBlock;
-    pack_left_turned<P>(strip, width, work.keys_turned + (i - within) * width + within, kBlock);
-    token_strip(args.problem, args.value, span, batch, head, i, strip);
-    pack_left<P>(strip, width, work.values + i * width);
+  clear(slab, kLanes * width);
+  for (int64_t i = 0; i < round_up(span.length(), std::max(kRows, kLanes)); i += kLanes) {
+    token_slab(args.problem, args.key, span, batch, head, i, slab);
+    pack_left<P>(slab, width, work.keys + i * width);
+    const int64_t within = i % kKeyBlock;
+    pack_left_transposed<P>(slab, width, work.keys_transposed + (i - within) * width + within,
+                            kKeyBlock);
+    token_slab(args.problem, args.value, span, batch, head, i, slab);
+    pack_left<P>(slab, width, work.values + i * width);
   }
 }
 
 // Positions behind the last query get zeros everywhere: their weights meet gradients of zero.
 template <typename P, typename T>
 void pack_queries(const BackwardArgs& args, const Span& span, int64_t batch, int64_t head,
-                  const Work<P>& work, T* strip) {
+                  const Work<P>& work, T* slab) {
   const Problem& problem = args.problem;
   const int64_t width = width_of(problem);
-  alignas(64) float query[kLanes * kMostWidth];
+  alignas(64) float query[kLanes * kLargestHeadDim];
   clear(query, kLanes * width);
   const float* lse = args.lse + (batch * problem.q_heads + head) * problem.length + span.first;
-  clear(strip, kLanes * width);
-  for (int64_t i = 0; i < round_up(span.length(), kPanel); i += kLanes) {
-    const int64_t panel = i / kPanel * kPanel * width + i % kPanel * P::kDepth;
-    query_strip(problem, args.q, args.table_q, span, batch, head, i, strip, query);
-    pack_right_turned<P>(query, width, work.queries + panel, kPanel);
+  clear(slab, kLanes * width);
+  for (int64_t i = 0; i < round_up(span.length(), kQueryBlock); i += kLanes) {
+    const int64_t place = i / kQueryBlock * kQueryBlock * width + i % kQueryBlock * P::kDepth;
+    query_slab(problem, args.q, args.table_q, span, batch, head, i, slab, query);
+    pack_right_transposed<P>(query, width, work.queries + place, kQueryBlock);
     pack_right<P>(query, width, work.queries_by_value + i * width);
-    token_strip(problem, args.grad_out, span, batch, head, i, strip);
-    pack_right_turned<P>(strip, width, work.grads + panel, kPanel);
-    pack_right<P>(strip, width, work.grads_by_value + i * width);
+    token_slab(problem, args.grad_out, span, batch, head, i, slab);
+    pack_right_transposed<P>(slab, width, work.grads + place, kQueryBlock);
+    pack_right<P>(slab, width, work.grads_by_value + i * width);
     for (int64_t j = i; j < i + kLanes; ++j) {
       const bool inside = j < span.length();
       const float log_sum = inside ? lse[j] * 1.44269504f : 0.0f;
       work.lse[j] = log_sum == -INFINITY ? 0.0f : log_sum;
-      work.delta[j] = inside ? dot(strip + (j - i) * width,
-                                   at<const T>(args.out, batch, span.first + j, head), problem.size)
-                             : 0.0f;
+      work.delta[j] =
+          inside ? dot(slab + (j - i) * width, at<const T>(args.out, batch, span.first + j, head),
+                       problem.head_dim)
+                 : 0.0f;
     }
   }
 }
 
-// Rows of a block that a panel of queries sees, from whole tile to whole tile.
-struct Rows {
+// Keys of a block that a block of queries sees, from whole tile to whole tile.
+struct Keys {
   int64_t first = 0, end = 0;
 };
 
 // Weights from the products, and the products' gradients from the weights'. Both become left
-// operands at the panel's place in the group, the gradients a right operand too.
+// operands at the query block's place in the group, the gradients a right operand too.
 template <typename P>
-void weigh(int64_t rows, float scale, const float* lse, const float* delta, const float* products,
+void weigh(int64_t keys, float scale, const float* lse, const float* delta, const float* products,
            const float* d_weights, typename P::Element* weights, typename P::Element* d_products,
            typename P::Element* d_products_right) {
   using Power = PowerOf<P>;
   constexpr int64_t kDepth = P::kDepth;
   const Vec factor = broadcast(scale);
-  for (int64_t v = 0; v < kPanel; v += kLanes) {
+  for (int64_t v = 0; v < kQueryBlock; v += kLanes) {
     const Vec base = load(lse + v), shift = load(delta + v);
-    for (int64_t r = 0; r < rows; r += kDepth) {
+    for (int64_t r = 0; r < keys; r += kDepth) {
       Vec pair[kDepth];
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kDepth; ++j) {
-        const int64_t at = (r + j) * kPanel + v, to = (r + j) * kGroup + v;
+        const int64_t at = (r + j) * kQueryBlock + v, to = (r + j) * kQueryGroup + v;
         // Rounded before the difference, as the log-sum-exp was: a weight of 1 comes out as 1.
         const Vec score = multiply(load(products + at), factor);
         const Vec weight = power_of_two<Power>(subtract(score, base));
@@ -139,50 +143,50 @@ void weigh(int64_t rows, float scale, const float* lse, const float* delta, cons
         P::put_left(weights + to, weight);
         P::put_left(d_products + to, pair[j]);
       }
-      P::put(d_products_right + r * kPanel + v * kDepth, pair);
+      P::put(d_products_right + r * kQueryBlock + v * kDepth, pair);
     }
   }
 }
 
-// A block of keys and one panel of queries: weights and gradients of the products, and dQ.
+// A block of keys and one of queries: weights and gradients of the products, and dQ.
 template <typename P>
-Rows block_and_panel(const Problem& problem, const Sight& sight, const Work<P>& work, int64_t block,
-                     int64_t position, int64_t column) {
+Keys gradients_of_blocks(const Problem& problem, const Sight& sight, const Work<P>& work,
+                         int64_t block, int64_t position, int64_t column) {
   if (position >= sight.length) return {};
-  const Reach reach(sight, position, least(kPanel, sight.length - position));
-  const Rows rows{reach.first_row(block), reach.end_row(block)};
-  if (rows.first >= rows.end) return {};
-  const int64_t width = width_of(problem), count = rows.end - rows.first;
-  product<P>(work.keys + rows.first * width, width, count, work.queries + position * width, kPanel,
-             width, true, work.products);
-  product<P>(work.values + rows.first * width, width, count, work.grads + position * width, kPanel,
-             width, true, work.d_weights);
-  hide(sight, reach, position, kPanel, rows.first, rows.end, work.products);
-  const int64_t within = rows.first % kBlock, left = within * kGroup + column;
+  const Reach reach(sight, position, std::min(kQueryBlock, sight.length - position));
+  const Keys keys{reach.first_key(block), reach.end_key(block)};
+  if (keys.first >= keys.end) return {};
+  const int64_t width = width_of(problem), count = keys.end - keys.first;
+  product<P>(work.keys + keys.first * width, width, count, work.queries + position * width,
+             kQueryBlock, width, true, work.products);
+  product<P>(work.values + keys.first * width, width, count, work.grads + position * width,
+             kQueryBlock, width, true, work.d_weights);
+  hide(sight, reach, position, kQueryBlock, keys.first, keys.end, work.products);
+  const int64_t within = keys.first % kKeyBlock, left = within * kQueryGroup + column;
   weigh<P>(count, exponent_scale(problem.scale), work.lse + position, work.delta + position,
            work.products, work.d_weights, work.weights + left, work.d_products + left,
            work.d_products_right);
-  product<P>(work.keys_turned + block * kBlock * width + within, kBlock, width,
-             work.d_products_right, kPanel, count, false, work.dq + position * width);
-  return rows;
+  product<P>(work.keys_transposed + block * kKeyBlock * width + within, kKeyBlock, width,
+             work.d_products_right, kQueryBlock, count, false, work.dq + position * width);
+  return keys;
 }
 
 // to[key] += sum over the group's queries of left[key][query] * right[query], for a block's keys.
 template <typename P>
-void sum_over_queries(const Rows (&rows)[kPanels], int64_t block, int64_t width,
+void sum_over_queries(const Keys (&keys)[kQueryBlocks], int64_t block, int64_t width,
                       const typename P::Element* left, const typename P::Element* right,
                       float* to) {
   over_vectors(width, [&](int64_t lane, auto count) {
-    for (int64_t r = 0; r < kBlock; r += kRows) {
-      const int64_t row = block * kBlock + r;
-      int64_t first = 0, end = kPanels;
-      while (first < end && (row < rows[first].first || row >= rows[first].end)) ++first;
-      while (first < end && (row < rows[end - 1].first || row >= rows[end - 1].end)) --end;
+    for (int64_t r = 0; r < kKeyBlock; r += kRows) {
+      const int64_t key = block * kKeyBlock + r;
+      int64_t first = 0, end = kQueryBlocks;
+      while (first < end && (key < keys[first].first || key >= keys[first].end)) ++first;
+      while (first < end && (key < keys[end - 1].first || key >= keys[end - 1].end)) --end;
       if (first == end) continue;
-      tile<P, decltype(count)::value>(left + r * kGroup + first * kPanel, kGroup,
-                                      right + first * kPanel * width + lane * P::kDepth,
-                                      width * P::kDepth, (end - first) * kPanel / P::kDepth, false,
-                                      to + row * width + lane, width);
+      tile_product<P, kRows, decltype(count)::value>(
+          left + r * kQueryGroup + first * kQueryBlock, kQueryGroup,
+          right + first * kQueryBlock * width + lane * P::kDepth, width * P::kDepth,
+          (end - first) * kQueryBlock / P::kDepth, false, to + key * width + lane, width);
     }
   });
 }
@@ -192,18 +196,19 @@ template <typename P>
 void head_gradients(const Problem& problem, const Sight& sight, const Work<P>& work, float* dk,
                     float* dv) {
   const int64_t width = width_of(problem);
-  clear(work.dq, round_up(sight.length, kPanel) * width);
-  for (int64_t block = 0; block * kBlock < sight.length; ++block) {
-    const int64_t last = least(sight.length, (block + 1) * kBlock) - 1;
-    int64_t group = sight.first_query(block * kBlock) / kGroup * kGroup;
-    for (; group < sight.end_query(last); group += kGroup) {
-      Rows rows[kPanels];
-      for (int64_t i = 0; i < kPanels; ++i) {
-        rows[i] = block_and_panel<P>(problem, sight, work, block, group + i * kPanel, i * kPanel);
+  clear(work.dq, round_up(sight.length, kQueryBlock) * width);
+  for (int64_t block = 0; block * kKeyBlock < sight.length; ++block) {
+    const int64_t last = std::min(sight.length, (block + 1) * kKeyBlock) - 1;
+    int64_t group = sight.first_query(block * kKeyBlock) / kQueryGroup * kQueryGroup;
+    for (; group < sight.end_query(last); group += kQueryGroup) {
+      Keys keys[kQueryBlocks];
+      for (int64_t i = 0; i < kQueryBlocks; ++i) {
+        keys[i] = gradients_of_blocks<P>(problem, sight, work, block, group + i * kQueryBlock,
+                                         i * kQueryBlock);
       }
-      sum_over_queries<P>(rows, block, width, work.weights, work.grads_by_value + group * width,
+      sum_over_queries<P>(keys, block, width, work.weights, work.grads_by_value + group * width,
                           dv);
-      sum_over_queries<P>(rows, block, width, work.d_products,
+      sum_over_queries<P>(keys, block, width, work.d_products,
                           work.queries_by_value + group * width, dk);
     }
   }

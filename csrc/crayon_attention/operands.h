@@ -1,7 +1,11 @@
-// Rows of tokens packed as the operands of product.h. A strip is kLanes tokens, [kLanes][width]
+// Tokens packed as the operands of product.h. A slab is kLanes tokens, [kLanes][width]
 // values of the tensors' dtype; width is the head dim padded with zeros.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
+#include "common/integers.h"
 #include "crayon_attention/product.h"
 #include "crayon_attention/rotation.h"
 
@@ -12,20 +16,8 @@ namespace {
 // Head dims are padded to this, which whole tiles and vectors of every instruction set divide.
 constexpr int64_t kWidthUnit = 16;
 
-// Keys that are taken together; a multiple of kRows, and of every strip.
-constexpr int64_t kBlock = 128;
-
-inline int64_t round_up(int64_t count, int64_t unit) {
-  return (count + unit - 1) / unit * unit;
-}
-
-inline int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-inline int64_t most(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
+// Keys that are taken together; a multiple of kRows, and of every slab.
+constexpr int64_t kKeyBlock = 128;
 
 template <typename T>
 inline void clear(T* to, int64_t count) {
@@ -37,52 +29,52 @@ inline void copy(const T* from, int64_t count, T* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
 }
 
-// A square of the strip with tokens in lanes: vector i holds value d + i of every token.
+// A square of the slab with tokens in lanes: vector i holds value d + i of every token.
 template <typename T>
-inline void turn(const T* strip, int64_t width, int64_t d, Vec (&square)[kLanes]) {
-  for (int64_t i = 0; i < kLanes; ++i) square[i] = load(strip + i * width + d);
+inline void transpose_square(const T* slab, int64_t width, int64_t d, Vec (&square)[kLanes]) {
+  for (int64_t i = 0; i < kLanes; ++i) square[i] = load(slab + i * width + d);
   transpose(square);
 }
 
 // Left operand with a row per token: [kLanes][width].
 template <typename P, typename T>
-inline void pack_left(const T* strip, int64_t width, typename P::Element* to) {
-  convert(strip, kLanes * width, to);
+inline void pack_left(const T* slab, int64_t width, typename P::Element* to) {
+  convert(slab, kLanes * width, to);
 }
 
-// Left operand with a row per value: [width][stride], the strip's tokens side by side in a row.
+// Left operand with a row per value: [width][stride], the slab's tokens side by side in a row.
 template <typename P, typename T>
-inline void pack_left_turned(const T* strip, int64_t width, typename P::Element* to,
-                             int64_t stride) {
+inline void pack_left_transposed(const T* slab, int64_t width, typename P::Element* to,
+                                 int64_t stride) {
   Vec square[kLanes];
   for (int64_t d = 0; d < width; d += kLanes) {
-    turn(strip, width, d, square);
+    transpose_square(slab, width, d, square);
     for (int64_t i = 0; i < kLanes; ++i) P::put_left(to + (d + i) * stride, square[i]);
   }
 }
 
 // Right operand with a lane per value, k the tokens: [kLanes / kDepth][width][kDepth].
 template <typename P, typename T>
-inline void pack_right(const T* strip, int64_t width, typename P::Element* to) {
+inline void pack_right(const T* slab, int64_t width, typename P::Element* to) {
   constexpr int64_t kDepth = P::kDepth;
   for (int64_t i = 0; i < kLanes; i += kDepth) {
     for (int64_t d = 0; d < width; d += kLanes) {
       Vec k[kDepth];
-      for (int64_t j = 0; j < kDepth; ++j) k[j] = load(strip + (i + j) * width + d);
+      for (int64_t j = 0; j < kDepth; ++j) k[j] = load(slab + (i + j) * width + d);
       P::put(to + i * width + d * kDepth, k);
     }
   }
 }
 
 // Right operand with a lane per token, k the values: [width / kDepth][lanes][kDepth]; `to` is where
-// the strip's lanes start.
+// the slab's lanes start.
 template <typename P, typename T>
-inline void pack_right_turned(const T* strip, int64_t width, typename P::Element* to,
-                              int64_t lanes) {
+inline void pack_right_transposed(const T* slab, int64_t width, typename P::Element* to,
+                                  int64_t lanes) {
   constexpr int64_t kDepth = P::kDepth;
   Vec square[kLanes];
   for (int64_t d = 0; d < width; d += kLanes) {
-    turn(strip, width, d, square);
+    transpose_square(slab, width, d, square);
     for (int64_t i = 0; i < kLanes; i += kDepth) {
       Vec k[kDepth];
       for (int64_t j = 0; j < kDepth; ++j) k[j] = square[i + j];
@@ -97,7 +89,8 @@ constexpr int64_t kGrain = 1 << 20;
 // How many threads a call's products keep busy, of those there are.
 inline int64_t workers_for(const Problem& problem, int64_t items, int64_t threads) {
   const int64_t products = problem.batch * problem.q_heads * problem.length * problem.length;
-  return most(1, least(least(threads, items), products * problem.size / kGrain));
+  return std::max<int64_t>(
+      1, std::min(std::min(threads, items), products * problem.head_dim / kGrain));
 }
 
 // The valid tokens of a sample: [first, end). Kernels count positions from the first.
@@ -112,7 +105,7 @@ inline Span span_of(const Problem& problem, int64_t batch) {
 }
 
 inline int64_t width_of(const Problem& problem) {
-  return round_up(problem.size, kWidthUnit);
+  return round_up(problem.head_dim, kWidthUnit);
 }
 
 // Which keys of a span a query sees; both are positions in the span.
@@ -124,18 +117,20 @@ struct Sight {
   Sight(const Problem& problem, const Span& span)
       : length(span.length()), causal(problem.causal), window(problem.window) {}
 
-  int64_t first(int64_t query) const { return most(0, query - window + 1); }
+  int64_t first(int64_t query) const { return std::max<int64_t>(0, query - window + 1); }
   int64_t end(int64_t query) const {
-    return causal ? least(length, query + 1) : least(length, query + window);
+    return causal ? std::min(length, query + 1) : std::min(length, query + window);
   }
   // The queries that see a key.
-  int64_t first_query(int64_t key) const { return causal ? key : most(0, key - window + 1); }
-  int64_t end_query(int64_t key) const { return least(length, key + window); }
+  int64_t first_query(int64_t key) const {
+    return causal ? key : std::max<int64_t>(0, key - window + 1);
+  }
+  int64_t end_query(int64_t key) const { return std::min(length, key + window); }
 };
 
 // A negative scale's sign goes into the queries: then a larger product is a larger score.
-inline void negate(float* x, int64_t size) {
-  for (int64_t d = 0; d < size; ++d) x[d] = -x[d];
+inline void negate(float* x, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) x[d] = -x[d];
 }
 
 // From products to the exponents of two. Never zero: hidden scores are minus infinity.
@@ -151,36 +146,36 @@ inline int64_t token_of(const Span& span, int64_t position) {
   return around < span.first ? around : around - span.first + span.end;
 }
 
-// A strip of one head's tokens as they are; rows behind the span and values behind the head dim are
-// zeros, which the caller has put there once.
+// A slab of one head's tokens as they are; tokens behind the span and values behind the head
+// dim are zeros, which the caller has put there once.
 template <typename T>
-inline void token_strip(const Problem& problem, const Heads& x, const Span& span, int64_t batch,
-                        int64_t head, int64_t position, T* strip) {
+inline void token_slab(const Problem& problem, const Heads& x, const Span& span, int64_t batch,
+                       int64_t head, int64_t position, T* slab) {
   const int64_t width = width_of(problem);
-  for (int64_t i = 0; i < kLanes; ++i, ++position, strip += width) {
+  for (int64_t i = 0; i < kLanes; ++i, ++position, slab += width) {
     if (position >= span.length()) {
-      clear(strip, width);
+      clear(slab, width);
     } else {
-      copy(at<const T>(x, batch, span.first + position, head), problem.size, strip);
+      copy(at<const T>(x, batch, span.first + position, head), problem.head_dim, slab);
     }
   }
 }
 
-// The same of queries, prepared, in float32: packing rounds them. raw is a strip for the tokens as
-// they are: copied first, all of their rows are on the way at once.
+// The same of queries, with their rows and rotated, in float32: packing rounds them. raw is a slab
+// for the tokens as they are: copied first, all of them are on the way at once.
 template <typename T>
-inline void query_strip(const Problem& problem, const Heads& q, const void* table, const Span& span,
-                        int64_t batch, int64_t head, int64_t position, T* raw, float* strip) {
-  token_strip(problem, q, span, batch, head, position, raw);
+inline void query_slab(const Problem& problem, const Heads& q, const void* table, const Span& span,
+                       int64_t batch, int64_t head, int64_t position, T* raw, float* slab) {
+  token_slab(problem, q, span, batch, head, position, raw);
   const int64_t width = width_of(problem);
-  const int64_t count = most(0, least(kLanes, span.length() - position));
+  const int64_t count = std::max<int64_t>(0, std::min(kLanes, span.length() - position));
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = span.first + position + i;
     const T* row = row_of<T>(problem, table, batch, token, problem.q_heads, head);
-    rotate(problem, batch, token, raw + i * width, row, strip + i * width);
-    if (problem.scale < 0) negate(strip + i * width, problem.size);
+    rotate(problem, batch, token, raw + i * width, row, slab + i * width);
+    if (problem.scale < 0) negate(slab + i * width, problem.head_dim);
   }
-  clear(strip + count * width, (kLanes - count) * width);
+  clear(slab + count * width, (kLanes - count) * width);
 }
 
 }  // namespace

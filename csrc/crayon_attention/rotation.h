@@ -65,7 +65,7 @@ inline const T* row_of(const Problem& problem, const void* table, int64_t batch,
                        int64_t heads, int64_t head) {
   if (!table || !problem.row_index) return nullptr;
   const int64_t row = problem.row_index[batch * problem.length + token];
-  return row < 0 ? nullptr : static_cast<const T*>(table) + (row * heads + head) * problem.size;
+  return row < 0 ? nullptr : static_cast<const T*>(table) + (row * heads + head) * problem.head_dim;
 }
 
 // x plus y where y is not null, at offset d.
@@ -77,8 +77,8 @@ inline typename L::Value load_sum(const T* x, const U* y, int64_t d) {
 
 // to = x + row, where row may be null; to may be x.
 template <typename T, typename U>
-inline void add_row(const T* x, const T* row, int64_t size, U* to) {
-  over_lanes(size, [&](auto lanes, int64_t d) {
+inline void add_row(const T* x, const T* row, int64_t count, U* to) {
+  over_lanes(count, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
     L::store(to + d, load_sum<L>(x, row, d));
   });
@@ -88,9 +88,9 @@ inline void add_row(const T* x, const T* row, int64_t size, U* to) {
 template <typename T, typename U>
 inline void rotate(const Problem& problem, int64_t batch, int64_t token, const T* x, const T* row,
                    U* to) {
-  if (!problem.cos) return add_row(x, row, problem.size, to);
-  const int64_t half = problem.size / 2;
-  const int64_t angle = batch * problem.angle_batch_stride + token * problem.size;
+  if (!problem.cos) return add_row(x, row, problem.head_dim, to);
+  const int64_t half = problem.head_dim / 2;
+  const int64_t angle = batch * problem.angle_batch_stride + token * problem.head_dim;
   const float *cos = problem.cos + angle, *sin = problem.sin + angle;
   over_lanes(half, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
@@ -106,8 +106,8 @@ inline void rotate(const Problem& problem, int64_t batch, int64_t token, const T
 // x = R^T x in float32, or nothing where there is no rotation.
 inline void unrotate(const Problem& problem, int64_t batch, int64_t token, float* x) {
   if (!problem.cos) return;
-  const int64_t half = problem.size / 2;
-  const int64_t angle = batch * problem.angle_batch_stride + token * problem.size;
+  const int64_t half = problem.head_dim / 2;
+  const int64_t angle = batch * problem.angle_batch_stride + token * problem.head_dim;
   const float *cos = problem.cos + angle, *sin = problem.sin + angle;
   over_lanes(half, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
@@ -122,8 +122,8 @@ inline void unrotate(const Problem& problem, int64_t batch, int64_t token, float
 
 // to += x, to in float32.
 template <typename T>
-inline void accumulate(const T* x, int64_t size, float* to) {
-  over_lanes(size, [&](auto lanes, int64_t d) {
+inline void accumulate(const T* x, int64_t count, float* to) {
+  over_lanes(count, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
     L::store(to + d, L::add(L::load(to + d), L::load(x + d)));
   });
@@ -131,8 +131,8 @@ inline void accumulate(const T* x, int64_t size, float* to) {
 
 // to = x, rounded to its type.
 template <typename T, typename U>
-inline void convert(const T* x, int64_t size, U* to) {
-  over_lanes(size, [&](auto lanes, int64_t d) {
+inline void convert(const T* x, int64_t count, U* to) {
+  over_lanes(count, [&](auto lanes, int64_t d) {
     using L = decltype(lanes);
     L::store(to + d, L::load(x + d));
   });

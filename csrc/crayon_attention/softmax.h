@@ -1,7 +1,8 @@
-// Weights from products: powers of two, hidden keys, and the running softmax of a panel of queries.
-// Queries are lanes and keys are rows, [keys][kPanel], so nothing is summed across a vector.
+// Weights from products: powers of two, hidden keys, and the running softmax of a block of queries.
+// Queries are lanes and keys are rows, [keys][kQueryBlock], so nothing is summed across a vector.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "crayon_attention/operands.h"
@@ -58,8 +59,8 @@ inline Vec power_of_two(Vec x) {
 template <typename P>
 using PowerOf = std::conditional_t<P::kDepth == 2, RoughPower, FinePower>;
 
-// The keys [first, end) of a panel's queries at [position, position + count), and which of them all
-// of its queries see.
+// The keys [first, end) of a block of queries at [position, position + count), and which of them
+// all of its queries see.
 struct Reach {
   int64_t first, end, all_first, all_end;
 
@@ -71,15 +72,19 @@ struct Reach {
     all_end = sight.end(position);
   }
 
-  // Its rows within a block, from whole tile to whole tile.
-  int64_t first_row(int64_t block) const { return most(first / kRows * kRows, block * kBlock); }
-  int64_t end_row(int64_t block) const { return least(round_up(end, kRows), (block + 1) * kBlock); }
+  // Those within a block of keys, from whole tile to whole tile.
+  int64_t first_key(int64_t block) const {
+    return std::max(first / kRows * kRows, block * kKeyBlock);
+  }
+  int64_t end_key(int64_t block) const {
+    return std::min(round_up(end, kRows), (block + 1) * kKeyBlock);
+  }
 };
 
-// Minus infinity where a query does not see the key; scores are the rows [first, end).
+// Minus infinity where a query does not see the key; scores are those of [first, end).
 inline void hide(const Sight& sight, const Reach& reach, int64_t position, int64_t lanes,
                  int64_t first, int64_t end, float* scores) {
-  for (int64_t key = first; key < end; ++key, scores += kPanel) {
+  for (int64_t key = first; key < end; ++key, scores += kQueryBlock) {
     if (key >= reach.all_first && key < reach.all_end) continue;
     const bool inside = key < sight.length;
     const int64_t seen_first = inside ? sight.first_query(key) - position : lanes;
@@ -90,16 +95,16 @@ inline void hide(const Sight& sight, const Reach& reach, int64_t position, int64
   }
 }
 
-// What a panel carries from block to block, a value per query: the largest product so far and the
-// sum of weights relative to it. The lowest that there is times the scale is finite, and so is its
-// distance from any finite product.
+// What a block of queries carries from key block to key block, a value per query: the largest
+// product so far and the sum of weights relative to it. The lowest that there is times the scale is
+// finite, and so is its distance from any finite product.
 struct Running {
-  alignas(64) float top[kPanel];
-  alignas(64) float total[kPanel];
+  alignas(64) float top[kQueryBlock];
+  alignas(64) float total[kQueryBlock];
 
   explicit Running(float scale) {
     const float lowest = -3e38f / (scale > 1 ? scale : 1.0f);
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
+    for (int64_t lane = 0; lane < kQueryBlock; ++lane) {
       top[lane] = lowest;
       total[lane] = 0;
     }
@@ -109,16 +114,16 @@ struct Running {
 // Folds a block's products into the running softmax: weights is the block's right operand, shrink
 // the factor on what was summed before. Returns whether any factor differs from 1.
 template <typename P, int64_t kCount>
-inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* top, float* total,
+inline bool fold_vectors(const float* scores, int64_t keys, float scale, float* top, float* total,
                          typename P::Element* weights, float* shrink) {
   using Power = PowerOf<P>;
   constexpr int64_t kDepth = P::kDepth;
   Vec highest[kCount], sums[kCount];
   for (int64_t v = 0; v < kCount; ++v) highest[v] = load(top + v * kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < keys; ++r) {
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kCount; ++v) {
-      highest[v] = maximum(load(scores + r * kPanel + v * kLanes), highest[v]);
+      highest[v] = maximum(load(scores + r * kQueryBlock + v * kLanes), highest[v]);
     }
   }
   const Vec factor = broadcast(scale);
@@ -129,18 +134,18 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
     store(top + v * kLanes, highest[v]);
     sums[v] = multiply(load(total + v * kLanes), power);
   }
-  for (int64_t r = 0; r < rows; r += kDepth) {
+  for (int64_t r = 0; r < keys; r += kDepth) {
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kCount; ++v) {
       Vec pair[kDepth];
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kDepth; ++j) {
         // The difference first: the largest product's weight is 1 however large it is.
-        const Vec below = subtract(load(scores + (r + j) * kPanel + v * kLanes), highest[v]);
+        const Vec below = subtract(load(scores + (r + j) * kQueryBlock + v * kLanes), highest[v]);
         pair[j] = power_of_two<Power>(multiply(below, factor));
         sums[v] = add(sums[v], pair[j]);
       }
-      P::put(weights + r * kPanel + v * kLanes * kDepth, pair);
+      P::put(weights + r * kQueryBlock + v * kLanes * kDepth, pair);
     }
   }
   bool changed = false;
@@ -149,7 +154,7 @@ inline bool fold_vectors(const float* scores, int64_t rows, float scale, float* 
   return changed;
 }
 
-// Multiplies every row of [rows][kPanel] by a factor per lane.
+// Multiplies every row of [rows][kQueryBlock] by a factor per lane.
 inline void shrink_rows(const float* shrink, int64_t lanes, int64_t rows, float* x) {
   over_vectors(lanes, [&](int64_t lane, auto count) {
     constexpr int64_t kCount = decltype(count)::value;
@@ -157,7 +162,7 @@ inline void shrink_rows(const float* shrink, int64_t lanes, int64_t rows, float*
     for (int64_t v = 0; v < kCount; ++v) factor[v] = load(shrink + lane + v * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t v = 0; v < kCount; ++v) {
-        float* at = x + r * kPanel + lane + v * kLanes;
+        float* at = x + r * kQueryBlock + lane + v * kLanes;
         store(at, multiply(load(at), factor[v]));
       }
     }

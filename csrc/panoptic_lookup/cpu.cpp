@@ -2,6 +2,7 @@
 // look shows. Of the others, the pixels of one id after another are bits of masks, whose sums give
 // the cell's counts and the rows' areas and boxes.
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -19,10 +20,6 @@ constexpr int kPasses = 8;
 constexpr int64_t kFewPixels = 8;
 constexpr int64_t kMostLines = 64;  // of a tile, beside kMostPixels
 constexpr int64_t kCacheLine = 64;  // bytes
-
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 inline int64_t lowest_bit(uint64_t bits) {
   return __builtin_ctzll(bits);
@@ -85,8 +82,7 @@ inline int64_t center_of(int64_t cell, int64_t length, int64_t cells) {
   return (2 * cell + 1) * length / (2 * cells);
 }
 
-inline void add_block(RowFacts& facts, int64_t area, int64_t x0, int64_t y0, int64_t x1,
-                      int64_t y1) {
+inline void add_box(RowFacts& facts, int64_t area, int64_t x0, int64_t y0, int64_t x1, int64_t y1) {
   facts.area += static_cast<int32_t>(area);
   if (x0 < facts.x0) facts.x0 = static_cast<int32_t>(x0);
   if (y0 < facts.y0) facts.y0 = static_cast<int32_t>(y0);
@@ -163,8 +159,8 @@ class BandPass {
   // other for the processor to foresee them. Inlined by force, for a call without an effect on its
   // results is taken out.
   [[gnu::always_inline]] void ask_for_next(const Span& rows, const Span& columns) {
-    const int64_t below = smaller(rows.end - rows.begin, image_.height - rows.end);
-    const int64_t lines = smaller(below, kMostLines);
+    const int64_t below = std::min(rows.end - rows.begin, image_.height - rows.end);
+    const int64_t lines = std::min(below, kMostLines);
     const int64_t bytes = (columns.end - columns.begin) * Pixels::kBytes;
     const uint8_t* line = image_.map + rows.end * image_.stride + columns.begin * Pixels::kBytes;
     for (int64_t y = 0; y < lines; ++y, line += image_.stride) {
@@ -181,11 +177,11 @@ class BandPass {
         tile.pixels = image_.map + y * image_.stride + x * Pixels::kBytes;
         tile.x = x;
         tile.y = y;
-        tile.width = smaller(columns.end - x, kMostPixels);
-        tile.height = smaller(rows.end - y, kMostLines);
-        tile.owned_width = smaller(columns.owned_end - x, kMostPixels);
-        tile.owned_height = smaller(rows.owned_end - y, kMostLines);
-        if (!uniform<Pixels>(block_of(tile))) {
+        tile.width = std::min(columns.end - x, kMostPixels);
+        tile.height = std::min(rows.end - y, kMostLines);
+        tile.owned_width = std::min(columns.owned_end - x, kMostPixels);
+        tile.owned_height = std::min(rows.owned_end - y, kMostLines);
+        if (!uniform<Pixels>(patch_of(tile))) {
           add_parts(tile);
           continue;
         }
@@ -199,15 +195,15 @@ class BandPass {
     return take_majority();
   }
 
-  Block block_of(const Tile& tile) const {
+  Patch patch_of(const Tile& tile) const {
     return {tile.pixels, image_.stride, tile.height, tile.width};
   }
 
   int64_t add_whole(const Tile& tile) {
     const int64_t row = finder_.find(Pixels::at(tile.pixels, 0));
     if (tile.owned_width > 0 && tile.owned_height > 0) {
-      add_block(band_.facts[row], tile.owned_width * tile.owned_height, tile.x, tile.y,
-                tile.x + tile.owned_width, tile.y + tile.owned_height);
+      add_box(band_.facts[row], tile.owned_width * tile.owned_height, tile.x, tile.y,
+              tile.x + tile.owned_width, tile.y + tile.owned_height);
     }
     return row;
   }
@@ -216,7 +212,7 @@ class BandPass {
   void add_parts(const Tile& tile) {
     const int32_t id = Pixels::at(tile.pixels, 0), other = other_id(tile, id);
     Pair bits[kMostLines];
-    match<Pixels>(block_of(tile), id, other, bits);
+    match<Pixels>(patch_of(tile), id, other, bits);
     uint64_t left[kMostLines], any = 0;  // pixels with neither
     Part part, second;
     const uint64_t columns = tile.owned_columns();
@@ -251,7 +247,7 @@ class BandPass {
       if (line == tile.height) return;
       const int32_t id = Pixels::at(tile.pixels + line * image_.stride, lowest_bit(left[line]));
       Pair bits[kMostLines];
-      match<Pixels>(block_of(tile), id, id, bits);
+      match<Pixels>(patch_of(tile), id, id, bits);
       Part part;
       for (int64_t y = line; y < tile.height; ++y) {
         part.add(bits[y].first, tile.owned(y), y);
@@ -273,9 +269,9 @@ class BandPass {
     const int64_t row = finder_.find(id);
     count(row, part.pixels);
     if (part.area == 0) return;
-    add_block(band_.facts[row], part.area, tile.x + lowest_bit(part.columns),
-              tile.y + lowest_bit(part.lines), tile.x + highest_bit(part.columns) + 1,
-              tile.y + highest_bit(part.lines) + 1);
+    add_box(band_.facts[row], part.area, tile.x + lowest_bit(part.columns),
+            tile.y + lowest_bit(part.lines), tile.x + highest_bit(part.columns) + 1,
+            tile.y + highest_bit(part.lines) + 1);
   }
 
   void count(int64_t row, int64_t pixels) {
@@ -312,7 +308,7 @@ void write_row(const Problem& problem, const Image& image, int64_t row, const Ba
   RowFacts all = begin->facts[row];
   for (const Band* band = begin + 1; band < end; ++band) {
     const RowFacts& part = band->facts[row];
-    if (part.area > 0) add_block(all, part.area, part.x0, part.y0, part.x1, part.y1);
+    if (part.area > 0) add_box(all, part.area, part.x0, part.y0, part.x1, part.y1);
   }
   float* box = problem.row_box + 4 * (image.first_row + row);
   const bool empty = row == 0 || all.area == 0;

@@ -22,7 +22,7 @@ inline uint64_t first_bits(int64_t count) {
 }
 
 // Lines of `count` pixels, 1 to 64, at `stride` bytes from each other.
-struct Block {
+struct Patch {
   const uint8_t* pixels;
   int64_t stride;
   int64_t lines;
@@ -124,11 +124,11 @@ struct Colours {
 #if defined(__AVX512F__)
 
 template <typename Pixels, int kLoads>
-inline void match_lines(const Block& block, int32_t a, int32_t b, Pair* bits) {
+inline void match_lines(const Patch& patch, int32_t a, int32_t b, Pair* bits) {
   const __m512i first = _mm512_set1_epi32(a), second = _mm512_set1_epi32(b);
-  const auto rest = static_cast<__mmask16>(first_bits(block.count - 16 * (kLoads - 1)));
-  for (int64_t y = 0; y < block.lines; ++y) {
-    const uint8_t* line = block.pixels + y * block.stride;
+  const auto rest = static_cast<__mmask16>(first_bits(patch.count - 16 * (kLoads - 1)));
+  for (int64_t y = 0; y < patch.lines; ++y) {
+    const uint8_t* line = patch.pixels + y * patch.stride;
     uint64_t found = 0, others = 0;
     for (int k = 0; k < kLoads; ++k) {
       const __mmask16 inside = k + 1 < kLoads ? static_cast<__mmask16>(0xFFFF) : rest;
@@ -143,17 +143,17 @@ inline void match_lines(const Block& block, int32_t a, int32_t b, Pair* bits) {
 // Whether the lines repeat one pixel, in so many loads of Pixels::kStep bytes, the last one
 // shorter.
 template <typename Pixels, int kLoads>
-inline bool lines_repeat(const Block& block) {
+inline bool lines_repeat(const Patch& patch) {
   constexpr int64_t kStep = Pixels::kStep;
-  const __m512i wanted = Pixels::repeat(Pixels::at(block.pixels, 0));
-  const int64_t last = Pixels::kBytes * block.count - (kLoads - 1) * kStep;
+  const __m512i wanted = Pixels::repeat(Pixels::at(patch.pixels, 0));
+  const int64_t last = Pixels::kBytes * patch.count - (kLoads - 1) * kStep;
   const __mmask64 whole = first_bits(kStep), rest = first_bits(last);
   __m512i differ = _mm512_setzero_si512();
   const auto add = [&](__m512i found) {
     differ = _mm512_ternarylogic_epi32(differ, found, wanted, 0xF6);  // differ | found ^ wanted
   };
-  for (int64_t y = 0; y < block.lines; ++y) {
-    const uint8_t* line = block.pixels + y * block.stride;
+  for (int64_t y = 0; y < patch.lines; ++y) {
+    const uint8_t* line = patch.pixels + y * patch.stride;
     for (int k = 0; k + 1 < kLoads; ++k, line += kStep) {
       add(kStep == 64 ? _mm512_loadu_si512(line) : _mm512_mask_loadu_epi8(wanted, whole, line));
     }
@@ -183,38 +183,38 @@ inline uint64_t equal_in_line(const uint8_t* line, int64_t count, int32_t id) {
 
 // Finds the pixels with the ids a and b, a pair of words for every line; if b is a, none has b.
 template <typename Pixels>
-inline void match(const Block& block, int32_t a, int32_t b, Pair* bits) {
+inline void match(const Patch& patch, int32_t a, int32_t b, Pair* bits) {
 #if defined(__AVX512F__)
-  if (block.count <= 16) return match_lines<Pixels, 1>(block, a, b, bits);
-  if (block.count <= 32) return match_lines<Pixels, 2>(block, a, b, bits);
-  if (block.count <= 48) return match_lines<Pixels, 3>(block, a, b, bits);
-  match_lines<Pixels, 4>(block, a, b, bits);
+  if (patch.count <= 16) return match_lines<Pixels, 1>(patch, a, b, bits);
+  if (patch.count <= 32) return match_lines<Pixels, 2>(patch, a, b, bits);
+  if (patch.count <= 48) return match_lines<Pixels, 3>(patch, a, b, bits);
+  match_lines<Pixels, 4>(patch, a, b, bits);
 #else
-  for (int64_t y = 0; y < block.lines; ++y) {
-    const uint8_t* line = block.pixels + y * block.stride;
-    const uint64_t found = equal_in_line<Pixels>(line, block.count, a);
-    bits[y] = {found, equal_in_line<Pixels>(line, block.count, b) & ~found};
+  for (int64_t y = 0; y < patch.lines; ++y) {
+    const uint8_t* line = patch.pixels + y * patch.stride;
+    const uint64_t found = equal_in_line<Pixels>(line, patch.count, a);
+    bits[y] = {found, equal_in_line<Pixels>(line, patch.count, b) & ~found};
   }
 #endif
 }
 
 // Whether all pixels have one id.
 template <typename Pixels>
-inline bool uniform(const Block& block) {
-  const int64_t bytes = Pixels::kBytes * block.count;
+inline bool uniform(const Patch& patch) {
+  const int64_t bytes = Pixels::kBytes * patch.count;
 #if defined(__AVX512F__)
-  if (bytes <= Pixels::kStep) return lines_repeat<Pixels, 1>(block);
-  if (bytes <= 2 * Pixels::kStep) return lines_repeat<Pixels, 2>(block);
-  if (bytes <= 3 * Pixels::kStep) return lines_repeat<Pixels, 3>(block);
-  return lines_repeat<Pixels, 4>(block);
+  if (bytes <= Pixels::kStep) return lines_repeat<Pixels, 1>(patch);
+  if (bytes <= 2 * Pixels::kStep) return lines_repeat<Pixels, 2>(patch);
+  if (bytes <= 3 * Pixels::kStep) return lines_repeat<Pixels, 3>(patch);
+  return lines_repeat<Pixels, 4>(patch);
 #else
   // The first line is compared with itself, moved by a pixel, and every other one with it.
   const auto same = [&](const uint8_t* pixels, int64_t count) {
-    return std::memcmp(block.pixels, pixels, static_cast<size_t>(count)) == 0;
+    return std::memcmp(patch.pixels, pixels, static_cast<size_t>(count)) == 0;
   };
-  if (!same(block.pixels + Pixels::kBytes, bytes - Pixels::kBytes)) return false;
-  for (int64_t y = 1; y < block.lines; ++y) {
-    if (!same(block.pixels + y * block.stride, bytes)) return false;
+  if (!same(patch.pixels + Pixels::kBytes, bytes - Pixels::kBytes)) return false;
+  for (int64_t y = 1; y < patch.lines; ++y) {
+    if (!same(patch.pixels + y * patch.stride, bytes)) return false;
   }
   return true;
 #endif

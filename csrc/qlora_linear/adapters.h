@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/integers.h"
 #include "common/parallel.h"
 #include "qlora_linear/panels.h"
 #include "qlora_linear/simd.h"
@@ -20,7 +21,7 @@ struct Hidden {
 };
 
 inline int64_t slots_of(int64_t rank) {
-  return (rank + 1) / 2 * 2;
+  return round_up(rank, 2);
 }
 
 inline bool active(const ForwardArgs& args, int64_t index, int64_t token) {
@@ -41,8 +42,7 @@ template <>
 inline constexpr int64_t kStepOf<BFloat16, BFloat16> = 32;
 
 inline Vec step(Vec sums, const BFloat16* a, const BFloat16* b) {
-  return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a)),
-                          reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+  return _mm512_dpbf16_ps(sums, load_pairs(a), load_pairs(b));
 }
 #endif
 
@@ -102,8 +102,8 @@ void shrink(const ForwardArgs& args, const X* x, const Hidden& hidden) {
       }
     }
     with_type(adapter.dtype, adapter.a, [&](const auto* a) {
-      parallel_for((adapter.rank + 3) / 4, grain, [&](int64_t begin, int64_t end) {
-        const int64_t stop = std::min(4 * end, adapter.rank);
+      parallel_for(ceil_divide(adapter.rank, 4), grain, [&](int64_t begin, int64_t end) {
+        const int64_t stop = std::min<int64_t>(4 * end, adapter.rank);
         int64_t r = 4 * begin;
         for (; r + 4 <= stop; r += 4) {
           shrink_rows<4>(args, index, a + r * columns, x, first + r, hidden);
@@ -137,10 +137,7 @@ struct Expansion<BFloat16> {
   static const Values* values(const Hidden& hidden) { return hidden.narrow; }
   static Vec row(const BFloat16* from) { return _mm512_castsi512_ps(_mm512_loadu_si512(from)); }
   static Vec add(Vec sums, Vec rows, const Values* pair) {
-    int32_t bits;
-    std::memcpy(&bits, pair, sizeof(bits));
-    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(_mm512_castps_si512(rows)),
-                            reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits)));
+    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(rows), broadcast_pair(pair));
   }
 };
 #endif
@@ -164,8 +161,8 @@ inline Vec add_square(Vec sums, const Vec (&square)[kLanes],
   return sums;
 }
 
-// sums[m][r] += B[row + r] . hidden[token + m] for the rows of a panel. A square of B is turned
-// once, so that rows are lanes, and serves all tokens.
+// sums[m][r] += B[row + r] . hidden[token + m] for the rows of a panel. A square of B is
+// transposed once, so that rows are lanes, and serves all tokens.
 template <typename B>
 void expand_panel(const ForwardArgs& args, int64_t index, const B* b, int64_t row, int64_t token,
                   int64_t tokens, int64_t slot, const Hidden& hidden, float* sums) {
@@ -189,7 +186,7 @@ void expand_panel(const ForwardArgs& args, int64_t index, const B* b, int64_t ro
         }
       }
       transpose(square);
-      const int64_t used = (some + E::kPer - 1) / E::kPer;
+      const int64_t used = ceil_divide(some, E::kPer);
       for (int64_t m = 0; m < tokens; ++m) {
         const auto* value = E::values(hidden) + (token + m) * hidden.slots + slot + first;
         // An idle adapter is nothing to a token, whatever its values are.

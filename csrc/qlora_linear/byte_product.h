@@ -77,9 +77,9 @@ struct ByteProduct {
         for (int m = 0; m < kTokens; ++m) {
           const int8_t* values = x[m].values + 8 * line;
           __m512i& low = parts[m][0];
-          low = _mm512_dpbusd_epi32(low, first, broadcast_four(values));
+          low = _mm512_dpbusd_epi32(low, first, broadcast_bytes(values));
           __m512i& high = parts[m][kChains - 1];
-          high = _mm512_dpbusd_epi32(high, last, broadcast_four(values + 4));
+          high = _mm512_dpbusd_epi32(high, last, broadcast_bytes(values + 4));
         }
       }
       const __m512 scale = _mm512_loadu_ps(reinterpret_cast<const float*>(tiles));
@@ -109,12 +109,6 @@ struct ByteProduct {
       codes[i] = static_cast<uint8_t>(128 + std::nearbyint(127.0f * kNF4Code[i % 16]));
     }
     return _mm512_load_si512(codes);
-  }
-
-  static __m512i broadcast_four(const int8_t* values) {
-    int32_t bits;
-    std::memcpy(&bits, values, sizeof(bits));
-    return _mm512_set1_epi32(bits);
   }
 };
 

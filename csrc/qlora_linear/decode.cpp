@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/integers.h"
 #include "common/parallel.h"
 #include "qlora_linear/adapters.h"
 #include "qlora_linear/byte_product.h"
@@ -20,7 +21,7 @@ namespace {
 struct Groups {
   int64_t tokens, count;
 
-  explicit Groups(int64_t all) : tokens(all), count((all + kMostTokens - 1) / kMostTokens) {}
+  explicit Groups(int64_t all) : tokens(all), count(ceil_divide(all, kMostTokens)) {}
   int64_t begin(int64_t group) const { return tokens * group / count; }
 };
 

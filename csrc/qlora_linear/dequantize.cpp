@@ -76,7 +76,7 @@ void dequantize_tiles(const NF4& weight, int64_t row, int64_t column_begin, int6
 }
 
 template <typename T>
-void dequantize_panel(const DequantizeArgs& args, T* out) {
+void dequantize_strip(const DequantizeArgs& args, T* out) {
   const Scales scales(args.weight);
   const int64_t width = args.column_end - args.column_begin;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1));
@@ -101,7 +101,7 @@ namespace COLLAVO_ISA {
 void dequantize(const DequantizeArgs& args) {
   with_type(args.dtype, args.out, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    dequantize_panel(args, static_cast<T*>(args.out));
+    dequantize_strip(args, static_cast<T*>(args.out));
   });
 }
 

@@ -1,5 +1,6 @@
 #include <stdexcept>
 
+#include "common/integers.h"
 #include "qlora_linear/qlora_linear.h"
 
 namespace collavo::qlora_linear {
@@ -47,13 +48,13 @@ int64_t forward_scratch(int64_t tokens, int64_t rows, int64_t columns, int64_t n
                         int64_t total_rank) {
   // x as float32 in the order of the products, the sums of whole panels, and the hidden values, an
   // even number per adapter, as float32 and as bfloat16.
-  return tokens * (columns + (rows + 15) / 16 * 16 + 2 * (total_rank + num_adapters));
+  return tokens * (columns + round_up(rows, 16) + 2 * (total_rank + num_adapters));
 }
 
 int64_t many_scratch(int64_t terms, const int64_t* ranks, int64_t num_adapters) {
-  int64_t blocks = (terms + kBlock - 1) / kBlock;
-  for (int64_t i = 0; i < num_adapters; ++i) blocks += (ranks[i] + kBlock - 1) / kBlock;
-  return blocks * kMostTokensAtOnce * kLeftStride;
+  int64_t slices = ceil_divide(terms, kTermsAtOnce);
+  for (int64_t i = 0; i < num_adapters; ++i) slices += ceil_divide(ranks[i], kTermsAtOnce);
+  return slices * kMostTokensAtOnce * kLeftStride;
 }
 
 }  // namespace collavo::qlora_linear

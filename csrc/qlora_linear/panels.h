@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/integers.h"
 #include "qlora_linear/qlora_linear.h"
 #include "qlora_linear/scales.h"
 #include "qlora_linear/simd.h"
@@ -32,7 +33,15 @@ constexpr int64_t kTile = kScaleBytes + kLines * kLine;
 constexpr int64_t kRun = 8;
 
 inline int64_t panels_of(int64_t rows) {
-  return (rows + kPanel - 1) / kPanel;
+  return ceil_divide(rows, kPanel);
+}
+
+// The values that meet a chunk in a product's order: eight to eight.
+template <typename T>
+inline void arrange_floats(const int (&order)[8], const T* from, float* to) {
+  for (int64_t i = 0; i < kChunk; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) to[i + j] = to_float(from[i + order[j]]);
+  }
 }
 
 // Tiles of a weight in either order. Needs columns % 64 == 0 and block_size >= 64.
@@ -45,10 +54,10 @@ class Tiles {
   const uint8_t* get(int64_t panel, int64_t first, int64_t count, uint8_t* room) const {
     if (weight_.panels) return weight_.packed + (panel * chunks_ + first) * kTile;
     int64_t t = 0;
-    if constexpr (kTurned > 0) {
+    if constexpr (kTransposed > 0) {
       const bool whole = (panel + 1) * kPanel <= weight_.rows;
-      for (; whole && t + kTurned <= count; t += kTurned) {
-        turn(panel, first + t, room + t * kTile);
+      for (; whole && t + kTransposed <= count; t += kTransposed) {
+        transpose_tiles(panel, first + t, room + t * kTile);
       }
     }
     for (; t < count; ++t) gather(panel, first + t, room + t * kTile);
@@ -62,12 +71,12 @@ class Tiles {
 
  private:
   // Tiles that a vector's dwords of a row reach over.
-  static constexpr int64_t kTurned = kLanes / kLines;
+  static constexpr int64_t kTransposed = kLanes / kLines;
 
-  // Tiles of a panel that has all its rows: squares of dwords are turned in registers.
-  void turn(int64_t panel, int64_t chunk, uint8_t* tile) const {
+  // Tiles of a panel that has all its rows: squares of dwords are transposed in registers.
+  void transpose_tiles(int64_t panel, int64_t chunk, uint8_t* tile) const {
     const int64_t element = panel * kPanel * weight_.columns + chunk * kChunk;
-    for (int64_t t = 0; t < kTurned; ++t) {
+    for (int64_t t = 0; t < kTransposed; ++t) {
       for (int64_t r = 0; r < kPanel; ++r) {
         const float scale = scales_.at(element + r * weight_.columns + t * kChunk);
         std::memcpy(tile + t * kTile + r * sizeof(float), &scale, sizeof(float));

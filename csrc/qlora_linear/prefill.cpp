@@ -8,28 +8,29 @@
 
 #include <algorithm>
 
+#include "common/integers.h"
 #include "common/parallel.h"
 #include "qlora_linear/panel_product.h"
 #include "qlora_linear/panels.h"
-#include "qlora_linear/tile_product.h"
+#include "qlora_linear/strip_product.h"
 
 namespace collavo::qlora_linear {
 
 namespace {
 
-// A block of the left side for so many tokens stays in the second-level cache while so many strips
+// A slice of the left side for all tokens stays in the second-level cache while so many strips
 // use it.
 constexpr int64_t kMostStrips = 2;
-constexpr int64_t kBlockTiles = kBlock / kChunk;
-constexpr int64_t kBlockPanels = kBlock / kPanel;
+constexpr int64_t kSliceTiles = kTermsAtOnce / kChunk;
+constexpr int64_t kSlicePanels = kTermsAtOnce / kPanel;
 
-int64_t blocks_of(int64_t terms) {
-  return (terms + kBlock - 1) / kBlock;
+int64_t slices_of(int64_t terms) {
+  return ceil_divide(terms, kTermsAtOnce);
 }
 
-// Sixteen rows of 16 pairs each, turned: pair q of every row at out[q * kStrip].
-void turn_rows(const BFloat16* from, int64_t rows, int64_t row, int64_t rank, int64_t first,
-               int64_t pairs, uint32_t* out) {
+// Sixteen rows of 16 pairs each, transposed: pair q of every row at out[q * kStrip].
+void transpose_rows(const BFloat16* from, int64_t rows, int64_t row, int64_t rank, int64_t first,
+                    int64_t pairs, uint32_t* out) {
   Vec square[16];
   for (int64_t r = 0; r < 16; ++r) {
     // Rows behind the matrix repeat its last one.
@@ -65,10 +66,10 @@ class Forward {
     for (int64_t i = 0; i < count; i += kChunk) PairProduct::arrange(row + begin + i, to + i);
   }
 
-  int64_t decode(int64_t block, int64_t strip, uint32_t* right) const {
+  int64_t decode(int64_t slice, int64_t strip, uint32_t* right) const {
     const __m512 table = _mm512_load_ps(kNF4Code);
-    const int64_t first = block * kBlockTiles;
-    const int64_t count = std::min(kBlockTiles, tiles_.chunks() - first);
+    const int64_t first = slice * kSliceTiles;
+    const int64_t count = std::min(kSliceTiles, tiles_.chunks() - first);
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t panel = 2 * strip + half;
       if (panel >= panels_of(args_.weight.rows)) {
@@ -77,7 +78,7 @@ class Forward {
         }
         continue;
       }
-      alignas(64) uint8_t room[kBlockTiles * kTile];
+      alignas(64) uint8_t room[kSliceTiles * kTile];
       const uint8_t* tile = tiles_.get(panel, first, count, room);
       for (int64_t t = 0; t < count; ++t, tile += kTile) {
         const __m512 scale = _mm512_loadu_ps(reinterpret_cast<const float*>(tile));
@@ -98,8 +99,9 @@ class Forward {
     const auto* b = static_cast<const BFloat16*>(adapter.b);
     for (int64_t q = 0; q < pairs; q += 16) {
       for (int64_t half = 0; half < 2; ++half) {
-        turn_rows(b, args_.weight.rows, strip * kStrip + 16 * half, adapter.rank, first + 2 * q,
-                  std::min<int64_t>(16, pairs - q), right + q * kStrip + 16 * half);
+        transpose_rows(b, args_.weight.rows, strip * kStrip + 16 * half, adapter.rank,
+                       first + 2 * q, std::min<int64_t>(16, pairs - q),
+                       right + q * kStrip + 16 * half);
       }
     }
   }
@@ -131,7 +133,7 @@ class Forward {
 // out = [grad, upstream] [W; A]: terms are rows, outputs are columns of the weight.
 //
 // A strip is half a tile wide. The 32 lanes of a pair are its columns 0 to 3, 8 to 11, ... and then
-// 4 to 7, 12 to 15, ..., since that is what turning decoded lines gives.
+// 4 to 7, 12 to 15, ..., since that is what transposing decoded lines gives.
 class GradX {
  public:
   explicit GradX(const ManyArgs& args) : args_(args), tiles_(args.weight) {}
@@ -142,12 +144,12 @@ class GradX {
   void arrange(const BFloat16* row, int64_t begin, int64_t count, BFloat16* to) const {
     std::copy(row + begin, row + begin + count, to);
     // The last panel has rows behind the matrix: they are zeros on both sides.
-    std::fill(to + count, to + (count + kPanel - 1) / kPanel * kPanel, BFloat16{0});
+    std::fill(to + count, to + round_up(count, kPanel), BFloat16{0});
   }
 
-  int64_t decode(int64_t block, int64_t strip, uint32_t* right) const {
-    const int64_t first = block * kBlockPanels;
-    const int64_t count = std::min(kBlockPanels, panels_of(args_.weight.rows) - first);
+  int64_t decode(int64_t slice, int64_t strip, uint32_t* right) const {
+    const int64_t first = slice * kSlicePanels;
+    const int64_t count = std::min(kSlicePanels, panels_of(args_.weight.rows) - first);
     for (int64_t p = 0; p < count; ++p) {
       alignas(64) uint8_t room[kTile];
       decode_panel(tiles_.get(first + p, strip / 2, 1, room), strip % 2, right + p * 8 * kStrip);
@@ -216,16 +218,16 @@ class GradX {
   Tiles tiles_;
 };
 
-// Every block of the sum: its left part for all tokens, and its right part for a strip.
+// Every slice of the sum: its left part for all tokens, and its right part for a strip.
 template <typename Problem>
 class Sums {
  public:
   Sums(const ManyArgs& args, const Problem& problem)
-      : args_(args), problem_(problem), blocks_(blocks_of(problem.terms())) {}
+      : args_(args), problem_(problem), slices_(slices_of(problem.terms())) {}
 
   // Tokens in groups of almost equal size: the scratch holds one at a time.
   void run() const {
-    const int64_t groups = (args_.tokens + kMostTokensAtOnce - 1) / kMostTokensAtOnce;
+    const int64_t groups = ceil_divide(args_.tokens, kMostTokensAtOnce);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = args_.tokens * g / groups;
       run_group(begin, args_.tokens * (g + 1) / groups - begin);
@@ -234,8 +236,8 @@ class Sums {
 
  private:
   // Tokens of the group that is in the scratch.
-  BFloat16* left(int64_t block, int64_t m) const {
-    return args_.scratch + (block * kMostTokensAtOnce + m) * kLeftStride;
+  BFloat16* left(int64_t slice, int64_t m) const {
+    return args_.scratch + (slice * kMostTokensAtOnce + m) * kLeftStride;
   }
 
   void run_group(int64_t token, int64_t tokens) const {
@@ -243,10 +245,10 @@ class Sums {
     parallel_for(tokens, grain, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) arrange(token + m, m);
     });
-    const int64_t strips = (problem_.outputs() + kStrip - 1) / kStrip;
+    const int64_t strips = ceil_divide(problem_.outputs(), kStrip);
     // Fewer strips at once where there would be too little for every thread.
     const int64_t some = std::clamp<int64_t>(strips / (4 * num_threads()), 1, kMostStrips);
-    parallel_for((strips + some - 1) / some, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(ceil_divide(strips, some), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         run_strips(i * some, std::min(some, strips - i * some), token, tokens);
       }
@@ -255,27 +257,27 @@ class Sums {
 
   void arrange(int64_t token, int64_t m) const {
     const BFloat16* row = args_.x + token * problem_.terms();
-    for (int64_t b = 0; b < blocks_; ++b) {
-      const int64_t count = std::min(kBlock, problem_.terms() - b * kBlock);
-      problem_.arrange(row, b * kBlock, count, left(b, m));
+    for (int64_t b = 0; b < slices_; ++b) {
+      const int64_t count = std::min(kTermsAtOnce, problem_.terms() - b * kTermsAtOnce);
+      problem_.arrange(row, b * kTermsAtOnce, count, left(b, m));
     }
     const BFloat16* hidden = args_.hidden + token * args_.total_rank;
-    int64_t block = blocks_;
+    int64_t slice = slices_;
     for (int64_t i = 0; i < args_.num_adapters; hidden += args_.adapters[i++].rank) {
       const int64_t rank = args_.adapters[i].rank;
-      for (int64_t first = 0; first < rank; first += kBlock) {
-        const int64_t count = std::min(kBlock, rank - first);
-        BFloat16* to = std::copy(hidden + first, hidden + first + count, left(block++, m));
+      for (int64_t first = 0; first < rank; first += kTermsAtOnce) {
+        const int64_t count = std::min(kTermsAtOnce, rank - first);
+        BFloat16* to = std::copy(hidden + first, hidden + first + count, left(slice++, m));
         if (count % 2) *to = BFloat16{0};
       }
     }
   }
 
   void run_strips(int64_t strip, int64_t strips, int64_t token, int64_t tokens) const {
-    alignas(64) uint32_t right[kBlock / 2 * kStrip];
+    alignas(64) uint32_t right[kTermsAtOnce / 2 * kStrip];
     alignas(64) float sums[kMostStrips * kMostTokensAtOnce * kStrip];
     const int64_t stride = tokens * kStrip;
-    for (int64_t b = 0; b < blocks_; ++b) {
+    for (int64_t b = 0; b < slices_; ++b) {
       for (int64_t s = 0; s < strips; ++s) {
         const int64_t pairs = problem_.decode(b, strip + s, right);
         strip_product(left(b, 0), right, pairs, b == 0, tokens, sums + s * stride);
@@ -290,20 +292,20 @@ class Sums {
   }
 
   void add_adapters(int64_t strip, int64_t tokens, uint32_t* right, float* sums) const {
-    int64_t block = blocks_;
+    int64_t slice = slices_;
     for (int64_t i = 0; i < args_.num_adapters; ++i) {
       const Adapter& adapter = args_.adapters[i];
-      for (int64_t first = 0; first < adapter.rank; first += kBlock) {
-        const int64_t pairs = (std::min(kBlock, adapter.rank - first) + 1) / 2;
+      for (int64_t first = 0; first < adapter.rank; first += kTermsAtOnce) {
+        const int64_t pairs = ceil_divide(std::min(kTermsAtOnce, adapter.rank - first), 2);
         problem_.side(adapter, strip, first, pairs, right);
-        strip_product(left(block++, 0), right, pairs, false, tokens, sums);
+        strip_product(left(slice++, 0), right, pairs, false, tokens, sums);
       }
     }
   }
 
   const ManyArgs& args_;
   const Problem& problem_;
-  int64_t blocks_;
+  int64_t slices_;
 };
 
 }  // namespace

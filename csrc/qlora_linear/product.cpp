@@ -3,8 +3,10 @@
 // sum of each is cut at the same places for any number of them.
 #include <algorithm>
 
+#include "common/integers.h"
 #include "common/parallel.h"
-#include "qlora_linear/simd.h"
+#include "common/tile.h"
+#include "qlora_linear/qlora_linear.h"
 
 namespace collavo::qlora_linear {
 
@@ -54,36 +56,16 @@ void copy_b(const ProductArgs& args, int64_t j, int64_t width, int64_t first, in
   }
 }
 
-// c [kRows, kWidth] = a b for one copy of each.
-void multiply(const float* a, const float* b, int64_t terms, float* c) {
-  Vec sums[kRows][kVectors];
-  for (auto& row : sums) {
-    for (Vec& each : row) each = zeros();
-  }
-  for (int64_t p = 0; p < terms; ++p, b += kWidth) {
-    Vec right[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
-#pragma GCC unroll 12
-    for (int64_t r = 0; r < kRows; ++r) {
-      const Vec left = broadcast(a[r * kStride + p]);
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = fma(left, right[v], sums[r][v]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) store(c + r * kWidth + v * kLanes, sums[r][v]);
-  }
-}
-
-void add_block(const ProductArgs& args, int64_t i, int64_t rows, int64_t j, int64_t width,
-               bool first, const float* from) {
+void add_tile(const ProductArgs& args, int64_t i, int64_t rows, int64_t j, int64_t width,
+              bool first, const float* from) {
   for (int64_t r = 0; r < rows; ++r, from += kWidth) {
     float* to = args.c + (i + r) * args.c_row + j;
     for (int64_t w = 0; w < width; ++w) to[w] = first ? from[w] : to[w] + from[w];
   }
 }
 
-void panel(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j, Buffers& buffers) {
+void output_columns(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j,
+                    Buffers& buffers) {
   const int64_t width = std::min(kWidth, args.n - j);
   for (int64_t first = 0; first < args.k || first == 0; first += kTerms) {
     const int64_t terms = std::min(kTerms, args.k - first);
@@ -91,8 +73,9 @@ void panel(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j, B
     for (int64_t i = i_begin; i < i_end; i += kRows) {
       const int64_t rows = std::min(kRows, i_end - i);
       copy_a(args, i, rows, first, terms, buffers.a);
-      multiply(buffers.a, buffers.b, terms, buffers.c);
-      add_block(args, i, rows, j, width, first == 0, buffers.c);
+      tile_product<Floats, kRows, kVectors>(buffers.a, kStride, buffers.b, kWidth, terms, true,
+                                            buffers.c, kWidth);
+      add_tile(args, i, rows, j, width, first == 0, buffers.c);
     }
   }
 }
@@ -102,16 +85,16 @@ void panel(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j, B
 namespace COLLAVO_ISA {
 
 void product(const ProductArgs& args) {
-  const int64_t panels = (args.n + kWidth - 1) / kWidth;
-  const int64_t tiles = (args.m + kRows - 1) / kRows;
+  const int64_t across = ceil_divide(args.n, kWidth);
+  const int64_t down = ceil_divide(args.m, kRows);
   const int64_t work = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, args.k * kWidth * kRows));
-  const bool by_rows = tiles > panels;
-  parallel_for(by_rows ? tiles : panels, work, [&](int64_t begin, int64_t end) {
+  const bool by_rows = down > across;
+  parallel_for(by_rows ? down : across, work, [&](int64_t begin, int64_t end) {
     Buffers buffers = {};  // rows that a tile lacks stay zero or what they were: they are not kept
-    for (int64_t p = by_rows ? 0 : begin; p < (by_rows ? panels : end); ++p) {
+    for (int64_t p = by_rows ? 0 : begin; p < (by_rows ? across : end); ++p) {
       const int64_t i_begin = by_rows ? begin * kRows : 0;
       const int64_t i_end = by_rows ? std::min(args.m, end * kRows) : args.m;
-      panel(args, i_begin, i_end, p * kWidth, buffers);
+      output_columns(args, i_begin, i_end, p * kWidth, buffers);
     }
   });
 }

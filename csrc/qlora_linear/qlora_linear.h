@@ -65,9 +65,9 @@ struct ForwardArgs {
 
 // Tokens that forward_many() and grad_x_many() take at once.
 constexpr int64_t kMostTokensAtOnce = 512;
-// They cut sums into blocks of so many terms. A block's row of x is a little longer in memory: rows
+// They cut sums into slices of so many terms. A slice's row of x is a little longer in memory: rows
 // a power of two apart would fall into the same lines of the cache.
-constexpr int64_t kBlock = 512, kLeftStride = kBlock + 32;
+constexpr int64_t kTermsAtOnce = 512, kLeftStride = kTermsAtOnce + 32;
 
 // Many tokens in bfloat16, on processors with bfloat16 products (avx512).
 //   forward_many: out = [x, hidden] [W, B]^T + row_table[row_index] + bias    [tokens, rows]

@@ -2,12 +2,16 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/integers.h"
 #include "common/parallel.h"
 #include "qlora_linear/simd.h"
 
 namespace collavo::qlora_linear {
 
 namespace {
+
+// Columns that a thread sums together.
+constexpr int64_t kChunk = 64;
 
 template <typename T>
 void add_to(T* out, const float* row, int64_t columns) {
@@ -17,7 +21,7 @@ void add_to(T* out, const float* row, int64_t columns) {
 }
 
 template <typename T>
-void sum_panel(const SumRowsArgs& args, const T* grad, int64_t begin, int64_t end) {
+void sum_columns(const SumRowsArgs& args, const T* grad, int64_t begin, int64_t end) {
   for (int64_t t = 0; t < args.rows; ++t) {
     std::fill(args.table + t * args.columns + begin, args.table + t * args.columns + end, 0.0f);
   }
@@ -53,10 +57,10 @@ void add_rows(const AddRowsArgs& args) {
 // Threads own columns, so every sum runs over tokens in their order.
 void sum_rows(const SumRowsArgs& args) {
   with_type(args.dtype, args.grad, [&](const auto* grad) {
-    const int64_t panels = (args.columns + 63) / 64;
+    const int64_t chunks = ceil_divide(args.columns, kChunk);
     const int64_t grain = std::max<int64_t>(1, 1024 / std::max<int64_t>(args.tokens, 1));
-    parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
-      sum_panel(args, grad, begin * 64, std::min(end * 64, args.columns));
+    parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
+      sum_columns(args, grad, begin * kChunk, std::min(end * kChunk, args.columns));
     });
   });
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/integers.h"
 #include "qlora_linear/qlora_linear.h"
 
 namespace collavo::qlora_linear {
@@ -19,7 +20,7 @@ class Scales {
     const int64_t elements = weight.rows * weight.columns;
     const int64_t blocks = (elements + weight.block_size - 1) >> shift_;
     outer_ = raw_ + sizeof(float);
-    code_ = outer_ + (blocks + 255) / 256 * sizeof(float);
+    code_ = outer_ + ceil_divide(blocks, 256) * sizeof(float);
     codes_ = code_ + 256 * sizeof(float);
     if (nested_) offset_ = read(raw_, 0);
   }

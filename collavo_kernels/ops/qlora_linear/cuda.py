@@ -137,7 +137,7 @@ def _forward_many(inputs: QLoRAInputs) -> Tensor:
     weight, sides = _weight(inputs), [_side(b, x) for b in inputs.b]
     for start, stop, buffer in _strips(joined, n):
         strip = buffer.view(stop - start, width)
-        _fill_panel(inputs, weight, sides, (start, stop - start, 0, width), strip)
+        _fill_strip(inputs, weight, sides, (start, stop - start, 0, width), strip)
         torch.mm(joined, strip.t(), out=out[:, start:stop])
     if inputs.row_table is not None or inputs.bias is not None:
         (table, index, bias, errors), facts = _epilogue(inputs)
@@ -155,7 +155,7 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor
     weight, sides = _weight(inputs), [_side(a, grad) for a in inputs.a]
     for start, stop, buffer in _strips(joined, k):
         strip = buffer.view(height, stop - start)
-        _fill_panel(inputs, weight, sides, (0, height, start, stop - start), strip, below=True)
+        _fill_strip(inputs, weight, sides, (0, height, start, stop - start), strip, below=True)
         torch.mm(joined, strip, out=out[:, start:stop])
     return out
 
@@ -210,11 +210,11 @@ def _strips(joined: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
         yield start, stop, memory[: (stop - start) * width]
 
 
-def _fill_panel(
+def _fill_strip(
     inputs: QLoRAInputs,
     weight: tuple[Tensor | None, ...],
     sides: list[Tensor],
-    panel: tuple[int, int, int, int],
+    part: tuple[int, int, int, int],
     out: Tensor,
     below: bool = False,
 ) -> None:
@@ -224,16 +224,16 @@ def _fill_panel(
         inputs: The call.
         weight: As ``_weight`` gives it.
         sides: B of every adapter, or with ``below`` A.
-        panel: First row, rows, first column, columns; zeros beyond the sides.
+        part: First row, rows, first column, columns; zeros beyond the sides.
         out: Contiguous ``[rows, columns]`` in x's dtype.
         below: Whether the sides lie below the weight.
     """
     n, k = inputs.shape
     axis = 0 if below else 1
     facts = [f for side in sides for f in (side.data_ptr(), _is_wide(side), side.shape[axis])]
-    sizes = (n, k, inputs.block_size, *panel, below, len(sides), DTYPE_CODES[out.dtype])
+    sizes = (n, k, inputs.block_size, *part, below, len(sides), DTYPE_CODES[out.dtype])
     pointers = _pointers(*weight, out)
-    _launch("collavo_qlora_linear_panel", out, pointers, _integers(*sizes), _integers(*facts))
+    _launch("collavo_qlora_linear_strip", out, pointers, _integers(*sizes), _integers(*facts))
 
 
 def _weight(inputs: QLoRAInputs) -> tuple[Tensor | None, ...]:

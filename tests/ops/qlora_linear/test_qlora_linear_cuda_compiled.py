@@ -60,7 +60,7 @@ def test_nothing_spills(source: Path, target: str) -> None:
 @pytest.mark.parametrize("target", ["80", "90"])
 def test_two_blocks_of_decode_share_a_processor(target: str) -> None:
     """The launcher sizes shared memory and clusters for two: registers must allow them."""
-    kernels = report(ROOT / "csrc/qlora_linear/decode.cu", target)
+    kernels = report(ROOT / "csrc/qlora_linear/cuda/decode.cu", target)
     decode = [kernel for kernel in kernels if "decodeI" in kernel["name"]]
     # Two types, one or two tiles of tokens, blocks of 32 or 128 rows.
     assert len(decode) == 8

@@ -28,7 +28,10 @@ from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACall, QLoRACa
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).with_name("cuda_emulation")
-SOURCES = (HERE / "library.cpp", *(ROOT / f"csrc/qlora_linear/{n}.cu" for n in ("panel", "rows")))
+SOURCES = (
+    HERE / "library.cpp",
+    *(ROOT / f"csrc/qlora_linear/cuda/{n}.cu" for n in ("rows", "strip")),
+)
 FLAGS = (
     "-std=c++17 -O1 -fPIC -shared -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas "
     "-Wno-unused-function -Wno-clobbered -DCOLLAVO_EMULATED -x c++"
@@ -259,7 +262,7 @@ def test_decoded_weight_is_bit_equal() -> None:
                 if c >= k:
                     continue
                 out = torch.full((n - r, k - c), float("nan"), dtype=dtype)
-                cuda._fill_panel(inputs, cuda._weight(inputs), [], (r, n - r, c, k - c), out)
+                cuda._fill_strip(inputs, cuda._weight(inputs), [], (r, n - r, c, k - c), out)
                 assert torch.equal(out, weight.dequantize(dtype)[r:, c:]), (n, k, block, nested)
 
 

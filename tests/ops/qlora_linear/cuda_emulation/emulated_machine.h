@@ -1,4 +1,4 @@
-// A GPU in one thread of a CPU, for the kernels of csrc/qlora_linear: who runs when.
+// A GPU in one thread of a CPU, for the kernels of csrc/qlora_linear/cuda: who runs when.
 //
 // Every CUDA thread is a fiber, and the fibers of a cluster's blocks take turns. A fiber runs until
 // it waits: at a barrier of its block or cluster, or where its warp exchanges values (shuffles,

@@ -1,6 +1,6 @@
 // The GPU library's launchers on the emulated GPU, and what a test sets and asks.
 
-#include "qlora_linear/decode.cu"
+#include "qlora_linear/cuda/decode.cu"
 
 extern "C" {
 

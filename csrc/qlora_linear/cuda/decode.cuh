@@ -1,15 +1,15 @@
 // y = W x + B hidden + table + bias for up to 16 tokens; the packed weight is streamed once.
 //
-// A warp serves kRowTiles * 16 rows and a share of K, in chunks of 128 columns. x and the scales of
+// A warp serves kRowTiles * 16 rows and a share of K, in slices of 128 columns. x and the scales of
 // a window of K lie in shared memory.
 #pragma once
 
-#include "qlora_linear/codes.cuh"
-#include "qlora_linear/shrink.cuh"
+#include "qlora_linear/cuda/codes.cuh"
+#include "qlora_linear/cuda/shrink.cuh"
 
 namespace {
 
-// Chunks that a warp has requested before it needs them; x of 16 tokens leaves registers for one.
+// Slices that a warp has requested before it needs them; x of 16 tokens leaves registers for one.
 template <int kTokenTiles>
 constexpr int kAheadOf = kTokenTiles == 1 ? 2 : 1;
 
@@ -29,7 +29,7 @@ struct Decode {
   const void* hidden;  // as shrink leaves it
   void* out;           // [m, n]
   int64_t m, padded;
-  int window;  // chunks of x and of scales that shared memory holds
+  int window;  // slices of x and of scales that shared memory holds
 };
 
 // Four neighbours of a row of B as two pairs; zeros beyond the rank. B begins at a multiple of 8
@@ -110,13 +110,13 @@ __global__ void __launch_bounds__(kThreads, 2) decode(Decode p, Adapters adapter
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) / size * S::kRows;
   const int64_t row = block_row + 16 * tile;
   const Codes source(p.weight, row + g);
-  const int chunks = static_cast<int>((p.weight.k + kChunk - 1) / kChunk);
-  const int end = share_of(chunks, rank + 1, size);
+  const int slices = static_cast<int>(ceil_divide(p.weight.k, kSlice));
+  const int end = share_of(slices, rank + 1, size);
 
   float sums[kRowTiles][kTokenTiles][4] = {};
   uint4 codes[kAhead][kRowTiles][2];
-  int start = share_of(chunks, rank, size);
-  // Of the window at `start`: its chunks, and the warp's share of them, which it requests.
+  int start = share_of(slices, rank, size);
+  // Of the window at `start`: its slices, and the warp's share of them, which it requests.
   int count, first, last;
   const auto request = [&] {
     count = end - start < p.window ? end - start : p.window;
@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kThreads, 2) decode(Decode p, Adapters adapter
     copy_async_wait();
     __syncthreads();
 #pragma unroll 1
-    for (int chunk = first; chunk < last; chunk += kAhead) {
+    for (int slice = first; slice < last; slice += kAhead) {
 #pragma unroll
       for (int ahead = 0; ahead < kAhead; ++ahead) {
-        const int here = chunk + ahead;
+        const int here = slice + ahead;
         if (here >= last) break;
         uint32_t shared[kRowTiles][2][2][2];
 #pragma unroll
@@ -152,17 +152,17 @@ __global__ void __launch_bounds__(kThreads, 2) decode(Decode p, Adapters adapter
         }
         if (here + kAhead < last) source.load(start + here + kAhead, codes[ahead]);
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          // Keeps the compiler from starting the next block's look-ups: they take too many
+        for (int chunk = 0; chunk < 2; ++chunk) {
+          // Keeps the compiler from starting the next chunk's look-ups: they take too many
           // registers.
           __syncwarp();
-          const int at = 2 * here + block;
+          const int at = 2 * here + chunk;
           uint32_t x[kTokenTiles][8];
           read_x<kTokenTiles>(staged + at * kXVectors<kTokenTiles>, x);
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
             const int slot = (at * (S::kRows / 16) + tile + r) * 8 + g;
-            add_block<T, kTokenTiles>(table, shared[r][0][block], shared[r][1][block],
+            add_chunk<T, kTokenTiles>(table, shared[r][0][chunk], shared[r][1][chunk],
                                       reinterpret_cast<const float2*>(scales)[slot], x, sums[r]);
           }
         }

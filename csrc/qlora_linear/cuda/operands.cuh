@@ -1,9 +1,12 @@
 // What a call brings along, and how single values of it are read.
 #pragma once
 
-#include "qlora_linear/gpu.cuh"
+#include "common/integers.h"
+#include "qlora_linear/cuda/gpu.cuh"
 
 namespace {
+
+using collavo::ceil_divide;
 
 constexpr int kMaxAdapters = 8;
 constexpr int kRowOutOfRange = 1;

@@ -1,17 +1,17 @@
 // The packed weight on its way to the matrix units: how codes are loaded, looked up and scaled.
 //
 // The four lanes of a row load 16 bytes each, 32 codes. Lanes t and t ^ 2 then exchange halves, so
-// that all four lanes hold quarters of the same block, whose one scale can multiply the products'
+// that all four lanes hold quarters of the same chunk, whose one scale can multiply the products'
 // float32 sum: weights are exact codes, rounded to x's type, and meet no other rounding. A byte
 // becomes two weights by one look-up in a table that each lane has a copy of in its own bank.
 #pragma once
 
+#include "qlora_linear/cuda/products.cuh"
 #include "qlora_linear/nf4_code.h"
-#include "qlora_linear/products.cuh"
 
 namespace {
 
-constexpr int kChunk = 2 * kBlock;
+constexpr int kSlice = 2 * kChunk;  // columns that the four lanes of a row load together
 constexpr int kTableBytes = 256 * 32 * sizeof(uint32_t);
 constexpr int kCodeBytes = 256 * sizeof(float);
 
@@ -37,23 +37,23 @@ __device__ __forceinline__ uint32_t look_up(uint32_t table, uint32_t word, int b
   return load_shared(table + byte_of(word, byte) * (32 * sizeof(uint32_t)));
 }
 
-// Scales of whole chunks: [chunk][block of 2][row tile][8] pairs of rows g and g + 8. `code` is the
+// Scales of whole slices: [slice][chunk of 2][row tile][8] pairs of rows g and g + 8. `code` is the
 // second quantisation's table in shared memory. Loads come in batches: they take long.
 template <int kRows>
 __device__ void stage_scales(float* to, const float* code, const Weight& w, int64_t row,
-                             int first_block, int blocks) {
+                             int first_chunk, int chunks) {
   constexpr int kBatch = 6;
   const float offset = w.nested_absmax ? *w.offset : 0.0f;
 #pragma unroll 1
-  for (int start = threadIdx.x; start < kRows * blocks; start += kBatch * kThreads) {
+  for (int start = threadIdx.x; start < kRows * chunks; start += kBatch * kThreads) {
     float outer[kBatch];
     int slot[kBatch], inner[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int index = start + i * kThreads, r = index / blocks, block = index % blocks;
-      const int64_t column = static_cast<int64_t>(first_block + block) * kBlock;
-      slot[i] = index < kRows * blocks
-                    ? (block * (kRows / 16) + r / 16) * 16 + r % 8 * 2 + r / 8 % 2
+      const int index = start + i * kThreads, r = index / chunks, chunk = index % chunks;
+      const int64_t column = static_cast<int64_t>(first_chunk + chunk) * kChunk;
+      slot[i] = index < kRows * chunks
+                    ? (chunk * (kRows / 16) + r / 16) * 16 + r % 8 * 2 + r / 8 % 2
                     : -1;
       inner[i] = -1;
       outer[i] = 0.0f;
@@ -89,8 +89,8 @@ struct Codes {
   }
 
   // Rows g and g + 8 of each tile.
-  __device__ __forceinline__ void load(int chunk, uint4 (&codes)[kRowTiles][2]) const {
-    const int wanted = chunk * (kChunk / 2) + threadIdx.x % 4 * 16;
+  __device__ __forceinline__ void load(int slice, uint4 (&codes)[kRowTiles][2]) const {
+    const int wanted = slice * (kSlice / 2) + threadIdx.x % 4 * 16;
     const uint8_t* column = row + (wanted < bytes ? wanted : bytes - 16);
     const int stride = recomputed(bytes);
 #pragma unroll
@@ -102,20 +102,20 @@ struct Codes {
   }
 };
 
-// Lane t keeps a quarter of its own block and gets one of the block of lane t ^ 2.
-__device__ __forceinline__ void share_codes(const uint4& codes, uint32_t (&blocks)[2][2]) {
+// Lane t keeps a quarter of its own chunk and gets one of the chunk of lane t ^ 2.
+__device__ __forceinline__ void share_codes(const uint4& codes, uint32_t (&chunks)[2][2]) {
   const bool second = threadIdx.x & 2;
   const uint32_t first = exchange(second ? codes.x : codes.z, 2);
   const uint32_t next = exchange(second ? codes.y : codes.w, 2);
-  blocks[0][0] = second ? first : codes.x;
-  blocks[0][1] = second ? next : codes.y;
-  blocks[1][0] = second ? codes.z : first;
-  blocks[1][1] = second ? codes.w : next;
+  chunks[0][0] = second ? first : codes.x;
+  chunks[0][1] = second ? next : codes.y;
+  chunks[1][0] = second ? codes.z : first;
+  chunks[1][1] = second ? codes.w : next;
 }
 
 // sums += scale * (16 rows x 64 codes) * x
 template <typename T, int kTokenTiles>
-__device__ __forceinline__ void add_block(uint32_t table, const uint32_t (&above)[2],
+__device__ __forceinline__ void add_chunk(uint32_t table, const uint32_t (&above)[2],
                                           const uint32_t (&below)[2], float2 scale,
                                           const uint32_t (&x)[kTokenTiles][8],
                                           float (&sums)[kTokenTiles][4]) {

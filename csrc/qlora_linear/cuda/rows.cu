@@ -1,6 +1,6 @@
 // A table's rows and a bias added to an output, and gradients summed over the tokens of each row.
 
-#include "qlora_linear/operands.cuh"
+#include "qlora_linear/cuda/operands.cuh"
 
 namespace {
 
@@ -121,7 +121,7 @@ template <typename T>
 int launch_rows(const Rows& p, bool sums, void* stream) {
   Launch how{};
   constexpr int64_t kPerBlock = kThreads * kColumns;
-  const int64_t groups = (p.n + kPerBlock - 1) / kPerBlock, first = sums ? p.epilogue.rows : p.m;
+  const int64_t groups = ceil_divide(p.n, kPerBlock), first = sums ? p.epilogue.rows : p.m;
   if (groups > 65535 || first > INT32_MAX || p.m > INT32_MAX) return cudaErrorInvalidValue;
   how.grid = dim3(static_cast<unsigned>(first), static_cast<unsigned>(groups));
   how.threads = kThreads;

@@ -1,8 +1,8 @@
 // A part of the weight as dense numbers, with the adapters beside or below it, for a matrix product
 // that then needs nothing else: [W | B_1 | B_2 ..] or [W; A_1; A_2 ..].
 
+#include "qlora_linear/cuda/operands.cuh"
 #include "qlora_linear/nf4_code.h"
-#include "qlora_linear/operands.cuh"
 
 namespace {
 
@@ -12,7 +12,7 @@ constexpr int kPerThread = 4;  // groups, whose loads are under way together
 
 __constant__ float kCode[16] = {COLLAVO_NF4_CODE};
 
-struct Panel {
+struct Strip {
   Weight weight;
   Side sides[kMaxAdapters];
   int64_t ranks[kMaxAdapters];
@@ -24,7 +24,7 @@ struct Panel {
 
 // An element of the adapters' part; `rank` counts on over all of them. Zero beyond the last.
 template <typename T>
-__device__ float side_at(const Panel& p, int64_t rank, int64_t other) {
+__device__ float side_at(const Strip& p, int64_t rank, int64_t other) {
   for (int i = 0; i < p.count; ++i) {
     if (rank < p.ranks[i]) {
       return value_at<T>(p.sides[i],
@@ -36,7 +36,7 @@ __device__ float side_at(const Panel& p, int64_t rank, int64_t other) {
 }
 
 template <typename T>
-__device__ float value_of(const Panel& p, const float* code, int64_t row, int64_t column) {
+__device__ float value_of(const Strip& p, const float* code, int64_t row, int64_t column) {
   const Weight& w = p.weight;
   if (row >= w.n) return column < w.k ? side_at<T>(p, row - w.n, column) : 0.0f;
   if (column >= w.k) return p.below ? 0.0f : side_at<T>(p, column - w.k, row);
@@ -57,8 +57,8 @@ __device__ __forceinline__ void store_group(T* to, const float (&v)[kGroup]) {
 
 // kWhole: groups begin at whole words of codes, and 8 neighbours have one scale.
 template <typename T, bool kWhole>
-__device__ void put_group(const Panel& p, const float* code, uint32_t group) {
-  const auto groups = static_cast<uint32_t>((p.columns + kGroup - 1) / kGroup);
+__device__ void put_group(const Strip& p, const float* code, uint32_t group) {
+  const auto groups = static_cast<uint32_t>(ceil_divide(p.columns, kGroup));
   const int64_t r = group / groups, c = int64_t{group % groups} * kGroup;
   const int64_t row = p.row + r, column = p.column + c;
   T* to = static_cast<T*>(p.out) + r * p.columns + c;
@@ -81,12 +81,12 @@ __device__ void put_group(const Panel& p, const float* code, uint32_t group) {
 }
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads) fill_panel(Panel p) {
+__global__ void __launch_bounds__(kThreads) fill_strip(Strip p) {
   // Of 16 floats every one has a bank of its own.
   auto* code = reinterpret_cast<float*>(shared_memory());
   if (threadIdx.x < 16) code[threadIdx.x] = kCode[threadIdx.x];
   __syncthreads();
-  const auto total = static_cast<uint32_t>(p.rows * ((p.columns + kGroup - 1) / kGroup));
+  const auto total = static_cast<uint32_t>(p.rows * ceil_divide(p.columns, kGroup));
   const uint32_t first = blockIdx.x * (kThreads * kPerThread) + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -96,20 +96,20 @@ __global__ void __launch_bounds__(kThreads) fill_panel(Panel p) {
 }
 
 template <typename T>
-int launch_panel(const Panel& p, void* stream) {
-  const int64_t groups = p.rows * ((p.columns + kGroup - 1) / kGroup);
+int launch_strip(const Strip& p, void* stream) {
+  const int64_t groups = p.rows * ceil_divide(p.columns, kGroup);
   if (groups > UINT32_MAX / 2) return cudaErrorInvalidValue;
   constexpr int64_t kPerBlock = kThreads * kPerThread;
   Launch how{};
-  how.grid = dim3(static_cast<unsigned>((groups + kPerBlock - 1) / kPerBlock));
+  how.grid = dim3(static_cast<unsigned>(ceil_divide(groups, kPerBlock)));
   how.threads = kThreads;
   how.shared = 16 * sizeof(float);
   const auto address = reinterpret_cast<uintptr_t>(p.out);
   const bool whole = p.weight.k % kGroup == 0 && p.column % kGroup == 0 &&
                      p.columns % kGroup == 0 && address % 16 == 0 &&
                      reinterpret_cast<uintptr_t>(p.weight.packed) % 4 == 0;
-  return whole ? launch(how, stream, fill_panel<T, true>, p)
-               : launch(how, stream, fill_panel<T, false>, p);
+  return whole ? launch(how, stream, fill_strip<T, true>, p)
+               : launch(how, stream, fill_strip<T, false>, p);
 }
 
 }  // namespace
@@ -118,9 +118,9 @@ int launch_panel(const Panel& p, void* stream) {
 // sizes: n, k, block size, first row, rows, first column, columns, whether sides lie below, sides,
 //   dtype.
 // sides: address, whether it is float32, rank of each.
-extern "C" int collavo_qlora_linear_panel(void* const* pointers, const int64_t* sizes,
+extern "C" int collavo_qlora_linear_strip(void* const* pointers, const int64_t* sizes,
                                           const int64_t* sides, void* stream) {
-  Panel p{};
+  Strip p{};
   p.weight = weight_from(pointers, sizes[0], sizes[1], sizes[2]);
   p.row = sizes[3];
   p.rows = sizes[4];
@@ -137,8 +137,8 @@ extern "C" int collavo_qlora_linear_panel(void* const* pointers, const int64_t* 
     p.sides[i] = {reinterpret_cast<const void*>(sides[3 * i]), sides[3 * i + 1] != 0};
     p.ranks[i] = sides[3 * i + 2];
   }
-  if (sizes[9] == kFloat32) return launch_panel<float>(p, stream);
-  if (sizes[9] == kBfloat16) return launch_panel<__nv_bfloat16>(p, stream);
-  if (sizes[9] == kFloat16) return launch_panel<__half>(p, stream);
+  if (sizes[9] == kFloat32) return launch_strip<float>(p, stream);
+  if (sizes[9] == kBfloat16) return launch_strip<__nv_bfloat16>(p, stream);
+  if (sizes[9] == kFloat16) return launch_strip<__half>(p, stream);
   return cudaErrorInvalidValue;
 }

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "qlora_linear/decode.cuh"
+#include "qlora_linear/cuda/decode.cuh"
 
 namespace {
 
@@ -18,10 +18,6 @@ struct Few {
 
 // Offsets within a warp's rows of codes take 32 bits.
 constexpr int64_t kMaxK = int64_t{1} << 25;
-
-int64_t ceil_divide(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
 
 // The least cluster that gives `wanted` blocks, as long as each has `least` units of K.
 int cluster_for(const Device& device, int64_t groups, int64_t wanted, int64_t units,
@@ -42,9 +38,9 @@ template <typename T, int kTokenTiles>
 int launch_shrink(Few& few, void* stream) {
   Shrink& p = few.shrink;
   constexpr int64_t kBytes = 16 * kXVectors<kTokenTiles>;
-  const int64_t blocks = p.k / kBlock;
-  const int cluster = cluster_for(few.device, few.tiles, 2 * few.device.processors, blocks, kWarps);
-  const int64_t window = std::min(ceil_divide(blocks, cluster), shared_budget(few.device) / kBytes);
+  const int64_t chunks = p.k / kChunk;
+  const int cluster = cluster_for(few.device, few.tiles, 2 * few.device.processors, chunks, kWarps);
+  const int64_t window = std::min(ceil_divide(chunks, cluster), shared_budget(few.device) / kBytes);
   p.window = static_cast<int>(window);
   Launch how{};
   how.grid = dim3(static_cast<unsigned>(few.tiles * cluster));
@@ -59,14 +55,14 @@ template <typename T, int kRowWarps, int kTokenTiles>
 int launch_decode(Few& few, void* stream) {
   using S = Shape<kRowWarps>;
   Decode& p = few.decode;
-  // Of a chunk: x, and the scales of its two blocks.
+  // Of a slice: x, and the scales of its two chunks.
   constexpr int64_t kBytes = 2 * 16 * kXVectors<kTokenTiles> + 2 * sizeof(float) * S::kRows;
-  const int64_t chunks = ceil_divide(p.weight.k, kChunk),
+  const int64_t slices = ceil_divide(p.weight.k, kSlice),
                 groups = ceil_divide(p.weight.n, S::kRows);
   const int cluster =
-      cluster_for(few.device, groups, 2 * few.device.processors * 9 / 10, chunks, S::kSplit);
+      cluster_for(few.device, groups, 2 * few.device.processors * 9 / 10, slices, S::kSplit);
   const int64_t room = (shared_budget(few.device) - kTableBytes - kCodeBytes) / kBytes;
-  const int64_t window = std::min(ceil_divide(chunks, cluster), room);
+  const int64_t window = std::min(ceil_divide(slices, cluster), room);
   p.window = static_cast<int>(window);
   Launch how{};
   how.grid = dim3(static_cast<unsigned>(groups * cluster));
@@ -110,7 +106,7 @@ extern "C" int collavo_qlora_linear_decode(void* const* pointers, const int64_t*
                                            void* stream) {
   Few few{};
   const int64_t m = sizes[0], n = sizes[1], k = sizes[2];
-  if (m < 1 || m > 16 || n < 1 || k < kBlock || k % kBlock || k > kMaxK || sizes[3] < kBlock ||
+  if (m < 1 || m > 16 || n < 1 || k < kChunk || k % kChunk || k > kMaxK || sizes[3] < kChunk ||
       !adapters_from(adapters, scaling, sizes[7], &few.adapters)) {
     return cudaErrorInvalidValue;
   }

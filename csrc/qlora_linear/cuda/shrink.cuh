@@ -3,7 +3,7 @@
 // A cluster serves 16 rows of one adapter's A; its blocks and their warps share K out.
 #pragma once
 
-#include "qlora_linear/products.cuh"
+#include "qlora_linear/cuda/products.cuh"
 
 namespace {
 
@@ -16,11 +16,11 @@ struct Shrink {
   const uint8_t* mask;  // [m] or null
   void* hidden;
   int64_t m, k, padded;
-  int window;  // blocks of x that shared memory holds
+  int window;  // chunks of x that shared memory holds
 };
 
 __host__ __device__ inline int64_t rank_tiles(int64_t rank) {
-  return (rank + kRankTile - 1) / kRankTile;
+  return ceil_divide(rank, kRankTile);
 }
 
 // A lane's 16 neighbours of a row, as 8 pairs.
@@ -65,20 +65,20 @@ __global__ void __launch_bounds__(kThreads) shrink(Shrink p, Adapters adapters) 
 
   float sums[kTokenTiles][4] = {};
   auto* staged = reinterpret_cast<uint4*>(shared_memory());
-  const int blocks = static_cast<int>(p.k / kBlock);
-  const int first = share_of(blocks, cluster_rank(), size);
-  const int last = share_of(blocks, cluster_rank() + 1, size);
+  const int chunks = static_cast<int>(p.k / kChunk);
+  const int first = share_of(chunks, cluster_rank(), size);
+  const int last = share_of(chunks, cluster_rank() + 1, size);
   for (int start = first; start < last; start += p.window) {
     const int count = last - start < p.window ? last - start : p.window;
     __syncthreads();
     stage_x<kTokenTiles>(staged, p.x, p.m, p.k, start, count);
     copy_async_wait();
     __syncthreads();
-    for (int block = warp; block < count; block += kWarps) {
+    for (int chunk = warp; chunk < count; chunk += kWarps) {
       uint32_t x[kTokenTiles][8], above[8], below[8];
-      read_side<T>(adapters.a[index], low + (start + block) * int64_t{kBlock}, above);
-      read_side<T>(adapters.a[index], high + (start + block) * int64_t{kBlock}, below);
-      read_x<kTokenTiles>(staged + block * kXVectors<kTokenTiles>, x);
+      read_side<T>(adapters.a[index], low + (start + chunk) * int64_t{kChunk}, above);
+      read_side<T>(adapters.a[index], high + (start + chunk) * int64_t{kChunk}, below);
+      read_x<kTokenTiles>(staged + chunk * kXVectors<kTokenTiles>, x);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         const uint32_t a[4] = {above[2 * step], below[2 * step], above[2 * step + 1],

@@ -1,20 +1,20 @@
 // What both decoding kernels share: x in shared memory, and the sum over warps and blocks.
 //
 // y^T = W x^T on matrix units: 16 rows of W are the left operand, 8 tokens the right one. The sum
-// over K may run in any order, so K is permuted within a block of 64 such that a lane owns 16
+// over K may run in any order, so K is permuted within a chunk such that a lane owns 16
 // neighbours: of the four lanes that share a row, lane t owns those at 16 * quarter(t).
 #pragma once
 
-#include "qlora_linear/operands.cuh"
+#include "qlora_linear/cuda/operands.cuh"
 
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kBlock = 64;  // of K: the least that a scale covers
+constexpr int kChunk = 64;  // columns: the least that a scale covers
 
 // Bits of 0..3 swapped: its own inverse. Two lanes that load 32 neighbours each own, after they
-// have exchanged halves, a quarter of each of two blocks (see codes.cuh).
+// have exchanged halves, a quarter of each of two chunks (see codes.cuh).
 __device__ __forceinline__ int quarter(int t) {
   return (t & 1) * 2 + t / 2;
 }
@@ -25,38 +25,38 @@ __device__ __forceinline__ int share_of(int units, int index, int of) {
   return units * index / of;
 }
 
-// Vectors of 16 bytes that a block of x takes: two for each lane and group of 8 tokens.
+// Vectors of 16 bytes that a chunk of x takes: two for each lane and group of 8 tokens.
 template <int kTokenTiles>
 constexpr int kXVectors = 2 * 32 * kTokenTiles;
 
-// Starts copies of `blocks` blocks of all tokens, in the order that lanes read them in; zeros
-// beyond the tokens and beyond K. A warp copies two blocks of two tokens: eight neighbouring lanes
+// Starts copies of `chunks` chunks of all tokens, in the order that lanes read them in; zeros
+// beyond the tokens and beyond K. A warp copies two chunks of two tokens: eight neighbouring lanes
 // write to all 32 banks.
 template <int kTokenTiles>
-__device__ void stage_x(uint4* to, const void* x, int64_t m, int64_t k, int first_block,
-                        int blocks) {
+__device__ void stage_x(uint4* to, const void* x, int64_t m, int64_t k, int first_chunk,
+                        int chunks) {
   constexpr int kPairs = 4 * kTokenTiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int token = warp % kPairs * 2 + lane / 4 % 2, half = lane / 8 % 2;
   const uint16_t* from = static_cast<const uint16_t*>(x) + token * k + 16 * (lane % 4) + 8 * half;
   const int place = (token / 8 * 2 + half) * 32 + token % 8 * 4 + quarter(lane % 4);
 #pragma unroll 1
-  for (int block = warp / kPairs * 2 + lane / 16; block < blocks; block += 2 * kWarps / kPairs) {
-    const int64_t column = static_cast<int64_t>(first_block + block) * kBlock;
+  for (int chunk = warp / kPairs * 2 + lane / 16; chunk < chunks; chunk += 2 * kWarps / kPairs) {
+    const int64_t column = static_cast<int64_t>(first_chunk + chunk) * kChunk;
     const bool live = token < m && column < k;
-    copy_async(to + block * kXVectors<kTokenTiles> + place, live ? from + column : x, live);
+    copy_async(to + chunk * kXVectors<kTokenTiles> + place, live ? from + column : x, live);
   }
 }
 
-// A lane's part of a block: 16 values of each of its tokens, as 8 pairs.
+// A lane's part of a chunk: 16 values of each of its tokens, as 8 pairs.
 template <int kTokenTiles>
-__device__ __forceinline__ void read_x(const uint4* block, uint32_t (&x)[kTokenTiles][8]) {
+__device__ __forceinline__ void read_x(const uint4* chunk, uint32_t (&x)[kTokenTiles][8]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 pairs = block[(tile * 2 + half) * 32 + lane];
+      const uint4 pairs = chunk[(tile * 2 + half) * 32 + lane];
       x[tile][4 * half] = pairs.x;
       x[tile][4 * half + 1] = pairs.y;
       x[tile][4 * half + 2] = pairs.z;
