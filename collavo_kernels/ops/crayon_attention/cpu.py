@@ -49,7 +49,7 @@ class _Call(NamedTuple):
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
-    """Prepare keys and values in one pass, then attend panel by panel."""
+    """Prepare keys and values in one pass, then attend block by block."""
     q, k, v = (_dense(x) for x in (inputs.q, inputs.k, inputs.v))
     batch, length, heads, _ = q.shape
     result = AttentionResult(
@@ -74,7 +74,7 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
 def backward(
     inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads, wanted: Wanted
 ) -> Gradients:
-    """Recompute the weights panel by panel; every sum is made in an order of its own."""
+    """Recompute the weights block by block; every sum is made in an order of its own."""
     q, key, value, out, grad_out = (
         _dense(x) for x in (inputs.q, saved.key, saved.value, saved.out, grads.out)
     )

@@ -93,8 +93,8 @@ def backward(
         if wanted.b[i]:
             hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
             # Transposed, because the kernel is quick along rows of its right factor.
-            turned = _product(hidden.t(), gated(inputs, i, wide_grad))
-            grads_b[i] = turned.t().to(b.dtype).contiguous()
+            transposed = _product(hidden.t(), gated(inputs, i, wide_grad))
+            grads_b[i] = transposed.t().to(b.dtype).contiguous()
     return Gradients(
         x=_grad_x(module, inputs, wide_grad, upstream) if wanted.x else None,
         weight=None,
@@ -263,10 +263,10 @@ def _strip(width: int, count: int, dtype: torch.dtype) -> int:
 
 
 def _dequantize(
-    module: ModuleType, inputs: QLoRAInputs, panel: tuple[int, int, int, int], out: Tensor
+    module: ModuleType, inputs: QLoRAInputs, strip: tuple[int, int, int, int], out: Tensor
 ) -> None:
     code, stride = DTYPE_CODES[out.dtype], out.stride(0)
-    module.qlora_linear_dequantize(_BEST, _weight(inputs), panel, code, out.data_ptr(), stride)
+    module.qlora_linear_dequantize(_BEST, _weight(inputs), strip, code, out.data_ptr(), stride)
 
 
 def _grad_x(
