@@ -16,15 +16,38 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_CODES = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+BEST_ISA = ISA_CODES["best"]
 _REBUILD = "reinstall the package with a C++ compiler (see CONTRIBUTING.md)"
 
 
 def native() -> ModuleType | None:
     """Return the compiled CPU module, on torch's thread pool, or None if there is none."""
     return _load_native()[0]
+
+
+def native_of(operator: str) -> ModuleType:
+    """Return the compiled CPU module for an operator that needs it.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    module = native()
+    if module is None:
+        raise RuntimeError(f"{operator}: {native_reason()}")
+    return module
+
+
+def scratch(size: int) -> Tensor:
+    """Return uninitialised memory on the CPU, what native functions take as ``allocate``.
+
+    Args:
+        size: Its bytes.
+    """
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def native_reason() -> str | None:

@@ -1,16 +1,13 @@
-// The Python module collavo_kernels._C: the only file that knows Python.
+// The Python module collavo_kernels._C.
 //
-// Every operator has one bind_<op>(module) here. Functions take addresses, sizes, dtype codes and
-// an instruction set code that the Python wrappers have checked, and release the GIL while they
-// work.
+// Every operator has one bind_<op>(module) here. Functions take keyword arguments (bindings.h) that
+// the Python wrappers have checked: tensors, sizes, dtype codes and an instruction set code;
+// `allocate` gives them scratch. They release the GIL while they work.
+#include "bindings.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <cstdint>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "common/cpu_features.h"
@@ -64,6 +61,13 @@ py::dict build_info() {
   return result;
 }
 
+// Adds a function that gets its keyword arguments as they are.
+template <typename F>
+void add(py::module_& module, const char* name, F run, const char* doc) {
+  module.def(
+      name, [name, run](const py::kwargs& given) { return run(Fields(name, given.ptr())); }, doc);
+}
+
 void bind_common(py::module_& module) {
   module.def("cpu_features", &features, "What this processor has, by name.");
   module.def("isas", &usable_isas, "Instruction sets compiled in that this processor runs.");
@@ -76,297 +80,229 @@ void bind_common(py::module_& module) {
              "Find torch's OpenMP runtime; False if there is none.");
   module.def("thread_pool_path", &thread_pool_path, "The runtime in use, or '' (serial).");
   module.def("num_threads", &num_threads, "Threads a loop would use now.");
-  module.def("advise_huge_pages", &advise_huge_pages,
-             "Ask for huge pages under a large buffer; a hint.");
-}
-
-template <typename T>
-T* pointer_of(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// [address, batch stride, token stride, head stride]; address 0 for an absent tensor.
-using HeadsArray = std::array<int64_t, 4>;
-
-crayon_attention::Heads heads_of(const HeadsArray& x) {
-  return {pointer_of<void>(x[0]), x[1], x[2], x[3]};
-}
-
-// [dtype, batch, length, query heads, key heads, head dim, rows], [cos, sin, their batch stride,
-// row index, key range], causal, window, scale
-using ProblemTuple =
-    std::tuple<std::array<int64_t, 7>, std::array<int64_t, 5>, bool, int64_t, float>;
-
-crayon_attention::Problem problem_of(const ProblemTuple& x) {
-  const auto& [sizes, tokens, causal, window, scale] = x;
-  return {static_cast<DType>(sizes[0]),
-          sizes[1],
-          sizes[2],
-          sizes[3],
-          sizes[4],
-          sizes[5],
-          sizes[6],
-          pointer_of<const float>(tokens[0]),
-          pointer_of<const float>(tokens[1]),
-          tokens[2],
-          pointer_of<const int32_t>(tokens[3]),
-          pointer_of<const int32_t>(tokens[4]),
-          causal,
-          window,
-          scale};
-}
-
-void bind_crayon_attention(py::module_& module) {
-  namespace op = crayon_attention;
-  module.attr("crayon_attention_largest_head_dim") = op::kLargestHeadDim;
-  module.def(
-      "crayon_attention_first_bad_row",
-      [](int64_t row_index, int64_t count, int64_t rows) {
-        return op::first_bad_row(pointer_of<const int32_t>(row_index), count, rows);
+  add(
+      module, "advise_huge_pages",
+      [](const Fields& given) {
+        const void* memory;
+        int64_t bytes;
+        given.read(ARGUMENT(memory), ARGUMENT(bytes));
+        advise_huge_pages(reinterpret_cast<uintptr_t>(memory), bytes);
       },
-      "Position of the first row index outside the tables, or -1.");
-  module.def(
-      "crayon_attention_first_bad_range",
-      [](int64_t key_range, int64_t batch, int64_t length) {
-        return op::first_bad_range(pointer_of<const int32_t>(key_range), batch, length);
-      },
-      "The first sample whose key range is inverted or leaves the sequence, or -1.");
-  module.def(
-      "crayon_attention_number_slots",
-      [](int64_t row_index, int64_t batch, int64_t length, int64_t rows, int64_t slots) {
-        return op::number_slots(pointer_of<const int32_t>(row_index), batch, length, rows,
-                                pointer_of<int32_t>(slots));
-      },
-      "Number the pairs of a sample and a row that a token has; how many there are.");
-  module.def(
-      "crayon_attention_forward",
-      [](int isa, int64_t threads, int64_t scratch, const ProblemTuple& problem,
-         const std::array<HeadsArray, 6>& heads, const std::array<int64_t, 4>& others) {
-        const op::ForwardArgs args{problem_of(problem),
-                                   heads_of(heads[0]),
-                                   heads_of(heads[1]),
-                                   heads_of(heads[2]),
-                                   pointer_of<const void>(others[0]),
-                                   pointer_of<const void>(others[1]),
-                                   pointer_of<const void>(others[2]),
-                                   heads_of(heads[3]),
-                                   heads_of(heads[4]),
-                                   heads_of(heads[5]),
-                                   pointer_of<float>(others[3])};
-        if (scratch == 0) return op::forward_scratch(isa, args, threads);
-        py::gil_scoped_release unlocked;
-        op::forward(isa, args, threads, pointer_of<void>(scratch));
-        return int64_t{0};
-      },
-      "q, k, v to key, value, out with table_q, table_k, table_v, lse; without scratch: its "
-      "bytes.");
-  module.def(
-      "crayon_attention_backward",
-      [](int isa, int64_t threads, int64_t scratch, const ProblemTuple& problem,
-         const std::array<HeadsArray, 10>& heads, const std::array<int64_t, 7>& others) {
-        const op::BackwardArgs args{problem_of(problem),
-                                    heads_of(heads[0]),
-                                    heads_of(heads[1]),
-                                    heads_of(heads[2]),
-                                    pointer_of<const void>(others[0]),
-                                    heads_of(heads[3]),
-                                    heads_of(heads[4]),
-                                    heads_of(heads[5]),
-                                    heads_of(heads[6]),
-                                    pointer_of<const float>(others[1]),
-                                    heads_of(heads[7]),
-                                    heads_of(heads[8]),
-                                    heads_of(heads[9]),
-                                    pointer_of<void>(others[2]),
-                                    pointer_of<void>(others[3]),
-                                    pointer_of<void>(others[4]),
-                                    pointer_of<const int32_t>(others[5]),
-                                    others[6]};
-        if (scratch == 0) return op::backward_scratch(isa, args, threads);
-        py::gil_scoped_release unlocked;
-        op::backward(isa, args, threads, pointer_of<void>(scratch));
-        return int64_t{0};
-      },
-      "q, key, value, out, three gradients to dq, dk, dv with table_q, lse, the tables' sums, "
-      "slots "
-      "and their count; without scratch: its bytes.");
-}
-
-void bind_panoptic_lookup(py::module_& module) {
-  namespace op = panoptic_lookup;
-  module.def(
-      "panoptic_lookup",
-      [](int isa, uintptr_t images, int64_t num_images, uintptr_t row_ids, int64_t grid_h,
-         int64_t grid_w, bool majority, uintptr_t row_index, uintptr_t row_box,
-         uintptr_t row_area) {
-        const op::Problem problem{reinterpret_cast<const op::Image*>(images),
-                                  num_images,
-                                  reinterpret_cast<const int32_t*>(row_ids),
-                                  grid_h,
-                                  grid_w,
-                                  majority,
-                                  reinterpret_cast<int32_t*>(row_index),
-                                  reinterpret_cast<float*>(row_box),
-                                  reinterpret_cast<int32_t*>(row_area)};
-        py::gil_scoped_release unlocked;
-        op::forward(isa, problem);
-      },
-      "The row of every grid cell, and the box and area of every row.");
-}
-
-// [packed, scales, rows, columns, block size, double quant, panels]
-qlora_linear::NF4 nf4_of(const std::array<int64_t, 7>& x) {
-  return {pointer_of<const uint8_t>(x[0]),
-          pointer_of<const uint8_t>(x[1]),
-          x[2],
-          x[3],
-          x[4],
-          x[5] != 0,
-          x[6] != 0};
-}
-
-// (a, b, rank, scaling, dtype) of every adapter.
-using AdapterTuple = std::tuple<int64_t, int64_t, int64_t, float, int>;
-
-std::vector<qlora_linear::Adapter> adapters_of(const std::vector<AdapterTuple>& tuples) {
-  std::vector<qlora_linear::Adapter> adapters;
-  for (const auto& [a, b, rank, scaling, dtype] : tuples) {
-    adapters.push_back({pointer_of<const void>(a), pointer_of<const void>(b), rank, scaling,
-                        static_cast<DType>(dtype)});
-  }
-  return adapters;
-}
-
-void bind_qlora_linear(py::module_& module) {
-  namespace op = qlora_linear;
-  module.def("qlora_linear_scratch", &op::forward_scratch,
-             "float32 values that qlora_linear_forward needs as scratch.");
-  module.def(
-      "qlora_linear_dequantize",
-      [](int isa, const std::array<int64_t, 7>& weight, const std::array<int64_t, 4>& strip,
-         int dtype, int64_t out, int64_t stride) {
-        const op::DequantizeArgs args{nf4_of(weight),
-                                      strip[0],
-                                      strip[1],
-                                      strip[2],
-                                      strip[3],
-                                      static_cast<DType>(dtype),
-                                      pointer_of<void>(out),
-                                      stride};
-        py::gil_scoped_release unlocked;
-        op::dequantize(isa, args);
-      },
-      "A strip of an NF4 matrix (rows from, to, columns from, to) as dense values.");
-  module.def(
-      "qlora_linear_forward",
-      [](int isa, const std::array<int64_t, 7>& weight, int dtype, int64_t x, int64_t tokens,
-         const std::vector<AdapterTuple>& adapters, const std::array<int64_t, 4>& epilogue,
-         bool int8_activations, int64_t scratch, int64_t out) {
-        const std::vector<op::Adapter> branches = adapters_of(adapters);
-        const op::ForwardArgs args{nf4_of(weight),
-                                   static_cast<DType>(dtype),
-                                   pointer_of<const void>(x),
-                                   tokens,
-                                   branches.data(),
-                                   static_cast<int64_t>(branches.size()),
-                                   pointer_of<const uint8_t>(epilogue[0]),
-                                   pointer_of<const float>(epilogue[1]),
-                                   pointer_of<const int32_t>(epilogue[2]),
-                                   pointer_of<const float>(epilogue[3]),
-                                   int8_activations,
-                                   pointer_of<float>(scratch),
-                                   pointer_of<void>(out)};
-        py::gil_scoped_release unlocked;
-        op::forward(isa, args);
-      },
-      "The whole operator for a few tokens; epilogue is mask, row table, row index, bias.");
-  module.def(
-      "qlora_linear_many_scratch",
-      [](int64_t terms, const std::vector<int64_t>& ranks) {
-        return op::many_scratch(terms, ranks.data(), static_cast<int64_t>(ranks.size()));
-      },
-      "bfloat16 values that qlora_linear_many needs as scratch.");
-  module.def(
-      "qlora_linear_many",
-      [](int isa, bool backward, const std::array<int64_t, 7>& weight,
-         const std::array<int64_t, 3>& left, int64_t total_rank,
-         const std::vector<AdapterTuple>& adapters, const std::array<int64_t, 3>& epilogue,
-         int64_t scratch, int64_t out) {
-        const std::vector<op::Adapter> branches = adapters_of(adapters);
-        const op::ManyArgs args{nf4_of(weight),
-                                pointer_of<const BFloat16>(left[0]),
-                                left[1],
-                                pointer_of<const BFloat16>(left[2]),
-                                branches.data(),
-                                static_cast<int64_t>(branches.size()),
-                                total_rank,
-                                pointer_of<const float>(epilogue[0]),
-                                pointer_of<const int32_t>(epilogue[1]),
-                                pointer_of<const float>(epilogue[2]),
-                                pointer_of<BFloat16>(scratch),
-                                pointer_of<BFloat16>(out)};
-        py::gil_scoped_release unlocked;
-        backward ? op::grad_x_many(isa, args) : op::forward_many(isa, args);
-      },
-      "Many tokens in bfloat16 (x, tokens, hidden); epilogue is row table, row index, bias.");
-  module.def(
-      "qlora_linear_add_rows",
-      [](int isa, int dtype, int64_t out, int64_t table, int64_t row_index, int64_t tokens,
-         int64_t columns) {
-        const op::AddRowsArgs args{static_cast<DType>(dtype),
-                                   pointer_of<void>(out),
-                                   pointer_of<const float>(table),
-                                   pointer_of<const int32_t>(row_index),
-                                   tokens,
-                                   columns};
-        py::gil_scoped_release unlocked;
-        op::add_rows(isa, args);
-      },
-      "Add each token's table row.");
-  module.def(
-      "qlora_linear_sum_rows",
-      [](int isa, int dtype, int64_t grad, int64_t row_index, int64_t table, int64_t tokens,
-         int64_t columns, int64_t rows) {
-        const op::SumRowsArgs args{static_cast<DType>(dtype),
-                                   pointer_of<const void>(grad),
-                                   pointer_of<const int32_t>(row_index),
-                                   pointer_of<float>(table),
-                                   tokens,
-                                   columns,
-                                   rows};
-        py::gil_scoped_release unlocked;
-        op::sum_rows(isa, args);
-      },
-      "Sum the gradients of each table row.");
-  module.def(
-      "qlora_linear_product",
-      [](int isa, const std::array<int64_t, 3>& a, const std::array<int64_t, 3>& b,
-         const std::array<int64_t, 2>& c, const std::array<int64_t, 3>& shape) {
-        const op::ProductArgs args{pointer_of<const float>(a[0]),
-                                   a[1],
-                                   a[2],
-                                   pointer_of<const float>(b[0]),
-                                   b[1],
-                                   b[2],
-                                   pointer_of<float>(c[0]),
-                                   c[1],
-                                   shape[0],
-                                   shape[1],
-                                   shape[2]};
-        py::gil_scoped_release unlocked;
-        op::product(isa, args);
-      },
-      "c = a b in float32 for thin matrices, the same bits for any number of threads.");
+      "Ask for huge pages under a large buffer; a hint.");
 }
 
 }  // namespace
+
+namespace crayon_attention {
+
+static void load(const Value& value, Heads& to) {
+  to = {};
+  if (value.absent()) return;
+  int64_t strides[4];
+  value.strides(strides);
+  to = {value.address(), strides[0], strides[1], strides[2]};
+}
+
+static void load(const Value& value, Problem& to) {
+  value.fields().read(FIELD(dtype), FIELD(batch), FIELD(length), FIELD(q_heads), FIELD(kv_heads),
+                      FIELD(head_dim), FIELD(table_rows), FIELD_OR_NONE(cos), FIELD_OR_NONE(sin),
+                      FIELD(angle_batch_stride), FIELD_OR_NONE(row_index), FIELD_OR_NONE(key_range),
+                      FIELD(causal), FIELD(window), FIELD(softmax_scale));
+}
+
+static void run_forward(const Fields& given) {
+  int isa;
+  Allocator allocate;
+  ForwardArgs to{};
+  given.read(ARGUMENT(isa), ARGUMENT(allocate), FIELD(problem), FIELD(q), FIELD(k), FIELD(v),
+             FIELD_OR_NONE(crayon_q), FIELD_OR_NONE(crayon_k), FIELD_OR_NONE(crayon_v),
+             FIELD_OR_NONE(key), FIELD_OR_NONE(value), FIELD(out), FIELD(lse));
+  const int64_t threads = num_threads();
+  void* scratch = allocate.take(forward_scratch(isa, to, threads));
+  py::gil_scoped_release unlocked;
+  forward(isa, to, threads, scratch);
+}
+
+static void run_backward(const Fields& given) {
+  int isa;
+  Allocator allocate;
+  BackwardArgs to{};
+  given.read(ARGUMENT(isa), ARGUMENT(allocate), FIELD(problem), FIELD(q), FIELD(key), FIELD(value),
+             FIELD_OR_NONE(crayon_q), FIELD(out), FIELD(grad_out), FIELD_OR_NONE(grad_key),
+             FIELD_OR_NONE(grad_value), FIELD(lse), FIELD_OR_NONE(grad_q), FIELD_OR_NONE(grad_k),
+             FIELD_OR_NONE(grad_v), FIELD_OR_NONE(grad_crayon_q), FIELD_OR_NONE(grad_crayon_k),
+             FIELD_OR_NONE(grad_crayon_v), FIELD_OR_NONE(slots), FIELD(slot_count));
+  const int64_t threads = num_threads();
+  void* scratch = allocate.take(backward_scratch(isa, to, threads));
+  py::gil_scoped_release unlocked;
+  backward(isa, to, threads, scratch);
+}
+
+static int64_t run_first_bad_row(const Fields& given) {
+  const int32_t* row_index;
+  int64_t count, table_rows;
+  given.read(ARGUMENT(row_index), ARGUMENT(count), ARGUMENT(table_rows));
+  return first_bad_row(row_index, count, table_rows);
+}
+
+static int64_t run_first_bad_range(const Fields& given) {
+  const int32_t* key_range;
+  int64_t batch, length;
+  given.read(ARGUMENT(key_range), ARGUMENT(batch), ARGUMENT(length));
+  return first_bad_range(key_range, batch, length);
+}
+
+static int64_t run_number_slots(const Fields& given) {
+  const int32_t* row_index;
+  int64_t batch, length, table_rows;
+  int32_t* slots;
+  given.read(ARGUMENT(row_index), ARGUMENT(batch), ARGUMENT(length), ARGUMENT(table_rows),
+             ARGUMENT(slots));
+  return number_slots(row_index, batch, length, table_rows, slots);
+}
+
+static void bind(py::module_& module) {
+  module.attr("crayon_attention_largest_head_dim") = kLargestHeadDim;
+  add(module, "crayon_attention_first_bad_row", run_first_bad_row,
+      "Position of the first row index outside the tables, or -1.");
+  add(module, "crayon_attention_first_bad_range", run_first_bad_range,
+      "The first sample whose key range is inverted or leaves the sequence, or -1.");
+  add(module, "crayon_attention_number_slots", run_number_slots,
+      "Number the pairs of a sample and a row that a token has; how many there are.");
+  add(module, "crayon_attention_forward", run_forward,
+      "Write key, value, out and lse; absent tensors are None.");
+  add(module, "crayon_attention_backward", run_backward, "Write the gradients that are not None.");
+}
+
+}  // namespace crayon_attention
+
+namespace panoptic_lookup {
+
+static void run_forward(const Fields& given) {
+  int isa;
+  Problem to{};
+  given.read(ARGUMENT(isa), FIELD(images), FIELD(num_images), FIELD(row_ids), FIELD(grid_h),
+             FIELD(grid_w), FIELD(majority), FIELD(row_index), FIELD(row_box), FIELD(row_area));
+  py::gil_scoped_release unlocked;
+  forward(isa, to);
+}
+
+static void bind(py::module_& module) {
+  add(module, "panoptic_lookup", run_forward,
+      "The row of every grid cell, and the box and area of every row.");
+}
+
+}  // namespace panoptic_lookup
+
+namespace qlora_linear {
+
+static void load(const Value& value, NF4& to) {
+  value.fields().read(FIELD(packed), FIELD(scales), FIELD(rows), FIELD(columns), FIELD(block_size),
+                      FIELD(double_quant), FIELD(in_panels));
+}
+
+static void load(const Value& value, Adapter& to) {
+  value.fields().read(FIELD_OR_NONE(a), FIELD_OR_NONE(b), FIELD(rank), FIELD(scaling),
+                      FIELD(dtype));
+}
+
+static void load(const Value& value, Matrix& to) {
+  int64_t strides[2];
+  value.strides(strides);
+  to = {static_cast<float*>(value.address()), strides[0], strides[1]};
+}
+
+static void run_dequantize(const Fields& given) {
+  int isa;
+  DequantizeArgs to{};
+  given.read(ARGUMENT(isa), FIELD(weight), FIELD(row_begin), FIELD(row_end), FIELD(column_begin),
+             FIELD(column_end), FIELD(dtype), FIELD(out), FIELD(row_stride));
+  py::gil_scoped_release unlocked;
+  dequantize(isa, to);
+}
+
+static void run_forward(const Fields& given) {
+  int isa;
+  Allocator allocate;
+  std::vector<Adapter> adapters;
+  ForwardArgs to{};
+  given.read(ARGUMENT(isa), ARGUMENT(allocate), FIELD(weight), FIELD(dtype), FIELD(x),
+             FIELD(tokens), ARGUMENT(adapters), FIELD_OR_NONE(adapter_mask),
+             FIELD_OR_NONE(row_table), FIELD_OR_NONE(row_index), FIELD_OR_NONE(bias),
+             FIELD(int8_activations), FIELD(out));
+  to.adapters = adapters.data();
+  to.num_adapters = static_cast<int64_t>(adapters.size());
+  to.scratch = static_cast<float*>(allocate.take(forward_scratch(to)));
+  py::gil_scoped_release unlocked;
+  forward(isa, to);
+}
+
+// Both products of many tokens; the gradient of x has neither rows nor bias.
+template <int64_t (*kScratch)(const ManyArgs&), void (*kRun)(int, const ManyArgs&)>
+static void run_many(const Fields& given) {
+  int isa;
+  Allocator allocate;
+  std::vector<Adapter> adapters;
+  ManyArgs to{};
+  given.read(ARGUMENT(isa), ARGUMENT(allocate), FIELD(weight), FIELD(x), FIELD(tokens),
+             FIELD_OR_NONE(hidden), ARGUMENT(adapters), FIELD_OR_NONE(row_table),
+             FIELD_OR_NONE(row_index), FIELD_OR_NONE(bias), FIELD(out));
+  to.adapters = adapters.data();
+  to.num_adapters = static_cast<int64_t>(adapters.size());
+  for (const Adapter& adapter : adapters) to.total_rank += adapter.rank;
+  to.scratch = static_cast<BFloat16*>(allocate.take(kScratch(to)));
+  py::gil_scoped_release unlocked;
+  kRun(isa, to);
+}
+
+static void run_add_rows(const Fields& given) {
+  int isa;
+  AddRowsArgs to{};
+  given.read(ARGUMENT(isa), FIELD(dtype), FIELD(out), FIELD(row_table), FIELD(row_index),
+             FIELD(tokens), FIELD(columns));
+  py::gil_scoped_release unlocked;
+  add_rows(isa, to);
+}
+
+static void run_sum_rows(const Fields& given) {
+  int isa;
+  SumRowsArgs to{};
+  given.read(ARGUMENT(isa), FIELD(dtype), FIELD(grad_out), FIELD(row_index), FIELD(grad_row_table),
+             FIELD(tokens), FIELD(columns), FIELD(table_rows));
+  py::gil_scoped_release unlocked;
+  sum_rows(isa, to);
+}
+
+static void run_product(const Fields& given) {
+  int isa;
+  ProductArgs to{};
+  given.read(ARGUMENT(isa), FIELD(a), FIELD(b), FIELD(out), FIELD(m), FIELD(n), FIELD(k));
+  py::gil_scoped_release unlocked;
+  product(isa, to);
+}
+
+static void bind(py::module_& module) {
+  add(module, "qlora_linear_dequantize", run_dequantize,
+      "Write a strip of an NF4 matrix as dense values.");
+  add(module, "qlora_linear_forward", run_forward, "The whole operator for a few tokens.");
+  add(module, "qlora_linear_forward_many", run_many<forward_many_scratch, forward_many>,
+      "Many tokens in bfloat16: [x, hidden] [W, B]^T and row table, row index, bias.");
+  add(module, "qlora_linear_grad_x_many", run_many<grad_x_many_scratch, grad_x_many>,
+      "Many tokens in bfloat16: x is the output's gradient, [x, hidden] [W; A].");
+  add(module, "qlora_linear_add_rows", run_add_rows, "Add each token's table row.");
+  add(module, "qlora_linear_sum_rows", run_sum_rows, "Sum the gradients of each table row.");
+  add(module, "qlora_linear_product", run_product,
+      "out = a b in float32 for thin matrices, the same bits for any number of threads.");
+}
+
+}  // namespace qlora_linear
 
 }  // namespace collavo
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of collavo_kernels.";
   collavo::bind_common(module);
-  collavo::bind_crayon_attention(module);
-  collavo::bind_panoptic_lookup(module);
-  collavo::bind_qlora_linear(module);
+  collavo::crayon_attention::bind(module);
+  collavo::panoptic_lookup::bind(module);
+  collavo::qlora_linear::bind(module);
 }

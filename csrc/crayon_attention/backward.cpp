@@ -43,9 +43,9 @@ struct Scratch {
   Scratch(const BackwardArgs& args, int64_t threads, void* buffer)
       : plan(args.problem, threads),
         arena(buffer),
-        sum_q(args, args.sum_q, args.problem.q_heads, &arena),
-        sum_k(args, args.sum_k, args.problem.kv_heads, &arena),
-        sum_v(args, args.sum_v, args.problem.kv_heads, &arena) {
+        sum_q(args, args.grad_crayon_q, args.problem.q_heads, &arena),
+        sum_k(args, args.grad_crayon_k, args.problem.kv_heads, &arena),
+        sum_v(args, args.grad_crayon_v, args.problem.kv_heads, &arena) {
     if (plan.splits > 1) parts = arena.take<float>(plan.items * 2 * plan.per_head);
   }
 };
@@ -118,9 +118,9 @@ void run(const BackwardArgs& args, int64_t threads, void* buffer) {
       }
     });
   }
-  finish_table<T>(args, scratch.sum_q, args.sum_q);
-  finish_table<T>(args, scratch.sum_k, args.sum_k);
-  finish_table<T>(args, scratch.sum_v, args.sum_v);
+  finish_table<T>(args, scratch.sum_q, args.grad_crayon_q);
+  finish_table<T>(args, scratch.sum_k, args.grad_crayon_k);
+  finish_table<T>(args, scratch.sum_v, args.grad_crayon_v);
 }
 
 }  // namespace

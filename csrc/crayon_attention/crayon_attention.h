@@ -26,37 +26,39 @@ struct Heads {
 // <= i (causal), and |i - j| < window.
 struct Problem {
   DType dtype;
-  int64_t batch, length, q_heads, kv_heads, head_dim, rows;
+  int64_t batch, length, q_heads, kv_heads, head_dim;
+  int64_t table_rows;
   const float *cos, *sin;
   int64_t angle_batch_stride;
   const int32_t *row_index, *key_range;
   bool causal;
   int64_t window;
-  float scale;
+  float softmax_scale;
 };
 
-// Tables are contiguous [rows, heads, head_dim] or null. key and value are null where they would
-// equal k and v. lse is a contiguous [batch, q_heads, length].
+// Tables are contiguous [table_rows, heads, head_dim] or null. key and value are null where they
+// would equal k and v. lse is a contiguous [batch, q_heads, length].
 struct ForwardArgs {
   Problem problem;
   Heads q, k, v;
-  const void *table_q, *table_k, *table_v;
+  const void *crayon_q, *crayon_k, *crayon_v;
   Heads key, value, out;
   float* lse;
 };
 
-// key and value are what the forward wrote, or k and v where it wrote nothing; q is its input. dq,
-// dk, dv and the tables' gradients sum_* are null where they are not wanted; sum_* are contiguous
-// [rows, heads, head_dim] of the problem's dtype. slots is what number_slots() wrote, and
+// key and value are what the forward wrote, or k and v where it wrote nothing; q is its input.
+// Gradients of out, key and value come in. Those of q, k, v and the tables go out, null where they
+// are not wanted; the tables' are contiguous [table_rows, heads, head_dim] of the problem's dtype.
+// slots is what number_slots() wrote, and
 // slot_count what it returned; null and 0 where no sum is wanted.
 struct BackwardArgs {
   Problem problem;
   Heads q, key, value;
-  const void* table_q;
+  const void* crayon_q;
   Heads out, grad_out, grad_key, grad_value;
   const float* lse;
-  Heads dq, dk, dv;
-  void *sum_q, *sum_k, *sum_v;
+  Heads grad_q, grad_k, grad_v;
+  void *grad_crayon_q, *grad_crayon_k, *grad_crayon_v;
   const int32_t* slots;
   int64_t slot_count;
 };

@@ -28,7 +28,7 @@ struct SlotSums {
     if (!data || !problem.row_index) return nullptr;
     const int64_t row = problem.row_index[batch * problem.length + token];
     if (row < 0) return nullptr;
-    return data + (args.slots[batch * problem.rows + row] * heads + head) * problem.head_dim;
+    return data + (args.slots[batch * problem.table_rows + row] * heads + head) * problem.head_dim;
   }
 };
 
@@ -47,7 +47,7 @@ void finish_queries(const BackwardArgs& args, const SlotSums& sums, const Span& 
                     int64_t head, const float* dq) {
   const Problem& problem = args.problem;
   const int64_t width = width_of(problem);
-  const Vec scale = broadcast(problem.scale);
+  const Vec scale = broadcast(problem.softmax_scale);
   alignas(64) float slab[kLanes * kLargestHeadDim];
   for (int64_t position = 0; position < span.length(); position += kLanes) {
     const float* from = dq + position / kQueryBlock * kQueryBlock * width + position % kQueryBlock;
@@ -62,11 +62,11 @@ void finish_queries(const BackwardArgs& args, const SlotSums& sums, const Span& 
     for (int64_t i = 0; i < std::min(kLanes, span.length() - position); ++i) {
       const int64_t token = span.first + position + i;
       unrotate(problem, batch, token, slab + i * width);
-      deliver<T>(args, args.dq, sums, batch, token, head, slab + i * width);
+      deliver<T>(args, args.grad_q, sums, batch, token, head, slab + i * width);
     }
   }
-  for (int64_t i = span.length(); args.dq.data && i < problem.length; ++i) {
-    clear(at<T>(args.dq, batch, token_of(span, i), head), problem.head_dim);
+  for (int64_t i = span.length(); args.grad_q.data && i < problem.length; ++i) {
+    clear(at<T>(args.grad_q, batch, token_of(span, i), head), problem.head_dim);
   }
 }
 
@@ -78,8 +78,10 @@ void finish_keys(const BackwardArgs& args, bool is_key, const SlotSums& sums, co
                  int64_t count) {
   const Problem& problem = args.problem;
   const int64_t width = width_of(problem), head_dim = problem.head_dim;
-  const Heads &extra = is_key ? args.grad_key : args.grad_value, &to = is_key ? args.dk : args.dv;
-  const float magnitude = problem.scale < 0 ? -problem.scale : problem.scale;
+  const Heads &extra = is_key ? args.grad_key : args.grad_value,
+              &to = is_key ? args.grad_k : args.grad_v;
+  const float magnitude =
+      problem.softmax_scale < 0 ? -problem.softmax_scale : problem.softmax_scale;
   const Vec scale = broadcast(is_key ? magnitude : 1.0f);
   alignas(64) float x[kLargestHeadDim];
   for (int64_t token = 0; token < problem.length; ++token) {
@@ -102,13 +104,13 @@ void finish_table(const BackwardArgs& args, const SlotSums& sums, void* table) {
   if (!table) return;
   const Problem& problem = args.problem;
   const int64_t row_size = sums.heads * problem.head_dim;
-  parallel_for(problem.rows, (1 << 14) / row_size + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(problem.table_rows, (1 << 14) / row_size + 1, [&](int64_t begin, int64_t end) {
     alignas(64) float x[kLargestHeadDim];
     for (int64_t i = begin * sums.heads; i < end * sums.heads; ++i) {
       const int64_t row = i / sums.heads, head = i % sums.heads;
       clear(x, problem.head_dim);
       for (int64_t batch = 0; args.slots && batch < problem.batch; ++batch) {
-        const int64_t slot = args.slots[batch * problem.rows + row];
+        const int64_t slot = args.slots[batch * problem.table_rows + row];
         if (slot >= 0) {
           accumulate(sums.data + slot * row_size + head * problem.head_dim, problem.head_dim, x);
         }

@@ -79,7 +79,7 @@ void fill_slab(const ForwardArgs& args, const Span& span, int64_t batch, int64_t
                int64_t position, bool is_key, T* slab) {
   const Problem& problem = args.problem;
   const Heads &from = is_key ? args.k : args.v, &to = is_key ? args.key : args.value;
-  const void* table = is_key ? args.table_k : args.table_v;
+  const void* table = is_key ? args.crayon_k : args.crayon_v;
   const int64_t width = width_of(problem), head_dim = problem.head_dim;
   const int64_t count = std::min(kLanes, problem.length - position);
   for (int64_t i = 0; i < count; ++i) {
@@ -143,7 +143,7 @@ void attend(const Problem& problem, const Sight& sight, const typename P::Elemen
             const typename P::Element* values, int64_t position, int64_t count,
             const typename Scratch<P>::Worker& worker, Running* running) {
   const int64_t width = width_of(problem), lanes = round_up(count, kLanes);
-  const float scale = exponent_scale(problem.scale);
+  const float scale = exponent_scale(problem.softmax_scale);
   const Reach reach(sight, position, count);
   alignas(64) float shrink[kQueryBlock];
   bool fresh = true;
@@ -172,7 +172,7 @@ void write_out(const ForwardArgs& args, int64_t batch, int64_t head, int64_t tok
                const float* mixed, const Running& running, T* slab) {
   const Problem& problem = args.problem;
   const int64_t width = width_of(problem);
-  const float scale = exponent_scale(problem.scale);
+  const float scale = exponent_scale(problem.softmax_scale);
   float* lse = args.lse + (batch * problem.q_heads + head) * problem.length + token;
   alignas(64) float inverse[kQueryBlock];
   for (int64_t lane = 0; lane < kQueryBlock; ++lane) {
@@ -233,10 +233,10 @@ void attend_block(const ForwardArgs& args, const Scratch<P>& scratch, const Orde
   clear(raw, kLanes * width);
   clear(slab, kLanes * width);
   for (int64_t lane = 0; lane < count; lane += kLanes) {
-    query_slab(problem, args.q, args.table_q, span, batch, head, place.position + lane, raw, slab);
+    query_slab(problem, args.q, args.crayon_q, span, batch, head, place.position + lane, raw, slab);
     pack_right_transposed<P>(slab, width, worker.queries + lane * P::kDepth, kQueryBlock);
   }
-  Running running(exponent_scale(problem.scale));
+  Running running(exponent_scale(problem.softmax_scale));
   attend<P>(problem, Sight(problem, span), scratch.keys + start, scratch.values + start,
             place.position, count, worker, &running);
   write_out(args, batch, head, span.first + place.position, count, worker.mixed, running, raw);

@@ -97,7 +97,7 @@ void pack_queries(const BackwardArgs& args, const Span& span, int64_t batch, int
   clear(slab, kLanes * width);
   for (int64_t i = 0; i < round_up(span.length(), kQueryBlock); i += kLanes) {
     const int64_t place = i / kQueryBlock * kQueryBlock * width + i % kQueryBlock * P::kDepth;
-    query_slab(problem, args.q, args.table_q, span, batch, head, i, slab, query);
+    query_slab(problem, args.q, args.crayon_q, span, batch, head, i, slab, query);
     pack_right_transposed<P>(query, width, work.queries + place, kQueryBlock);
     pack_right<P>(query, width, work.queries_by_value + i * width);
     token_slab(problem, args.grad_out, span, batch, head, i, slab);
@@ -163,7 +163,7 @@ Keys gradients_of_blocks(const Problem& problem, const Sight& sight, const Work<
              kQueryBlock, width, true, work.d_weights);
   hide(sight, reach, position, kQueryBlock, keys.first, keys.end, work.products);
   const int64_t within = keys.first % kKeyBlock, left = within * kQueryGroup + column;
-  weigh<P>(count, exponent_scale(problem.scale), work.lse + position, work.delta + position,
+  weigh<P>(count, exponent_scale(problem.softmax_scale), work.lse + position, work.delta + position,
            work.products, work.d_weights, work.weights + left, work.d_products + left,
            work.d_products_right);
   product<P>(work.keys_transposed + block * kKeyBlock * width + within, kKeyBlock, width,

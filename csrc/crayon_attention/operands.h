@@ -173,7 +173,7 @@ inline void query_slab(const Problem& problem, const Heads& q, const void* table
     const int64_t token = span.first + position + i;
     const T* row = row_of<T>(problem, table, batch, token, problem.q_heads, head);
     rotate(problem, batch, token, raw + i * width, row, slab + i * width);
-    if (problem.scale < 0) negate(slab + i * width, problem.head_dim);
+    if (problem.softmax_scale < 0) negate(slab + i * width, problem.head_dim);
   }
   clear(slab + count * width, (kLanes - count) * width);
 }

@@ -82,14 +82,14 @@ void dequantize_strip(const DequantizeArgs& args, T* out) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1));
   parallel_for(args.row_end - args.row_begin, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (args.weight.panels) {
+      if (args.weight.in_panels) {
         dequantize_tiles(args.weight, args.row_begin + i, args.column_begin, args.column_end,
-                         out + i * args.stride);
+                         out + i * args.row_stride);
         continue;
       }
       const int64_t start = (args.row_begin + i) * args.weight.columns;
       dequantize_run(args.weight, scales, start + args.column_begin, start + args.column_end,
-                     out + i * args.stride);
+                     out + i * args.row_stride);
     }
   });
 }

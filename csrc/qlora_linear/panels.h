@@ -52,7 +52,7 @@ class Tiles {
 
   // `count` tiles of a panel from tile `first` on; `room` has space for them.
   const uint8_t* get(int64_t panel, int64_t first, int64_t count, uint8_t* room) const {
-    if (weight_.panels) return weight_.packed + (panel * chunks_ + first) * kTile;
+    if (weight_.in_panels) return weight_.packed + (panel * chunks_ + first) * kTile;
     int64_t t = 0;
     if constexpr (kTransposed > 0) {
       const bool whole = (panel + 1) * kPanel <= weight_.rows;
@@ -65,7 +65,7 @@ class Tiles {
   }
 
   // How many tiles are worth asking for at once.
-  int64_t run(int64_t most) const { return weight_.panels ? chunks_ : most; }
+  int64_t run(int64_t most) const { return weight_.in_panels ? chunks_ : most; }
 
   int64_t chunks() const { return chunks_; }
 

@@ -30,28 +30,29 @@ struct Buffers {
 void copy_a(const ProductArgs& args, int64_t i, int64_t rows, int64_t first, int64_t terms,
             float* to) {
   for (int64_t r = 0; r < rows; ++r, to += kStride) {
-    const float* from = args.a + (i + r) * args.a_row + first * args.a_column;
-    if (args.a_column == 1) {
+    const float* from = args.a.values + (i + r) * args.a.row_stride + first * args.a.column_stride;
+    if (args.a.column_stride == 1) {
       std::copy(from, from + terms, to);
     } else {
-      for (int64_t p = 0; p < terms; ++p) to[p] = from[p * args.a_column];
+      for (int64_t p = 0; p < terms; ++p) to[p] = from[p * args.a.column_stride];
     }
   }
 }
 
 void copy_b(const ProductArgs& args, int64_t j, int64_t width, int64_t first, int64_t terms,
             float* to) {
-  const float* from = args.b + first * args.b_row + j * args.b_column;
+  const float* from = args.b.values + first * args.b.row_stride + j * args.b.column_stride;
   if (width < kWidth) std::fill(to, to + terms * kWidth, 0.0f);
-  if (args.b_column == 1) {
+  if (args.b.column_stride == 1) {
     for (int64_t p = 0; p < terms; ++p) {
-      std::copy(from + p * args.b_row, from + p * args.b_row + width, to + p * kWidth);
+      std::copy(from + p * args.b.row_stride, from + p * args.b.row_stride + width,
+                to + p * kWidth);
     }
     return;
   }
   for (int64_t w = 0; w < width; ++w) {
     for (int64_t p = 0; p < terms; ++p) {
-      to[p * kWidth + w] = from[w * args.b_column + p * args.b_row];
+      to[p * kWidth + w] = from[w * args.b.column_stride + p * args.b.row_stride];
     }
   }
 }
@@ -59,7 +60,7 @@ void copy_b(const ProductArgs& args, int64_t j, int64_t width, int64_t first, in
 void add_tile(const ProductArgs& args, int64_t i, int64_t rows, int64_t j, int64_t width,
               bool first, const float* from) {
   for (int64_t r = 0; r < rows; ++r, from += kWidth) {
-    float* to = args.c + (i + r) * args.c_row + j;
+    float* to = args.out.values + (i + r) * args.out.row_stride + j;
     for (int64_t w = 0; w < width; ++w) to[w] = first ? from[w] : to[w] + from[w];
   }
 }

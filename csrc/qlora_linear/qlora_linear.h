@@ -22,18 +22,18 @@ struct NF4 {
   int64_t rows, columns;
   int64_t block_size;  // a power of two
   bool double_quant;
-  bool panels;
+  bool in_panels;
 };
 
 // Writes weight[row_begin:row_end, column_begin:column_end] densely: code * scale in float32,
-// rounded once. `stride` is in elements. Of a weight in panels the columns begin and end with
+// rounded once. `row_stride` is in elements. Of a weight in panels the columns begin and end with
 // tiles.
 struct DequantizeArgs {
   NF4 weight;
   int64_t row_begin, row_end, column_begin, column_end;
   DType dtype;
   void* out;
-  int64_t stride;
+  int64_t row_stride;
 };
 
 // Contiguous a [rank, columns] and b [rows, rank].
@@ -59,7 +59,7 @@ struct ForwardArgs {
   const int32_t* row_index;     // [tokens], checked
   const float* bias;            // [rows], or null
   bool int8_activations;        // round x to 8 bits; taken where the processor has such products
-  float* scratch;               // forward_scratch() values
+  float* scratch;               // forward_scratch() bytes
   void* out;                    // [tokens, rows]
 };
 
@@ -85,36 +85,37 @@ struct ManyArgs {
   const float* row_table;  // [table_rows, rows], or null
   const int32_t* row_index;
   const float* bias;  // [rows], or null
-  BFloat16* scratch;  // many_scratch() values
+  BFloat16* scratch;  // as many bytes as ..._scratch() says
   BFloat16* out;
 };
 
-// out[m] += table[index[m]] where index[m] >= 0; out [tokens, columns] of dtype.
+// out[m] += row_table[row_index[m]] where row_index[m] >= 0; out [tokens, columns] of dtype.
 struct AddRowsArgs {
   DType dtype;
   void* out;
-  const float* table;
+  const float* row_table;
   const int32_t* row_index;
   int64_t tokens, columns;
 };
 
-// table[t] = sum of grad[m] over index[m] == t, in the order of m.
+// grad_row_table[t] = sum of grad_out[m] over row_index[m] == t, in the order of m.
 struct SumRowsArgs {
   DType dtype;
-  const void* grad;
+  const void* grad_out;
   const int32_t* row_index;
-  float* table;
-  int64_t tokens, columns, rows;
+  float* grad_row_table;
+  int64_t tokens, columns, table_rows;
 };
 
-// c = a b in float32, [m, k] times [k, n], any strides for a and b.
+// A float32 matrix; strides are in elements.
+struct Matrix {
+  float* values;
+  int64_t row_stride, column_stride;
+};
+
+// out = a b, [m, k] times [k, n]; the columns of out lie side by side.
 struct ProductArgs {
-  const float* a;
-  int64_t a_row, a_column;
-  const float* b;
-  int64_t b_row, b_column;
-  float* c;
-  int64_t c_row;
+  Matrix a, b, out;
   int64_t m, n, k;
 };
 
@@ -134,11 +135,9 @@ void add_rows(int isa, const AddRowsArgs& args);
 void sum_rows(int isa, const SumRowsArgs& args);
 void product(int isa, const ProductArgs& args);
 
-// float32 values that forward() needs as scratch.
-int64_t forward_scratch(int64_t tokens, int64_t rows, int64_t columns, int64_t num_adapters,
-                        int64_t total_rank);
-
-// bfloat16 values that forward_many() (terms: columns) and grad_x_many() (terms: rows) need.
-int64_t many_scratch(int64_t terms, const int64_t* ranks, int64_t num_adapters);
+// Bytes of scratch that a call needs; its own scratch is not looked at.
+int64_t forward_scratch(const ForwardArgs& args);
+int64_t forward_many_scratch(const ManyArgs& args);
+int64_t grad_x_many_scratch(const ManyArgs& args);
 
 }  // namespace collavo::qlora_linear

@@ -22,14 +22,15 @@ void add_to(T* out, const float* row, int64_t columns) {
 
 template <typename T>
 void sum_columns(const SumRowsArgs& args, const T* grad, int64_t begin, int64_t end) {
-  for (int64_t t = 0; t < args.rows; ++t) {
-    std::fill(args.table + t * args.columns + begin, args.table + t * args.columns + end, 0.0f);
+  for (int64_t t = 0; t < args.table_rows; ++t) {
+    std::fill(args.grad_row_table + t * args.columns + begin,
+              args.grad_row_table + t * args.columns + end, 0.0f);
   }
   for (int64_t m = 0; m < args.tokens; ++m) {
     const int32_t row = args.row_index[m];
     if (row < 0) continue;
     const T* from = grad + m * args.columns;
-    float* to = args.table + row * args.columns;
+    float* to = args.grad_row_table + row * args.columns;
     int64_t n = begin;
     for (; n + kLanes <= end; n += kLanes) store(to + n, add(load(to + n), load(from + n)));
     for (; n < end; ++n) to[n] += to_float(from[n]);
@@ -48,7 +49,8 @@ void add_rows(const AddRowsArgs& args) {
     parallel_for(args.tokens, grain, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
         const int32_t row = args.row_index[m];
-        if (row >= 0) add_to(out + m * args.columns, args.table + row * args.columns, args.columns);
+        if (row >= 0)
+          add_to(out + m * args.columns, args.row_table + row * args.columns, args.columns);
       }
     });
   });
@@ -56,7 +58,7 @@ void add_rows(const AddRowsArgs& args) {
 
 // Threads own columns, so every sum runs over tokens in their order.
 void sum_rows(const SumRowsArgs& args) {
-  with_type(args.dtype, args.grad, [&](const auto* grad) {
+  with_type(args.dtype, args.grad_out, [&](const auto* grad) {
     const int64_t chunks = ceil_divide(args.columns, kChunk);
     const int64_t grain = std::max<int64_t>(1, 1024 / std::max<int64_t>(args.tokens, 1));
     parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {

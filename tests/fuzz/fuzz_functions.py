@@ -23,9 +23,8 @@ from fuzz_support import (
 from hypothesis import strategies as st
 from torch import Tensor
 
-from collavo_kernels._native import DTYPE_CODES
+from collavo_kernels._native import BEST_ISA, DTYPE_CODES
 
-_BEST = -1
 _sizes = st.integers(1, 40) | st.sampled_from((63, 64, 65, 127, 128, 129, 200))
 
 
@@ -63,16 +62,25 @@ def run_dequantize(case: DequantizeCase) -> None:
     height, width = case.rows[1] - case.rows[0], case.columns[1] - case.columns[0]
     stride = width + case.gap
     out = guarded(torch.full((max(0, height * stride - case.gap),), SENTINEL, dtype=dtype))
-    address = packed.data_ptr(), scales.data_ptr(), linear.n, linear.k, linear.block_size
-    flags = int(linear.double_quant), int(weight.in_panels)
     with machine(linear.isa, linear.threads) as module:
         module.qlora_linear_dequantize(
-            _BEST,
-            (*address, *flags),
-            (*case.rows, *case.columns),
-            DTYPE_CODES[dtype],
-            out.data_ptr(),
-            stride,
+            isa=BEST_ISA,
+            weight={
+                "packed": packed,
+                "scales": scales,
+                "rows": linear.n,
+                "columns": linear.k,
+                "block_size": linear.block_size,
+                "double_quant": linear.double_quant,
+                "in_panels": weight.in_panels,
+            },
+            row_begin=case.rows[0],
+            row_end=case.rows[1],
+            column_begin=case.columns[0],
+            column_end=case.columns[1],
+            dtype=DTYPE_CODES[dtype],
+            out=out,
+            row_stride=stride,
         )
     if height == 0 or width == 0:
         assert bool((out == SENTINEL).all())
@@ -117,8 +125,9 @@ def run_product(case: ProductCase) -> None:
     stride = n + case.gap
     out = guarded(torch.full((max(0, m * stride - case.gap),), SENTINEL))
     with machine(case.isa, case.threads) as module:
-        left, right = (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride())
-        module.qlora_linear_product(_BEST, left, right, (out.data_ptr(), stride), (m, n, k))
+        module.qlora_linear_product(
+            isa=BEST_ISA, a=a, b=b, out=out.as_strided((m, n), (stride, 1)), m=m, n=n, k=k
+        )
     if m == 0 or n == 0:
         return
     inside = torch.zeros_like(out, dtype=torch.bool)
@@ -171,12 +180,18 @@ def run_rows(case: RowsCase) -> None:
     index = torch.randint(-1, case.rows, (case.tokens,), generator=generator, dtype=torch.int32)
     index = guarded(index, case.end)
     sums = guarded(torch.full((case.rows, case.columns), SENTINEL), case.end)
-    code, shape = DTYPE_CODES[dtype], (case.tokens, case.columns)
+    common = {
+        "isa": BEST_ISA,
+        "dtype": DTYPE_CODES[dtype],
+        "row_index": index,
+        "tokens": case.tokens,
+        "columns": case.columns,
+    }
     with machine(case.isa, case.threads) as module:
-        pointers = x.data_ptr(), index.data_ptr(), sums.data_ptr()
-        module.qlora_linear_sum_rows(_BEST, code, *pointers, *shape, case.rows)
-        pointers = x.data_ptr(), table.data_ptr(), index.data_ptr()
-        module.qlora_linear_add_rows(_BEST, code, *pointers, *shape)
+        module.qlora_linear_sum_rows(
+            grad_out=x, grad_row_table=sums, table_rows=case.rows, **common
+        )
+        module.qlora_linear_add_rows(out=x, row_table=table, **common)
     has_row = index >= 0
     expected = before.float().clone()
     expected[has_row] += table[index[has_row].long()]

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,8 +71,16 @@ def sum_rows(isa: int, short: str, kind: Callable[[Tensor], Tensor]) -> None:
         kind(torch.ones(16 - (short == "table"))),
     )
     index = torch.zeros(3, dtype=torch.int32)
-    pointers = grad.data_ptr(), index.data_ptr(), table.data_ptr()
-    native().qlora_linear_sum_rows(isa, 0, *pointers, 3, 16, 1)
+    native().qlora_linear_sum_rows(
+        isa=isa,
+        dtype=0,
+        grad_out=grad,
+        row_index=index,
+        grad_row_table=table,
+        tokens=3,
+        columns=16,
+        table_rows=1,
+    )
 
 
 @needs_native
@@ -99,10 +108,13 @@ def test_sanitizers_see_one_value_too_many_in_torch_memory(
 @needs_sanitizers
 def test_sanitizers_see_undefined_behaviour(tmp_path: Path) -> None:
     """Row 2 of a would start 2 ** 63 values behind row 0, which no index holds."""
-    x = torch.ones(4)
-    a, b, c = (x.data_ptr(), 2**62, 1), (x.data_ptr(), 1, 1), (x.data_ptr(), 1)
-    product = native().qlora_linear_product
-    assert not survives(lambda: product(0, a, b, c, (4, 1, 1)), tmp_path / "report")
+    x = torch.ones(4, 1)
+    a = SimpleNamespace(data_ptr=x.data_ptr, stride=lambda: (2**62, 1))
+
+    def act() -> None:
+        native().qlora_linear_product(isa=0, a=a, b=x[:1], out=x, m=4, n=1, k=1)
+
+    assert not survives(act, tmp_path / "report")
     assert "runtime error: signed integer overflow" in (tmp_path / "report").read_text()
 
 

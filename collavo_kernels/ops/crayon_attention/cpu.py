@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from collavo_kernels._native import DTYPE_CODES, native, native_reason
+from collavo_kernels._native import BEST_ISA, DTYPE_CODES, native_of, native_reason, scratch
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
     AttentionOutputGrads,
@@ -20,10 +18,7 @@ from collavo_kernels.ops.crayon_attention.inputs import (
 )
 from collavo_kernels.ops.crayon_attention.reference import checked_ranges, checked_rows
 
-_BEST_ISA = -1
-# Address, and strides of samples, tokens and heads in elements.
-_Heads = tuple[int, int, int, int]
-_ABSENT: _Heads = (0, 0, 0, 0)
+NAME = "crayon_attention"
 
 unavailable = native_reason
 
@@ -32,20 +27,10 @@ def declines(inputs: AttentionInputs) -> str | None:
     """Say why these inputs are not taken, or None."""
     if inputs.q.dtype not in DTYPE_CODES:
         return "takes float32, bfloat16 and float16; float64 is the reference's"
-    largest = int(_module().crayon_attention_largest_head_dim)
+    largest = int(native_of(NAME).crayon_attention_largest_head_dim)
     if inputs.q.shape[-1] > largest:
         return f"takes head dims up to {largest}"
     return None
-
-
-class _Call(NamedTuple):
-    """What the kernels want to know beside q, k and v, and the tensors its addresses are of."""
-
-    problem: tuple[Any, ...]
-    cos: Tensor | None
-    sin: Tensor | None
-    rows: Tensor | None
-    ranges: Tensor | None
 
 
 def forward(inputs: AttentionInputs) -> AttentionResult:
@@ -58,16 +43,22 @@ def forward(inputs: AttentionInputs) -> AttentionResult:
         torch.empty(v.shape if inputs.changes_value else 0, dtype=v.dtype),
         torch.empty((batch, heads, length), dtype=torch.float32),
     )
-    tables = [None if t is None else t.contiguous() for t in inputs.tables]
-    states = [
-        *(_heads(x) for x in (q, k, v)),
-        _heads(result.key if inputs.changes_key else None),
-        _heads(result.value if inputs.changes_value else None),
-        _heads(result.out),
-    ]
-    others = [*(_address(t) for t in tables), result.lse.data_ptr()]
     if q.numel():
-        _run(_module().crayon_attention_forward, _call(inputs), states, others)
+        native_of(NAME).crayon_attention_forward(
+            isa=BEST_ISA,
+            allocate=scratch,
+            problem=_problem(inputs),
+            q=q,
+            k=k,
+            v=v,
+            crayon_q=_contiguous(inputs.crayon_q),
+            crayon_k=_contiguous(inputs.crayon_k),
+            crayon_v=_contiguous(inputs.crayon_v),
+            key=result.key if inputs.changes_key else None,
+            value=result.value if inputs.changes_value else None,
+            out=result.out,
+            lse=result.lse,
+        )
     return result
 
 
@@ -75,71 +66,74 @@ def backward(
     inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads, wanted: Wanted
 ) -> Gradients:
     """Recompute the weights block by block; every sum is made in an order of its own."""
-    q, key, value, out, grad_out = (
-        _dense(x) for x in (inputs.q, saved.key, saved.value, saved.out, grads.out)
-    )
-    grad_key, grad_value = (None if x is None else _dense(x) for x in (grads.key, grads.value))
+    q, key, value = (_dense(x) for x in (inputs.q, saved.key, saved.value))
     found = Gradients(
         *(
             torch.empty(leaf.shape, dtype=q.dtype) if want and leaf is not None else None
             for leaf, want in zip((q, key, value, *inputs.tables), wanted, strict=True)
         )
     )
-    tables = (found.crayon_q, found.crayon_k, found.crayon_v)
+    tables = [x for x in (found.crayon_q, found.crayon_k, found.crayon_v) if x is not None]
     if not q.numel():
         for x in tables:
-            if x is not None:
-                x.zero_()
+            x.zero_()
         return found
     if not any(x is not None for x in found):
         return found
-    states = [
-        _heads(x)
-        for x in (q, key, value, out, grad_out, grad_key, grad_value, found.q, found.k, found.v)
-    ]
-    call = _call(inputs)
-    summed = any(x is not None for x in tables)
-    slots, count = _slots(inputs, call.rows) if summed else (None, 0)
-    table = None if inputs.crayon_q is None else inputs.crayon_q.contiguous()
-    lse = saved.lse.contiguous()
-    others = [*(_address(x) for x in (table, lse, *tables, slots)), count]
-    _run(_module().crayon_attention_backward, call, states, others)
+    problem = _problem(inputs)
+    slots, slot_count = _slots(inputs, problem["row_index"]) if tables else (None, 0)
+    native_of(NAME).crayon_attention_backward(
+        isa=BEST_ISA,
+        allocate=scratch,
+        problem=problem,
+        q=q,
+        key=key,
+        value=value,
+        crayon_q=_contiguous(inputs.crayon_q),
+        out=_dense(saved.out),
+        grad_out=_dense(grads.out),
+        grad_key=None if grads.key is None else _dense(grads.key),
+        grad_value=None if grads.value is None else _dense(grads.value),
+        lse=saved.lse.contiguous(),
+        grad_q=found.q,
+        grad_k=found.k,
+        grad_v=found.v,
+        grad_crayon_q=found.crayon_q,
+        grad_crayon_k=found.crayon_k,
+        grad_crayon_v=found.crayon_v,
+        slots=slots,
+        slot_count=slot_count,
+    )
     return found
 
 
-def _run(kernel: Any, call: _Call, states: Sequence[_Heads], others: Sequence[int]) -> None:
-    """Ask the kernel how much scratch it needs, take that from torch, and run it."""
-    threads = _module().num_threads()
-    need = kernel(_BEST_ISA, threads, 0, call.problem, states, others)
-    scratch = torch.empty(need, dtype=torch.uint8)
-    kernel(_BEST_ISA, threads, scratch.data_ptr(), call.problem, states, others)
-
-
-def _call(inputs: AttentionInputs) -> _Call:
-    """Check the values of row index and key range, and put the arguments together.
+def _problem(inputs: AttentionInputs) -> dict[str, Any]:
+    """Return what forward and backward share, row index and key ranges checked.
 
     Raises:
         ValueError: if a row index or a key range is out of range.
     """
-    batch, length, heads, head_dim = inputs.q.shape
+    batch, length, q_heads, head_dim = inputs.q.shape
     cos, sin = (None if x is None else x.float().contiguous() for x in (inputs.cos, inputs.sin))
-    rows, ranges = _rows(inputs), _ranges(inputs)
     shared = cos is None or cos.shape[0] == 1
-    kv_heads, count = inputs.k.shape[2], inputs.table_rows or 0
-    sizes = (DTYPE_CODES[inputs.q.dtype], batch, length, heads, kv_heads, head_dim, count)
-    angles = (_address(cos), _address(sin), 0 if shared else length * head_dim)
-    tokens = (*angles, _address(rows), _address(ranges))
-    # As far as the sequence is long, and no overflow where a window is longer.
-    window = length if inputs.window is None else min(inputs.window, length)
-    problem = (sizes, tokens, inputs.causal, window, inputs.softmax_scale)
-    return _Call(problem, cos, sin, rows, ranges)
-
-
-def _module() -> ModuleType:
-    module = native()
-    if module is None:
-        raise RuntimeError(f"crayon_attention: {native_reason()}")
-    return module
+    return {
+        "dtype": DTYPE_CODES[inputs.q.dtype],
+        "batch": batch,
+        "length": length,
+        "q_heads": q_heads,
+        "kv_heads": inputs.k.shape[2],
+        "head_dim": head_dim,
+        "table_rows": inputs.table_rows or 0,
+        "cos": cos,
+        "sin": sin,
+        "angle_batch_stride": 0 if shared else length * head_dim,
+        "row_index": _rows(inputs),
+        "key_range": _ranges(inputs),
+        "causal": inputs.causal,
+        # As far as the sequence is long, and no overflow where a window is longer.
+        "window": length if inputs.window is None else min(inputs.window, length),
+        "softmax_scale": inputs.softmax_scale,
+    }
 
 
 def _rows(inputs: AttentionInputs) -> Tensor | None:
@@ -148,7 +142,10 @@ def _rows(inputs: AttentionInputs) -> Tensor | None:
     if inputs.row_index is None or count is None:
         return None
     rows = inputs.row_index.contiguous()
-    if _module().crayon_attention_first_bad_row(rows.data_ptr(), rows.numel(), count) >= 0:
+    bad = native_of(NAME).crayon_attention_first_bad_row(
+        row_index=rows, count=rows.numel(), table_rows=count
+    )
+    if bad >= 0:
         checked_rows(inputs)
     return rows
 
@@ -159,8 +156,8 @@ def _slots(inputs: AttentionInputs, rows: Tensor | None) -> tuple[Tensor | None,
         return None, 0
     batch, length = rows.shape
     slots = torch.empty((batch, inputs.table_rows), dtype=torch.int32)
-    used = _module().crayon_attention_number_slots(
-        rows.data_ptr(), batch, length, inputs.table_rows, slots.data_ptr()
+    used = native_of(NAME).crayon_attention_number_slots(
+        row_index=rows, batch=batch, length=length, table_rows=inputs.table_rows, slots=slots
     )
     return slots, int(used)
 
@@ -171,7 +168,10 @@ def _ranges(inputs: AttentionInputs) -> Tensor | None:
         return None
     ranges = inputs.key_range.contiguous()
     batch, length = inputs.q.shape[:2]
-    if _module().crayon_attention_first_bad_range(ranges.data_ptr(), batch, length) >= 0:
+    bad = native_of(NAME).crayon_attention_first_bad_range(
+        key_range=ranges, batch=batch, length=length
+    )
+    if bad >= 0:
         checked_ranges(inputs)
     return ranges
 
@@ -181,12 +181,5 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads(x: Tensor | None) -> _Heads:
-    if x is None:
-        return _ABSENT
-    batch, token, head, _ = x.stride()
-    return x.data_ptr(), batch, token, head
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from collavo_kernels._native import native, native_reason
+from collavo_kernels._native import BEST_ISA, native, native_of, native_reason
 from collavo_kernels.ops.panoptic_lookup.inputs import (
     LookupInputs,
     LookupResult,
@@ -12,8 +12,6 @@ from collavo_kernels.ops.panoptic_lookup.inputs import (
     row_columns,
     with_packed_lines,
 )
-
-BEST_ISA = -1
 
 
 def unavailable() -> str | None:
@@ -29,9 +27,7 @@ def forward(inputs: LookupInputs, isa: int = BEST_ISA) -> LookupResult:
     Raises:
         RuntimeError: if there is no compiled module.
     """
-    module = native()
-    if module is None:
-        raise RuntimeError(f"panoptic_lookup: {native_reason()}")
+    module = native_of("panoptic_lookup")
     maps = with_packed_lines(inputs.maps)
     images = image_table(maps, inputs.segment_counts)
     # Outputs with memory of their own; NumPy copies small columns in a third of torch's time.
@@ -42,15 +38,15 @@ def forward(inputs: LookupInputs, isa: int = BEST_ISA) -> LookupResult:
     box = torch.empty(columns.shape[1], 4)
     area = torch.empty(columns.shape[1], dtype=torch.int32)
     module.panoptic_lookup(
-        isa,
-        images.data_ptr(),
-        len(inputs.segment_counts),
-        segment.data_ptr(),
-        inputs.grid_h,
-        inputs.grid_w,
-        inputs.reduce == "majority",
-        index.data_ptr(),
-        box.data_ptr(),
-        area.data_ptr(),
+        isa=isa,
+        images=images,
+        num_images=len(inputs.segment_counts),
+        row_ids=segment,
+        grid_h=inputs.grid_h,
+        grid_w=inputs.grid_w,
+        majority=inputs.reduce == "majority",
+        row_index=index,
+        row_box=box,
+        row_area=area,
     )
     return LookupResult(index, row_class, number, row_image, segment, box, area)

@@ -123,7 +123,7 @@ def test_long_samples(
     case: AttentionCase, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64 of the same inputs, with the reference in this dtype as the budget."""
-    monkeypatch.setattr(cpu, "_BEST_ISA", ISA_CODES[isa])
+    monkeypatch.setattr(cpu, "BEST_ISA", ISA_CODES[isa])
     inputs = case.make(dtype)
     grad = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(1))
     grad = grad.to(dtype)
@@ -151,7 +151,7 @@ def test_same_bits_for_any_number_of_threads(
     case: AttentionCase, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shared by one, two and three workers, and again: nothing but the shapes orders a sum."""
-    monkeypatch.setattr(cpu, "_BEST_ISA", ISA_CODES[isa])
+    monkeypatch.setattr(cpu, "BEST_ISA", ISA_CODES[isa])
     inputs = case.make(dtype)
     grad = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(1))
     threads, found = torch.get_num_threads(), []
@@ -218,7 +218,7 @@ def test_what_is_no_number_stays_visible(
     Rows that PyTorch keeps finite stay so. Between, a hidden key's NaN times a weight of 0 may
     reach a row of its block, there as here.
     """
-    monkeypatch.setattr(cpu, "_BEST_ISA", ISA_CODES[isa])
+    monkeypatch.setattr(cpu, "BEST_ISA", ISA_CODES[isa])
     case = AttentionCase("odd", "", 1, 40, heads=1, groups=1, size=16, tables="", rotated=False)
     inputs = case.make(dtype)
     getattr(inputs, where)[0, 7, 0, 3] = value

@@ -246,9 +246,24 @@ def test_native_dequantisation_is_bit_equal() -> None:
         orders = [weight, weight.to_panels()] if in_panels else [weight]
         codes = [code for isa, code in _native.ISA_CODES.items() if isa in ("best", *module.isas())]
         for order, dtype, code in itertools.product(orders, DTYPES, codes):
-            pointers = (order.packed.data_ptr(), order.scales.data_ptr())
-            facts = (*pointers, n, k, block, int(nested), int(order.in_panels))
             out = torch.full((n, k), float("nan"), dtype=dtype)
-            panel, kind = (0, n, 0, k), _native.DTYPE_CODES[dtype]
-            module.qlora_linear_dequantize(code, facts, panel, kind, out.data_ptr(), k)
+            module.qlora_linear_dequantize(
+                isa=code,
+                weight={
+                    "packed": order.packed,
+                    "scales": order.scales,
+                    "rows": n,
+                    "columns": k,
+                    "block_size": block,
+                    "double_quant": nested,
+                    "in_panels": order.in_panels,
+                },
+                row_begin=0,
+                row_end=n,
+                column_begin=0,
+                column_end=k,
+                dtype=_native.DTYPE_CODES[dtype],
+                out=out,
+                row_stride=k,
+            )
             assert torch.equal(out, weight.dequantize(dtype)), (n, k, block, nested, code)

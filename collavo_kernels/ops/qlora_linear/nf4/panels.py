@@ -84,5 +84,5 @@ def _huge(size: int) -> Tensor:
     start = -room.data_ptr() % _HUGE_PAGE
     module = native()
     if module is not None:
-        module.advise_huge_pages(room.data_ptr() + start, whole)
+        module.advise_huge_pages(memory=room[start:], bytes=whole)
     return room[start : start + size]
