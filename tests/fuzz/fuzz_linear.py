@@ -279,7 +279,8 @@ def _run_forward(case: LinearCase, call: LinearCall, weight: Tensor, bad_row: bo
         with pytest.raises(ValueError, match=r"row_index: |int8_activations|cannot serve"):
             call.forward("cpu", case.int8)
         if bad_row and call.table is not None:
-            flags = [False, False, True, False] + [False] * (2 * len(call.a))
+            # In order: x, weight, a and b of every adapter, row_table, bias.
+            flags = [False] * (2 + 2 * len(call.a)) + [True, False]
             with pytest.raises(ValueError, match="row_index: "):
                 call.backward(flags, "cpu")
         return
