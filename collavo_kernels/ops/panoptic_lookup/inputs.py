@@ -13,6 +13,10 @@ from torch import Tensor
 from collavo_kernels._schema import SymInt
 
 REDUCTIONS = ("majority", "nearest")
+# What kernels are told of a map: the fields of Image in csrc/panoptic_lookup/panoptic_lookup.h,
+# which says what they mean, in its order.
+IMAGE_FIELDS = ("map", "coloured", "height", "width", "stride", "first_row", "rows")
+IMAGE = np.dtype([(name, np.int64) for name in IMAGE_FIELDS])
 
 Integers = npt.NDArray[Any]
 
@@ -149,21 +153,23 @@ def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         counts: S_i of each image.
 
     Returns:
-        ``[B, 7]`` int64 on the CPU: address, 1 for colours or 0 for ids, height, width, bytes from
-        one pixel row to the next, first row, number of rows.
+        ``[B, 7]`` int64 on the CPU: :data:`IMAGE_FIELDS` of each.
     """
-    table = np.empty((len(counts), 7), dtype=np.int64)
+    table = np.empty(len(counts), dtype=IMAGE)
     image = 0
     for each in maps:
         images, height, width = each.shape[:3]
         size = each.element_size()
         own = table[image : image + images]
-        own[:, 0] = each.data_ptr() + np.arange(images) * (each.stride(0) * size)
-        own[:, 1:5] = (each.dtype == torch.uint8, height, width, each.stride(1) * size)
+        own["map"] = each.data_ptr() + np.arange(images) * (each.stride(0) * size)
+        own["coloured"] = each.dtype == torch.uint8
+        own["height"] = height
+        own["width"] = width
+        own["stride"] = each.stride(1) * size
         image += images
-    table[:, 6] = np.asarray(counts, dtype=np.int64) + 1
-    table[:, 5] = _first_rows(counts)
-    return torch.from_numpy(table)
+    table["first_row"] = _first_rows(counts)
+    table["rows"] = np.asarray(counts, dtype=np.int64) + 1
+    return torch.from_numpy(table.view(np.int64).reshape(len(counts), len(IMAGE_FIELDS)))
 
 
 def with_packed_lines(maps: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,20 @@ from collavo_kernels._backends import device_of
 from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
 from collavo_kernels._native import DTYPE_CODES, cuda_check, cuda_library, cuda_reason
+from collavo_kernels.ops.qlora_linear.cuda_arguments import (
+    AddRowsArguments,
+    Arguments,
+    Branch,
+    DecodeArguments,
+    StripArguments,
+    SumRowsArguments,
+    WeightArguments,
+    aligned,
+    branch_of,
+    epilogue_of,
+    readable,
+    weight_of,
+)
 from collavo_kernels.ops.qlora_linear.inputs import (
     MAX_MASKED_ADAPTERS,
     PANELS_DECLINE,
@@ -33,7 +46,6 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     Wanted,
     active,
 )
-from collavo_kernels.ops.qlora_linear.nf4.format import block_count, split_scales
 
 FEW_TOKENS = 16
 _CHUNK = 64
@@ -101,27 +113,28 @@ def backward(
 
 
 def _forward_few(inputs: QLoRAInputs) -> Tensor:
-    x = _aligned(inputs.x)
-    (m, k), n = x.shape, inputs.out_features
+    x = aligned(inputs.x)
+    m, n = x.shape[0], inputs.out_features
     out = x.new_empty((m, n))
-    factors = [(_side(a, x), _side(b, x)) for a, b, _ in inputs.adapters]
+    factors = [(readable(a, x), readable(b, x)) for a, b, _ in inputs.adapters]
     ranks = sum(_round_up(a.shape[0], _RANK_TILE) for a, _ in factors)
-    hidden = x.new_empty((_round_up(m, 8), ranks))
-    weight, (table, index, bias, errors), (rows, *wide) = _weight(inputs), *_epilogue(inputs)
-    mask = None if inputs.adapter_mask is None else inputs.adapter_mask.contiguous()
-    adapters = [
-        value
-        for a, b in factors
-        for value in (a.data_ptr(), _is_wide(a), b.data_ptr(), _is_wide(b), a.shape[0])
-    ]
-    _launch(
-        "collavo_qlora_linear_decode",
-        x,
-        _pointers(*weight, x, mask, table, index, bias, errors, hidden, out),
-        _integers(m, n, k, inputs.block_size, rows, *wide, len(factors), DTYPE_CODES[x.dtype]),
-        _integers(*adapters),
-        (ctypes.c_float * max(1, len(factors)))(*inputs.scaling),
+    mask = inputs.adapter_mask
+    arguments = DecodeArguments(
+        weight=weight_of(inputs),
+        epilogue=epilogue_of(inputs),
+        adapters=[
+            branch_of(a.shape[0], a, b, scaling)
+            for (a, b), scaling in zip(factors, inputs.scaling, strict=True)
+        ],
+        num_adapters=len(factors),
+        adapter_mask=None if mask is None else mask.contiguous(),
+        x=x,
+        hidden=x.new_empty((_round_up(m, 8), ranks)),
+        out=out,
+        m=m,
+        dtype=DTYPE_CODES[x.dtype],
     )
+    _launch("collavo_qlora_linear_decode", x, arguments)
     return out
 
 
@@ -134,16 +147,17 @@ def _forward_many(inputs: QLoRAInputs) -> Tensor:
     joined = _join(x, hidden)
     width = joined.shape[1]
     out = x.new_empty((m, n))
-    weight, sides = _weight(inputs), [_side(b, x) for b in inputs.b]
+    weight = weight_of(inputs)
+    branches = [branch_of(b.shape[1], b=readable(b, x)) for b in inputs.b]
     for start, stop, buffer in _strips(joined, n):
         strip = buffer.view(stop - start, width)
-        _fill_strip(inputs, weight, sides, (start, stop - start, 0, width), strip)
+        _fill_strip(weight, branches, strip, row=start)
         torch.mm(joined, strip.t(), out=out[:, start:stop])
     if inputs.row_table is not None or inputs.bias is not None:
-        (table, index, bias, errors), facts = _epilogue(inputs)
-        pointers = _pointers(table, index, bias, errors, out)
-        sizes = _integers(m, n, *facts, DTYPE_CODES[x.dtype])
-        _launch("collavo_qlora_linear_add_rows", x, pointers, sizes)
+        arguments = AddRowsArguments(
+            epilogue=epilogue_of(inputs), out=out, m=m, n=n, dtype=DTYPE_CODES[x.dtype]
+        )
+        _launch("collavo_qlora_linear_add_rows", x, arguments)
     return out
 
 
@@ -152,10 +166,11 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor
     joined = _join(grad, upstream)
     height = joined.shape[1]
     out = grad.new_empty((grad.shape[0], k))
-    weight, sides = _weight(inputs), [_side(a, grad) for a in inputs.a]
+    weight = weight_of(inputs)
+    branches = [branch_of(a.shape[0], a=readable(a, grad)) for a in inputs.a]
     for start, stop, buffer in _strips(joined, k):
         strip = buffer.view(height, stop - start)
-        _fill_strip(inputs, weight, sides, (0, height, start, stop - start), strip, below=True)
+        _fill_strip(weight, branches, strip, column=start, below=True)
         torch.mm(joined, strip, out=out[:, start:stop])
     return out
 
@@ -165,9 +180,17 @@ def _grad_row_table(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
         raise ValueError("row_table: a gradient was asked for, but there is none")
     out = grad.new_zeros(inputs.row_table.shape, dtype=torch.float32)
     if out.numel():
-        pointers = _pointers(grad, inputs.row_index.contiguous(), error_word(grad.device), out)
-        sizes = _integers(*grad.shape, out.shape[0], DTYPE_CODES[grad.dtype])
-        _launch("collavo_qlora_linear_sum_rows", grad, pointers, sizes)
+        arguments = SumRowsArguments(
+            grad_out=grad,
+            row_index=inputs.row_index.contiguous(),
+            errors=error_word(grad.device),
+            grad_row_table=out,
+            m=grad.shape[0],
+            n=grad.shape[1],
+            table_rows=out.shape[0],
+            dtype=DTYPE_CODES[grad.dtype],
+        )
+        _launch("collavo_qlora_linear_sum_rows", grad, arguments)
     return out.to(inputs.row_table.dtype)
 
 
@@ -211,78 +234,40 @@ def _strips(joined: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _fill_strip(
-    inputs: QLoRAInputs,
-    weight: tuple[Tensor | None, ...],
-    sides: list[Tensor],
-    part: tuple[int, int, int, int],
+    weight: WeightArguments,
+    branches: list[Branch],
     out: Tensor,
+    row: int = 0,
+    column: int = 0,
     below: bool = False,
 ) -> None:
-    """Decode a part of ``[W | sides]``, or of ``[W; sides]``, into ``out``.
+    """Decode a part of ``[W | B ..]``, or of ``[W; A ..]``, into ``out``; zeros beyond the factors.
 
     Args:
-        inputs: The call.
-        weight: As ``_weight`` gives it.
-        sides: B of every adapter, or with ``below`` A.
-        part: First row, rows, first column, columns; zeros beyond the sides.
-        out: Contiguous ``[rows, columns]`` in x's dtype.
-        below: Whether the sides lie below the weight.
+        weight: As :func:`weight_of` gives it.
+        branches: The adapters with B, or with A if ``below``.
+        out: Contiguous, in x's dtype; its shape is the part's.
+        row: The part's first row.
+        column: Its first column.
+        below: Whether the factors lie below the weight.
     """
-    n, k = inputs.shape
-    axis = 0 if below else 1
-    facts = [f for side in sides for f in (side.data_ptr(), _is_wide(side), side.shape[axis])]
-    sizes = (n, k, inputs.block_size, *part, below, len(sides), DTYPE_CODES[out.dtype])
-    pointers = _pointers(*weight, out)
-    _launch("collavo_qlora_linear_strip", out, pointers, _integers(*sizes), _integers(*facts))
-
-
-def _weight(inputs: QLoRAInputs) -> tuple[Tensor | None, ...]:
-    """Return packed, absmax, nested_absmax, nested_code and offset."""
-    if inputs.scales is None:
-        raise RuntimeError("qlora_linear: the CUDA backend has no dense weight")
-    blocks = block_count(inputs.shape, inputs.block_size)
-    parts = split_scales(inputs.scales, blocks, inputs.double_quant)
-    packed = _aligned(inputs.weight)
-    return packed, parts.absmax, parts.nested_absmax, parts.nested_code, parts.offset
-
-
-def _epilogue(inputs: QLoRAInputs) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """Return table, row_index, bias and the error word; the table's rows, and who is float32."""
-    x, table, bias = inputs.x, inputs.row_table, inputs.bias
-    index, rows = None, 0
-    if table is not None and inputs.row_index is not None:
-        index, rows = inputs.row_index.contiguous(), table.shape[0]
-        # A table without rows has no address, but the index is checked all the same.
-        table = _side(table, x) if rows else x
-    bias = None if bias is None else _side(bias, x)
-    facts = (rows, *(int(each is not None and _is_wide(each)) for each in (table, bias)))
-    return (table, index, bias, error_word(x.device)), facts
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def _side(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor in the dtype of another or in float32, as kernels read it."""
-    return _aligned(tensor.to(like.dtype if tensor.dtype == like.dtype else torch.float32))
-
-
-def _is_wide(tensor: Tensor) -> int:
-    return int(tensor.dtype == torch.float32)
+    arguments = StripArguments(
+        weight=weight,
+        adapters=branches,
+        num_adapters=len(branches),
+        below=below,
+        row=row,
+        rows=out.shape[0],
+        column=column,
+        columns=out.shape[1],
+        out=out,
+        dtype=DTYPE_CODES[out.dtype],
+    )
+    _launch("collavo_qlora_linear_strip", out, arguments)
 
 
 def _round_up(value: int, to: int) -> int:
     return -(-value // to) * to
-
-
-def _pointers(*tensors: Tensor | None) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(t if t is None else t.data_ptr() for t in tensors))
-
-
-def _integers(*values: int) -> Any:
-    return (ctypes.c_int64 * max(1, len(values)))(*values)
 
 
 def _library() -> ctypes.CDLL:
@@ -292,10 +277,10 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _launch(name: str, on: Tensor, *arguments: Any) -> None:
+def _launch(name: str, on: Tensor, arguments: Arguments) -> None:
     launcher = getattr(_library(), name)
     launcher.restype = ctypes.c_int
     with device_of(on):
         stream = torch.cuda.current_stream().cuda_stream if on.is_cuda else 0
-        error = launcher(*arguments, ctypes.c_void_p(stream))
+        error = launcher(ctypes.byref(arguments), ctypes.c_void_p(stream))
     cuda_check(error, name)

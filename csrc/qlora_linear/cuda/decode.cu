@@ -94,41 +94,32 @@ int launch_all(Few& few, void* stream) {
 
 }  // namespace
 
-// pointers: packed, absmax, nested_absmax, nested_code, offset, x, mask, table, row_index, bias,
-//   errors, hidden, out; null where absent.
-// sizes: m, n, k, block size, table rows, whether table and bias are float32, adapters, dtype.
-// adapters: of each a, whether it is float32, b, whether it is float32, rank; scaling beside it.
-// hidden has 8 * ceil(m / 8) rows of all ranks, each adapter's rounded up to 16, in x's dtype.
-// Needs 1 <= m <= 16, k % 64 == 0, blocks of at least 64; x, packed, every a and b aligned to 16
-// bytes.
-extern "C" int collavo_qlora_linear_decode(void* const* pointers, const int64_t* sizes,
-                                           const int64_t* adapters, const float* scaling,
-                                           void* stream) {
+extern "C" int collavo_qlora_linear_decode(const DecodeArguments* arguments, void* stream) {
+  const DecodeArguments& from = *arguments;
+  const int64_t m = from.m, n = from.weight.n, k = from.weight.k;
   Few few{};
-  const int64_t m = sizes[0], n = sizes[1], k = sizes[2];
-  if (m < 1 || m > 16 || n < 1 || k < kChunk || k % kChunk || k > kMaxK || sizes[3] < kChunk ||
-      !adapters_from(adapters, scaling, sizes[7], &few.adapters)) {
+  if (m < 1 || m > 16 || n < 1 || k < kChunk || k % kChunk || k > kMaxK ||
+      from.weight.block_size < kChunk ||
+      !adapters_from(from.adapters, from.num_adapters, &few.adapters)) {
     return cudaErrorInvalidValue;
   }
   for (int i = 0; i < few.adapters.count; ++i) few.tiles += rank_tiles(few.adapters.rank[i]);
-  const int64_t padded = few.tiles * kRankTile;
-  few.shrink = {
-      pointers[5], static_cast<const uint8_t*>(pointers[6]), pointers[11], m, k, padded, 0};
-  Decode& p = few.decode;
-  p.weight = weight_from(pointers, n, k, sizes[3]);
-  p.epilogue = {{pointers[7], sizes[5] != 0},
-                {pointers[9], sizes[6] != 0},
-                static_cast<const int32_t*>(pointers[8]),
-                static_cast<int32_t*>(pointers[10]),
-                sizes[4]};
-  p.x = pointers[5];
-  p.hidden = pointers[11];
-  p.out = pointers[12];
-  p.m = m;
-  p.padded = padded;
+  few.shrink.x = from.x;
+  few.shrink.mask = from.adapter_mask;
+  few.shrink.hidden = from.hidden;
+  few.shrink.m = m;
+  few.shrink.k = k;
+  few.shrink.padded = few.tiles * kRankTile;
+  few.decode.weight = weight_from(from.weight);
+  few.decode.epilogue = from.epilogue;
+  few.decode.x = from.x;
+  few.decode.hidden = from.hidden;
+  few.decode.out = from.out;
+  few.decode.m = m;
+  few.decode.padded = few.shrink.padded;
   const cudaError_t error = current_device(&few.device);
   if (error) return error;
-  if (sizes[8] == kBfloat16) return launch_all<__nv_bfloat16>(few, stream);
-  if (sizes[8] == kFloat16) return launch_all<__half>(few, stream);
+  if (from.dtype == kBfloat16) return launch_all<__nv_bfloat16>(few, stream);
+  if (from.dtype == kFloat16) return launch_all<__half>(few, stream);
   return cudaErrorInvalidValue;
 }

@@ -2,13 +2,14 @@
 #pragma once
 
 #include "common/integers.h"
+#include "qlora_linear/cuda/arguments.h"
 #include "qlora_linear/cuda/gpu.cuh"
 
 namespace {
 
+using namespace collavo::qlora_linear::cuda;
 using collavo::ceil_divide;
 
-constexpr int kMaxAdapters = 8;
 constexpr int kRowOutOfRange = 1;
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -23,27 +24,13 @@ struct Weight {
   int block_shift;
 };
 
-// A matrix whose values are of x's type, or float32 (wide).
-struct Side {
-  const void* values;
-  bool wide;
-};
-
+// The branches of a call, as kernels are handed them.
 struct Adapters {
   Side a[kMaxAdapters];  // [rank, k]
   Side b[kMaxAdapters];  // [n, rank]
   int64_t rank[kMaxAdapters];
   float scaling[kMaxAdapters];
   int count;
-};
-
-// What is added at the end: a table's row for each token that has one, and a bias.
-struct Epilogue {
-  Side table;                // [rows, n]; null values: none
-  Side bias;                 // [n]; null values: none
-  const int32_t* row_index;  // [m]
-  int32_t* errors;           // [1]
-  int64_t rows;
 };
 
 __device__ __forceinline__ float as_float(float value) {
@@ -98,9 +85,9 @@ __device__ __forceinline__ float scale_at(const Weight& w, int64_t element) {
 
 // The row of the table that a token gets, -1 for none. A bad one is none, and `reports` says so.
 __device__ __forceinline__ int64_t table_row(const Epilogue& e, int64_t token, bool reports) {
-  if (!e.table.values) return -1;
+  if (!e.row_table.values) return -1;
   const int32_t index = e.row_index[token];
-  if (index >= 0 && index < e.rows) return index;
+  if (index >= 0 && index < e.table_rows) return index;
   if (index != -1 && reports) atomicOr(e.errors, kRowOutOfRange);
   return -1;
 }
@@ -109,34 +96,32 @@ __device__ __forceinline__ int64_t table_row(const Epilogue& e, int64_t token, b
 template <typename T>
 __device__ __forceinline__ float addition(const Epilogue& e, int64_t row, int64_t n,
                                           int64_t column) {
-  float value = row < 0 ? 0.0f : value_at<T>(e.table, row * n + column);
+  float value = row < 0 ? 0.0f : value_at<T>(e.row_table, row * n + column);
   if (e.bias.values) value += value_at<T>(e.bias, column);
   return value;
 }
 
-inline Weight weight_from(void* const* pointers, int64_t n, int64_t k, int64_t block_size) {
+inline Weight weight_from(const WeightArguments& from) {
   Weight w{};
-  w.packed = static_cast<const uint8_t*>(pointers[0]);
-  w.absmax = pointers[1];
-  w.nested_absmax = static_cast<const float*>(pointers[2]);
-  w.nested_code = static_cast<const float*>(pointers[3]);
-  w.offset = static_cast<const float*>(pointers[4]);
-  w.n = n;
-  w.k = k;
-  while ((int64_t{1} << w.block_shift) < block_size) ++w.block_shift;
+  w.packed = from.packed;
+  w.absmax = from.absmax;
+  w.nested_absmax = from.nested_absmax;
+  w.nested_code = from.nested_code;
+  w.offset = from.offset;
+  w.n = from.n;
+  w.k = from.k;
+  while ((int64_t{1} << w.block_shift) < from.block_size) ++w.block_shift;
   return w;
 }
 
-// facts: address, wide, for a and for b, then the rank.
-inline bool adapters_from(const int64_t* facts, const float* scaling, int64_t count,
-                          Adapters* adapters) {
+inline bool adapters_from(const Branch* branches, int64_t count, Adapters* adapters) {
   if (count < 0 || count > kMaxAdapters) return false;
   adapters->count = static_cast<int>(count);
-  for (int i = 0; i < adapters->count; ++i, facts += 5) {
-    adapters->a[i] = {reinterpret_cast<const void*>(facts[0]), facts[1] != 0};
-    adapters->b[i] = {reinterpret_cast<const void*>(facts[2]), facts[3] != 0};
-    adapters->rank[i] = facts[4];
-    adapters->scaling[i] = scaling[i];
+  for (int i = 0; i < adapters->count; ++i) {
+    adapters->a[i] = branches[i].a;
+    adapters->b[i] = branches[i].b;
+    adapters->rank[i] = branches[i].rank;
+    adapters->scaling[i] = branches[i].scaling;
   }
   return true;
 }

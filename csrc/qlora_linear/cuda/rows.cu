@@ -121,7 +121,7 @@ template <typename T>
 int launch_rows(const Rows& p, bool sums, void* stream) {
   Launch how{};
   constexpr int64_t kPerBlock = kThreads * kColumns;
-  const int64_t groups = ceil_divide(p.n, kPerBlock), first = sums ? p.epilogue.rows : p.m;
+  const int64_t groups = ceil_divide(p.n, kPerBlock), first = sums ? p.epilogue.table_rows : p.m;
   if (groups > 65535 || first > INT32_MAX || p.m > INT32_MAX) return cudaErrorInvalidValue;
   how.grid = dim3(static_cast<unsigned>(first), static_cast<unsigned>(groups));
   how.threads = kThreads;
@@ -133,7 +133,7 @@ int launch_rows(const Rows& p, bool sums, void* stream) {
 }
 
 int launch_dtype(const Rows& p, bool sums, int64_t dtype, void* stream) {
-  if (p.m < 1 || p.n < 1 || (sums && p.epilogue.rows < 1)) return cudaErrorInvalidValue;
+  if (p.m < 1 || p.n < 1 || (sums && p.epilogue.table_rows < 1)) return cudaErrorInvalidValue;
   if (dtype == kFloat32) return launch_rows<float>(p, sums, stream);
   if (dtype == kBfloat16) return launch_rows<__nv_bfloat16>(p, sums, stream);
   if (dtype == kFloat16) return launch_rows<__half>(p, sums, stream);
@@ -142,37 +142,27 @@ int launch_dtype(const Rows& p, bool sums, int64_t dtype, void* stream) {
 
 }  // namespace
 
-// out += table[row_index] + bias
-// pointers: table, row_index, bias, errors, out; null where absent.
-// sizes: m, n, table rows, whether table and bias are float32, dtype of out.
-extern "C" int collavo_qlora_linear_add_rows(void* const* pointers, const int64_t* sizes,
-                                             void* stream) {
+// out += row_table[row_index] + bias
+extern "C" int collavo_qlora_linear_add_rows(const AddRowsArguments* arguments, void* stream) {
   Rows p{};
-  p.epilogue = {{pointers[0], sizes[3] != 0},
-                {pointers[2], sizes[4] != 0},
-                static_cast<const int32_t*>(pointers[1]),
-                static_cast<int32_t*>(pointers[3]),
-                sizes[2]};
-  p.out = pointers[4];
-  p.m = sizes[0];
-  p.n = sizes[1];
-  return launch_dtype(p, false, sizes[5], stream);
+  p.epilogue = arguments->epilogue;
+  p.out = arguments->out;
+  p.m = arguments->m;
+  p.n = arguments->n;
+  return launch_dtype(p, false, arguments->dtype, stream);
 }
 
-// out[row] = sum of grad over the tokens of the row, float32
-// pointers: grad, row_index, errors, out. sizes: m, n, table rows, dtype of grad.
-extern "C" int collavo_qlora_linear_sum_rows(void* const* pointers, const int64_t* sizes,
-                                             void* stream) {
+// grad_row_table[row] = sum of grad_out over the tokens of the row, float32
+extern "C" int collavo_qlora_linear_sum_rows(const SumRowsArguments* arguments, void* stream) {
   Rows p{};
   // Any address: rows are looked up, the table's values are not.
-  p.epilogue = {{pointers[0], false},
-                {nullptr, false},
-                static_cast<const int32_t*>(pointers[1]),
-                static_cast<int32_t*>(pointers[2]),
-                sizes[2]};
-  p.grad = pointers[0];
-  p.out = pointers[3];
-  p.m = sizes[0];
-  p.n = sizes[1];
-  return launch_dtype(p, true, sizes[3], stream);
+  p.epilogue.row_table.values = arguments->grad_out;
+  p.epilogue.row_index = arguments->row_index;
+  p.epilogue.errors = arguments->errors;
+  p.epilogue.table_rows = arguments->table_rows;
+  p.grad = arguments->grad_out;
+  p.out = arguments->grad_row_table;
+  p.m = arguments->m;
+  p.n = arguments->n;
+  return launch_dtype(p, true, arguments->dtype, stream);
 }

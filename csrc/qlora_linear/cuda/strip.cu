@@ -114,31 +114,27 @@ int launch_strip(const Strip& p, void* stream) {
 
 }  // namespace
 
-// pointers: packed, absmax, nested_absmax, nested_code, offset, out; null where absent.
-// sizes: n, k, block size, first row, rows, first column, columns, whether sides lie below, sides,
-//   dtype.
-// sides: address, whether it is float32, rank of each.
-extern "C" int collavo_qlora_linear_strip(void* const* pointers, const int64_t* sizes,
-                                          const int64_t* sides, void* stream) {
-  Strip p{};
-  p.weight = weight_from(pointers, sizes[0], sizes[1], sizes[2]);
-  p.row = sizes[3];
-  p.rows = sizes[4];
-  p.column = sizes[5];
-  p.columns = sizes[6];
-  p.below = sizes[7] != 0;
-  p.count = static_cast<int>(sizes[8]);
-  p.out = pointers[5];
-  if (sizes[8] < 0 || sizes[8] > kMaxAdapters || p.rows < 1 || p.columns < 1 || p.row < 0 ||
-      p.column < 0) {
+extern "C" int collavo_qlora_linear_strip(const StripArguments* arguments, void* stream) {
+  const StripArguments& from = *arguments;
+  if (from.num_adapters < 0 || from.num_adapters > kMaxAdapters || from.rows < 1 ||
+      from.columns < 1 || from.row < 0 || from.column < 0) {
     return cudaErrorInvalidValue;
   }
+  Strip p{};
+  p.weight = weight_from(from.weight);
+  p.count = static_cast<int>(from.num_adapters);
   for (int i = 0; i < p.count; ++i) {
-    p.sides[i] = {reinterpret_cast<const void*>(sides[3 * i]), sides[3 * i + 1] != 0};
-    p.ranks[i] = sides[3 * i + 2];
+    p.sides[i] = from.below ? from.adapters[i].a : from.adapters[i].b;
+    p.ranks[i] = from.adapters[i].rank;
   }
-  if (sizes[9] == kFloat32) return launch_strip<float>(p, stream);
-  if (sizes[9] == kBfloat16) return launch_strip<__nv_bfloat16>(p, stream);
-  if (sizes[9] == kFloat16) return launch_strip<__half>(p, stream);
+  p.below = from.below;
+  p.row = from.row;
+  p.rows = from.rows;
+  p.column = from.column;
+  p.columns = from.columns;
+  p.out = from.out;
+  if (from.dtype == kFloat32) return launch_strip<float>(p, stream);
+  if (from.dtype == kBfloat16) return launch_strip<__nv_bfloat16>(p, stream);
+  if (from.dtype == kFloat16) return launch_strip<__half>(p, stream);
   return cudaErrorInvalidValue;
 }

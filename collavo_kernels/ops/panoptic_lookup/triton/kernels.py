@@ -13,7 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from collavo_kernels.ops.panoptic_lookup.inputs import IMAGE_FIELDS
+
 NO_ID = tl.constexpr(2**31 - 1)
+# Where a map's facts stand in its line of the image table.
+FIELDS = tl.constexpr(len(IMAGE_FIELDS))
+MAP = tl.constexpr(IMAGE_FIELDS.index("map"))
+COLOURED = tl.constexpr(IMAGE_FIELDS.index("coloured"))
+HEIGHT = tl.constexpr(IMAGE_FIELDS.index("height"))
+WIDTH = tl.constexpr(IMAGE_FIELDS.index("width"))
+STRIDE = tl.constexpr(IMAGE_FIELDS.index("stride"))
+FIRST_ROW = tl.constexpr(IMAGE_FIELDS.index("first_row"))
+IMAGE_ROWS = tl.constexpr(IMAGE_FIELDS.index("rows"))
 
 
 @triton.jit
@@ -63,7 +74,7 @@ def _add_facts(fact, area, from_right, from_bottom, right, bottom):
 
 @triton.jit
 def lookup_cells(
-    images,  # [B, 7] int64: address, coloured, height, width, line stride, first row, rows
+    images,  # [B, FIELDS] int64
     row_ids,  # [T] int32
     row_index,  # [B, grid_h * grid_w] int32
     facts,  # [T, 5] int32, zeros
@@ -76,17 +87,17 @@ def lookup_cells(
     """Write one cell's row; add the pixels that belong to no other cell to their rows' facts."""
     program = tl.program_id(0)
     cells = grid_h * grid_w
-    entry = images + program // cells * 7
+    entry = images + program // cells * FIELDS
     cell = program % cells
     i = cell // grid_w
     j = cell % grid_w
-    pixels = tl.load(entry).to(tl.pointer_type(tl.uint8))
-    coloured = tl.load(entry + 1).to(tl.int32)
-    height = tl.load(entry + 2).to(tl.int32)
-    width = tl.load(entry + 3).to(tl.int32)
-    stride = tl.load(entry + 4)
-    first_row = tl.load(entry + 5)
-    rows = tl.load(entry + 6).to(tl.int32)
+    pixels = tl.load(entry + MAP).to(tl.pointer_type(tl.uint8))
+    coloured = tl.load(entry + COLOURED).to(tl.int32)
+    height = tl.load(entry + HEIGHT).to(tl.int32)
+    width = tl.load(entry + WIDTH).to(tl.int32)
+    stride = tl.load(entry + STRIDE)
+    first_row = tl.load(entry + FIRST_ROW)
+    rows = tl.load(entry + IMAGE_ROWS).to(tl.int32)
     ids_here = row_ids + first_row
     facts_here = facts + first_row * 5
 
@@ -182,7 +193,7 @@ def lookup_cells(
 
 @triton.jit
 def finish_rows(
-    images,  # [B, 7] int64
+    images,  # [B, FIELDS] int64
     columns,  # [4, T] int32: class, number, image, segment id
     facts,  # [T, 5] int32
     row_class,
@@ -207,8 +218,9 @@ def finish_rows(
     area = tl.load(fact, mask=live, other=0)
     tl.store(row_area + row, area, mask=live)
     boxed = live & (segment > 0) & (area > 0)
-    height = tl.load(images + image.to(tl.int64) * 7 + 2, mask=live, other=1).to(tl.int32)
-    width = tl.load(images + image.to(tl.int64) * 7 + 3, mask=live, other=1).to(tl.int32)
+    entry = images + image.to(tl.int64) * FIELDS
+    height = tl.load(entry + HEIGHT, mask=live, other=1).to(tl.int32)
+    width = tl.load(entry + WIDTH, mask=live, other=1).to(tl.int32)
     x0 = width - tl.load(fact + 1, mask=live, other=0)
     y0 = height - tl.load(fact + 2, mask=live, other=0)
     x1 = tl.load(fact + 3, mask=live, other=0)
