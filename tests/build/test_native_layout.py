@@ -38,11 +38,11 @@ KINDS = {
 Field = tuple[str, int, int, str]
 
 
-def structures() -> list[type[cuda_arguments.Arguments]]:
+def structures() -> list[type[ctypes.Structure]]:
     return [
         each
         for _, each in inspect.getmembers(cuda_arguments, inspect.isclass)
-        if issubclass(each, cuda_arguments.Arguments) and each is not cuda_arguments.Arguments
+        if issubclass(each, ctypes.Structure) and each is not cuda_arguments.Arguments
     ]
 
 
@@ -119,16 +119,21 @@ def test_the_image_table_lies_as_in_the_header() -> None:
 
 
 def test_launchers_structs_name_what_is_wrong() -> None:
-    matrix = torch.ones(2)
-    with pytest.raises(TypeError, match="Side: wide: the field is missing"):
-        cuda_arguments.Side(values=matrix)
-    with pytest.raises(TypeError, match="Side: rank: expected one of values, wide"):
-        cuda_arguments.Side(values=matrix, wide=True, rank=1)
-    with pytest.raises(TypeError, match="Side: values: expected a tensor, None or a list, got int"):
-        cuda_arguments.Side(values=matrix.data_ptr(), wide=True)
-    with pytest.raises(TypeError, match="Branch: rank: "):
-        side = cuda_arguments.side_of(None)
-        cuda_arguments.Branch(a=side, b=side, rank=1.5, scaling=1.0)
+    fields = {"m": 1, "n": 2, "table_rows": 3, "dtype": 0}
+    tensors = ("grad_out", "row_index", "errors", "grad_row_table")
+    fields |= dict.fromkeys(tensors, torch.ones(2))
+    assert cuda_arguments.SumRowsArguments(**fields).table_rows == 3
+    for name in fields:
+        rest = {key: value for key, value in fields.items() if key != name}
+        for wrong, message in (
+            (rest, f"{name}: the field is missing"),
+            ({**rest, name + "_": 1}, f"{name}: the field is missing"),
+            ({**fields, name + "_": 1}, f"{name}_: expected one of .*{name}"),
+            ({**fields, name: "12"}, f"{name}: "),
+            ({**fields, name: 1.5}, f"{name}: "),
+        ):
+            with pytest.raises(TypeError, match=f"^SumRowsArguments: {message}"):
+                cuda_arguments.SumRowsArguments(**wrong)
 
 
 class Recorder:
@@ -190,7 +195,7 @@ def call_everything() -> None:
             ).sum().backward()  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(panels, "_HUGE_PAGE", 1 << 12)
-        weight.to_panels()
+        ck.quantize_nf4(torch.randn(128, 64)).to_panels()
 
 
 def leaves(named: dict[str, Any], path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

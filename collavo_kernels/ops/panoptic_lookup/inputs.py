@@ -130,18 +130,21 @@ def row_columns(inputs: LookupInputs) -> Integers:
     columns[1, row] = _numbers(image * (num_classes + 1) + sorted_classes + 1, inputs.max_number)
     columns[2, row] = image
     columns[3, row] = own_ids[order]
-    columns[2, _first_rows(counts)] = images
+    columns[2, _before(_rows_of(counts))] = images
     return columns
 
 
 def first_rows(counts: Sequence[int]) -> Tensor:
     """Return the first row of each image, ``[B]`` int64: its unknown row."""
-    return torch.from_numpy(_first_rows(counts))
+    return torch.from_numpy(_before(_rows_of(counts)))
 
 
-def _first_rows(counts: Sequence[int]) -> Integers:
-    sizes = np.asarray(counts, dtype=np.int64) + 1
-    return sizes.cumsum() - sizes
+def _rows_of(counts: Sequence[int]) -> Integers:
+    return np.asarray(counts, dtype=np.int64) + 1
+
+
+def _before(rows: Integers) -> Integers:
+    return rows.cumsum() - rows
 
 
 def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -167,8 +170,8 @@ def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         own["width"] = width
         own["stride"] = each.stride(1) * size
         image += images
-    table["first_row"] = _first_rows(counts)
-    table["rows"] = np.asarray(counts, dtype=np.int64) + 1
+    table["rows"] = rows = _rows_of(counts)
+    table["first_row"] = _before(rows)
     return torch.from_numpy(table.view(np.int64).reshape(len(counts), len(IMAGE_FIELDS)))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +26,15 @@ from collavo_kernels._native import DTYPE_CODES, cuda_check, cuda_library, cuda_
 from collavo_kernels.ops.qlora_linear.cuda_arguments import (
     AddRowsArguments,
     Arguments,
-    Branch,
+    Branches,
     DecodeArguments,
     StripArguments,
     SumRowsArguments,
-    WeightArguments,
     aligned,
     branch_of,
-    epilogue_of,
+    epilogue_fields,
     readable,
-    weight_of,
+    weight_fields,
 )
 from collavo_kernels.ops.qlora_linear.inputs import (
     MAX_MASKED_ADAPTERS,
@@ -116,17 +116,17 @@ def _forward_few(inputs: QLoRAInputs) -> Tensor:
     x = aligned(inputs.x)
     m, n = x.shape[0], inputs.out_features
     out = x.new_empty((m, n))
-    factors = [(readable(a, x), readable(b, x)) for a, b, _ in inputs.adapters]
-    ranks = sum(_round_up(a.shape[0], _RANK_TILE) for a, _ in factors)
+    ranks = sum(_round_up(a.shape[0], _RANK_TILE) for a in inputs.a)
     mask = inputs.adapter_mask
+    branches = [
+        branch_of(a.shape[0], readable(a, x), readable(b, x), scaling)
+        for a, b, scaling in zip(inputs.a, inputs.b, inputs.scaling, strict=True)
+    ]
     arguments = DecodeArguments(
-        weight=weight_of(inputs),
-        epilogue=epilogue_of(inputs),
-        adapters=[
-            branch_of(a.shape[0], a, b, scaling)
-            for (a, b), scaling in zip(factors, inputs.scaling, strict=True)
-        ],
-        num_adapters=len(factors),
+        **weight_fields(inputs),
+        **epilogue_fields(inputs),
+        adapters=Branches(branches),
+        num_adapters=len(branches),
         adapter_mask=None if mask is None else mask.contiguous(),
         x=x,
         hidden=x.new_empty((_round_up(m, 8), ranks)),
@@ -147,15 +147,15 @@ def _forward_many(inputs: QLoRAInputs) -> Tensor:
     joined = _join(x, hidden)
     width = joined.shape[1]
     out = x.new_empty((m, n))
-    weight = weight_of(inputs)
-    branches = [branch_of(b.shape[1], b=readable(b, x)) for b in inputs.b]
+    weight = weight_fields(inputs)
+    branches = Branches([branch_of(b.shape[1], b=readable(b, x)) for b in inputs.b])
     for start, stop, buffer in _strips(joined, n):
         strip = buffer.view(stop - start, width)
         _fill_strip(weight, branches, strip, row=start)
         torch.mm(joined, strip.t(), out=out[:, start:stop])
     if inputs.row_table is not None or inputs.bias is not None:
         arguments = AddRowsArguments(
-            epilogue=epilogue_of(inputs), out=out, m=m, n=n, dtype=DTYPE_CODES[x.dtype]
+            **epilogue_fields(inputs), out=out, m=m, n=n, dtype=DTYPE_CODES[x.dtype]
         )
         _launch("collavo_qlora_linear_add_rows", x, arguments)
     return out
@@ -166,8 +166,8 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor
     joined = _join(grad, upstream)
     height = joined.shape[1]
     out = grad.new_empty((grad.shape[0], k))
-    weight = weight_of(inputs)
-    branches = [branch_of(a.shape[0], a=readable(a, grad)) for a in inputs.a]
+    weight = weight_fields(inputs)
+    branches = Branches([branch_of(a.shape[0], a=readable(a, grad)) for a in inputs.a])
     for start, stop, buffer in _strips(joined, k):
         strip = buffer.view(height, stop - start)
         _fill_strip(weight, branches, strip, column=start, below=True)
@@ -234,8 +234,8 @@ def _strips(joined: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _fill_strip(
-    weight: WeightArguments,
-    branches: list[Branch],
+    weight: dict[str, Any],
+    branches: Branches,
     out: Tensor,
     row: int = 0,
     column: int = 0,
@@ -244,7 +244,7 @@ def _fill_strip(
     """Decode a part of ``[W | B ..]``, or of ``[W; A ..]``, into ``out``; zeros beyond the factors.
 
     Args:
-        weight: As :func:`weight_of` gives it.
+        weight: As :func:`weight_fields` gives it.
         branches: The adapters with B, or with A if ``below``.
         out: Contiguous, in x's dtype; its shape is the part's.
         row: The part's first row.
@@ -252,7 +252,7 @@ def _fill_strip(
         below: Whether the factors lie below the weight.
     """
     arguments = StripArguments(
-        weight=weight,
+        **weight,
         adapters=branches,
         num_adapters=len(branches),
         below=below,
@@ -279,7 +279,6 @@ def _library() -> ctypes.CDLL:
 
 def _launch(name: str, on: Tensor, arguments: Arguments) -> None:
     launcher = getattr(_library(), name)
-    launcher.restype = ctypes.c_int
     with device_of(on):
         stream = torch.cuda.current_stream().cuda_stream if on.is_cuda else 0
         error = launcher(ctypes.byref(arguments), ctypes.c_void_p(stream))

@@ -1,13 +1,14 @@
 """The structs that CUDA launchers take, field by field as ``csrc/qlora_linear/cuda/arguments.h``.
 
-The header says what a field means; a test compares where every field lies.
+The header says what a field means; a test compares where every field lies. What several launchers
+take is made here.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,70 +21,75 @@ _Layout = Sequence[tuple[str, Any]]
 
 
 class Arguments(ctypes.Structure):
-    """A struct of C, made by naming every field.
+    """A struct of C, made by naming every field; those of an anonymous struct count as its own.
 
-    A pointer takes a tensor or None, or a sequence of structs; what it points to lives as long as
-    this.
+    A pointer takes a tensor, or whatever else has ``data_ptr()``, or None. What it points to lives
+    as long as this.
 
     Raises:
         TypeError: for a field that is missing, unknown or of another type.
     """
 
+    _names: ClassVar[frozenset[str]]
+    _pointers: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        """Note the fields' names."""
+        kinds = dict(_leaves(cls))
+        cls._names = frozenset(kinds)
+        cls._pointers = tuple(name for name, kind in kinds.items() if kind is ctypes.c_void_p)
+
     def __init__(self, **values: Any) -> None:
-        super().__init__()
-        self._kept: list[Any] = []
-        for field in self._fields_:
-            name, kind = field[0], field[1]
-            if name not in values:
-                raise TypeError(f"{type(self).__name__}: {name}: the field is missing")
+        if values.keys() != self._names:
+            self._refuse(values)
+        self._kept = values.copy()
+        try:
+            for name in self._pointers:
+                if values[name] is not None:
+                    values[name] = values[name].data_ptr()
+            super().__init__(**values)
+        except (TypeError, AttributeError):
+            self._refuse(self._kept)
+
+    def _refuse(self, values: dict[str, Any]) -> NoReturn:
+        struct, known = type(self).__name__, ", ".join(sorted(self._names))
+        for name in sorted(self._names ^ values.keys()):
+            what = "the field is missing" if name in self._names else f"expected one of {known}"
+            raise TypeError(f"{struct}: {name}: {what}")
+        for name, value in values.items():
+            if name in self._pointers:
+                if value is None or hasattr(value, "data_ptr"):
+                    continue
+                raise TypeError(f"{struct}: {name}: expected a tensor, got {type(value).__name__}")
             try:
-                setattr(self, name, self._as_c(kind, values[name]))
+                setattr(self, name, value)
             except TypeError as error:
-                raise TypeError(f"{type(self).__name__}: {name}: {error}") from None
-        self._expect_no_others(values)
-
-    def _as_c(self, kind: Any, value: Any) -> Any:
-        self._kept.append(value)
-        if kind is not ctypes.c_void_p or value is None:
-            return value
-        if isinstance(value, Tensor):
-            return value.data_ptr()
-        if not isinstance(value, list):
-            raise TypeError(f"expected a tensor, None or a list, got {type(value).__name__}")
-        if not value:
-            return None
-        array = (type(value[0]) * len(value))(*value)
-        self._kept.append(array)
-        return ctypes.addressof(array)
-
-    def _expect_no_others(self, values: Mapping[str, Any]) -> None:
-        if len(values) == len(self._fields_):
-            return
-        names = [field[0] for field in self._fields_]
-        for name in values:
-            if name not in names:
-                known = ", ".join(names)
-                raise TypeError(f"{type(self).__name__}: {name}: expected one of {known}")
+                raise TypeError(f"{struct}: {name}: {error}") from None
+        raise TypeError(f"{struct}: expected {known}")
 
 
-class Side(Arguments):
-    """A matrix whose values are of x's type, or float32 (wide)."""
+def _leaves(structure: Any) -> Iterator[tuple[str, Any]]:
+    for name, kind in structure._fields_:
+        if name in getattr(structure, "_anonymous_", ()):
+            yield from _leaves(kind)
+        else:
+            yield name, kind
 
-    _fields_: ClassVar[_Layout] = [("values", ctypes.c_void_p), ("wide", ctypes.c_bool)]
 
-
-class Branch(Arguments):
+class BranchArguments(Arguments):
     """A branch's factors."""
 
     _fields_: ClassVar[_Layout] = [
-        ("a", Side),
-        ("b", Side),
+        ("a", ctypes.c_void_p),
+        ("a_wide", ctypes.c_bool),
+        ("b", ctypes.c_void_p),
+        ("b_wide", ctypes.c_bool),
         ("rank", ctypes.c_int64),
         ("scaling", ctypes.c_float),
     ]
 
 
-class WeightArguments(Arguments):
+class WeightArguments(ctypes.Structure):
     """The 4-bit matrix."""
 
     _fields_: ClassVar[_Layout] = [
@@ -98,12 +104,14 @@ class WeightArguments(Arguments):
     ]
 
 
-class Epilogue(Arguments):
+class EpilogueArguments(ctypes.Structure):
     """What is added at the end: a table's row for each token that has one, and a bias."""
 
     _fields_: ClassVar[_Layout] = [
-        ("row_table", Side),
-        ("bias", Side),
+        ("row_table", ctypes.c_void_p),
+        ("row_table_wide", ctypes.c_bool),
+        ("bias", ctypes.c_void_p),
+        ("bias_wide", ctypes.c_bool),
         ("row_index", ctypes.c_void_p),
         ("errors", ctypes.c_void_p),
         ("table_rows", ctypes.c_int64),
@@ -113,9 +121,10 @@ class Epilogue(Arguments):
 class DecodeArguments(Arguments):
     """The whole operator for a few tokens."""
 
+    _anonymous_: ClassVar[Sequence[str]] = ("weight", "epilogue")
     _fields_: ClassVar[_Layout] = [
         ("weight", WeightArguments),
-        ("epilogue", Epilogue),
+        ("epilogue", EpilogueArguments),
         ("adapters", ctypes.c_void_p),
         ("num_adapters", ctypes.c_int64),
         ("adapter_mask", ctypes.c_void_p),
@@ -130,6 +139,7 @@ class DecodeArguments(Arguments):
 class StripArguments(Arguments):
     """A part of the weight and of the factors beside or below it."""
 
+    _anonymous_: ClassVar[Sequence[str]] = ("weight",)
     _fields_: ClassVar[_Layout] = [
         ("weight", WeightArguments),
         ("adapters", ctypes.c_void_p),
@@ -147,8 +157,9 @@ class StripArguments(Arguments):
 class AddRowsArguments(Arguments):
     """Rows and a bias to add to an output."""
 
+    _anonymous_: ClassVar[Sequence[str]] = ("epilogue",)
     _fields_: ClassVar[_Layout] = [
-        ("epilogue", Epilogue),
+        ("epilogue", EpilogueArguments),
         ("out", ctypes.c_void_p),
         ("m", ctypes.c_int64),
         ("n", ctypes.c_int64),
@@ -171,57 +182,75 @@ class SumRowsArguments(Arguments):
     ]
 
 
-def side_of(tensor: Tensor | None) -> Side:
-    """Return a matrix of x's dtype or float32; None is the one that is not there."""
-    return Side(values=tensor, wide=tensor is not None and tensor.dtype == torch.float32)
+class Branches:
+    """The branches of a call, side by side in memory.
+
+    Args:
+        branches: Any number of them.
+    """
+
+    def __init__(self, branches: Sequence[BranchArguments]) -> None:
+        self._kept = branches
+        self._array = (BranchArguments * len(branches))(*branches)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def data_ptr(self) -> int:
+        """Return their address, as a tensor does."""
+        return ctypes.addressof(self._array)
 
 
 def branch_of(
     rank: int, a: Tensor | None = None, b: Tensor | None = None, scaling: float = 1.0
-) -> Branch:
+) -> BranchArguments:
     """Return a branch; a strip takes one of its factors, and no scaling."""
-    return Branch(a=side_of(a), b=side_of(b), rank=rank, scaling=scaling)
+    return BranchArguments(
+        a=a, a_wide=_is_wide(a), b=b, b_wide=_is_wide(b), rank=rank, scaling=scaling
+    )
 
 
-def weight_of(inputs: QLoRAInputs) -> WeightArguments:
-    """Return the weight.
+def weight_fields(inputs: QLoRAInputs) -> dict[str, Any]:
+    """Return the fields of :class:`WeightArguments`.
 
     Raises:
-        RuntimeError: if it is dense.
+        RuntimeError: if the weight is dense.
     """
     if inputs.scales is None:
         raise RuntimeError("qlora_linear: the CUDA backend has no dense weight")
     n, k = inputs.shape
     blocks = block_count(inputs.shape, inputs.block_size)
     parts = split_scales(inputs.scales, blocks, inputs.double_quant)
-    return WeightArguments(
-        packed=aligned(inputs.weight),
-        absmax=parts.absmax,
-        nested_absmax=parts.nested_absmax,
-        nested_code=parts.nested_code,
-        offset=parts.offset,
-        n=n,
-        k=k,
-        block_size=inputs.block_size,
-    )
+    return {
+        "packed": aligned(inputs.weight),
+        "absmax": parts.absmax,
+        "nested_absmax": parts.nested_absmax,
+        "nested_code": parts.nested_code,
+        "offset": parts.offset,
+        "n": n,
+        "k": k,
+        "block_size": inputs.block_size,
+    }
 
 
-def epilogue_of(inputs: QLoRAInputs) -> Epilogue:
-    """Return row table, row index and bias, and where a bad row is noted."""
-    x, table, index = inputs.x, inputs.row_table, inputs.row_index
+def epilogue_fields(inputs: QLoRAInputs) -> dict[str, Any]:
+    """Return the fields of :class:`EpilogueArguments`."""
+    x, table, index, bias = inputs.x, inputs.row_table, inputs.row_index, inputs.bias
+    rows = 0
     if table is not None and index is not None:
-        index = index.contiguous()
+        index, rows = index.contiguous(), table.shape[0]
         # A table without rows has no address, but the index is checked all the same.
-        values = readable(table, x) if table.shape[0] else x
-    else:
-        values, index = None, None
-    return Epilogue(
-        row_table=side_of(values),
-        bias=side_of(None if inputs.bias is None else readable(inputs.bias, x)),
-        row_index=index,
-        errors=error_word(x.device),
-        table_rows=0 if table is None else table.shape[0],
-    )
+        table = readable(table, x) if rows else x
+    bias = None if bias is None else readable(bias, x)
+    return {
+        "row_table": table,
+        "row_table_wide": _is_wide(table),
+        "bias": bias,
+        "bias_wide": _is_wide(bias),
+        "row_index": index,
+        "errors": error_word(x.device),
+        "table_rows": rows,
+    }
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -232,4 +261,9 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def readable(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a tensor in the dtype of another or in float32, as kernels read it."""
-    return aligned(tensor.to(like.dtype if tensor.dtype == like.dtype else torch.float32))
+    fits = tensor.dtype in (like.dtype, torch.float32)
+    return aligned(tensor if fits else tensor.float())
+
+
+def _is_wide(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype == torch.float32

@@ -1,8 +1,8 @@
 // What Python hands a launcher: structs of C, filled by name.
 //
 // collavo_kernels/ops/qlora_linear/cuda_arguments.py has the same structs, field by field; a test
-// compares where every field lies. All pointers but those to Branch are the device's, null where
-// something is absent.
+// compares where every field lies. All pointers but those to branches are the device's, null where
+// something is absent. A matrix that is `wide` is float32, any other is of x's type.
 #pragma once
 
 #include <cstdint>
@@ -11,16 +11,12 @@ namespace collavo::qlora_linear::cuda {
 
 constexpr int kMaxAdapters = 8;
 
-// A matrix whose values are of x's type, or float32 (wide).
-struct Side {
-  const void* values;
-  bool wide;
-};
-
 // A branch's factors, of which a strip has one: what lies beside or below the weight.
-struct Branch {
-  Side a;  // [rank, k]
-  Side b;  // [n, rank]
+struct BranchArguments {
+  const void* a;  // [rank, k]
+  bool a_wide;
+  const void* b;  // [n, rank]
+  bool b_wide;
   int64_t rank;
   float scaling;
 };
@@ -37,9 +33,11 @@ struct WeightArguments {
 };
 
 // What is added at the end: a table's row for each token that has one, and a bias.
-struct Epilogue {
-  Side row_table;            // [table_rows, n]; null values: none
-  Side bias;                 // [n]; null values: none
+struct EpilogueArguments {
+  const void* row_table;  // [table_rows, n]
+  bool row_table_wide;
+  const void* bias;  // [n]
+  bool bias_wide;
   const int32_t* row_index;  // [m]
   int32_t* errors;           // [1]
   int64_t table_rows;
@@ -50,8 +48,8 @@ struct Epilogue {
 // bytes.
 struct DecodeArguments {
   WeightArguments weight;
-  Epilogue epilogue;
-  const Branch* adapters;
+  EpilogueArguments epilogue;
+  const BranchArguments* adapters;
   int64_t num_adapters;
   const uint8_t* adapter_mask;  // [m]
   const void* x;                // [m, k]
@@ -64,7 +62,7 @@ struct DecodeArguments {
 // Rows and columns of [W | b b ..], or below of [W; a; a ..]; zeros beyond the factors.
 struct StripArguments {
   WeightArguments weight;
-  const Branch* adapters;
+  const BranchArguments* adapters;
   int64_t num_adapters;
   bool below;
   int64_t row, rows, column, columns;
@@ -73,7 +71,7 @@ struct StripArguments {
 };
 
 struct AddRowsArguments {
-  Epilogue epilogue;
+  EpilogueArguments epilogue;
   void* out;  // [m, n]
   int64_t m, n;
   int64_t dtype;

@@ -111,7 +111,7 @@ extern "C" int collavo_qlora_linear_decode(const DecodeArguments* arguments, voi
   few.shrink.k = k;
   few.shrink.padded = few.tiles * kRankTile;
   few.decode.weight = weight_from(from.weight);
-  few.decode.epilogue = from.epilogue;
+  few.decode.epilogue = epilogue_from(from.epilogue);
   few.decode.x = from.x;
   few.decode.hidden = from.hidden;
   few.decode.out = from.out;

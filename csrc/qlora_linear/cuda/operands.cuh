@@ -24,13 +24,27 @@ struct Weight {
   int block_shift;
 };
 
-// The branches of a call, as kernels are handed them.
+// A matrix whose values are of x's type, or float32 (wide).
+struct Side {
+  const void* values;
+  bool wide;
+};
+
 struct Adapters {
   Side a[kMaxAdapters];  // [rank, k]
   Side b[kMaxAdapters];  // [n, rank]
   int64_t rank[kMaxAdapters];
   float scaling[kMaxAdapters];
   int count;
+};
+
+// What is added at the end: a table's row for each token that has one, and a bias.
+struct Epilogue {
+  Side row_table;            // [table_rows, n]; null values: none
+  Side bias;                 // [n]; null values: none
+  const int32_t* row_index;  // [m]
+  int32_t* errors;           // [1]
+  int64_t table_rows;
 };
 
 __device__ __forceinline__ float as_float(float value) {
@@ -114,12 +128,29 @@ inline Weight weight_from(const WeightArguments& from) {
   return w;
 }
 
-inline bool adapters_from(const Branch* branches, int64_t count, Adapters* adapters) {
+inline Epilogue epilogue_from(const EpilogueArguments& from) {
+  Epilogue e{};
+  e.row_table = {from.row_table, from.row_table_wide};
+  e.bias = {from.bias, from.bias_wide};
+  e.row_index = from.row_index;
+  e.errors = from.errors;
+  e.table_rows = from.table_rows;
+  return e;
+}
+
+inline Side a_of(const BranchArguments& branch) {
+  return {branch.a, branch.a_wide};
+}
+inline Side b_of(const BranchArguments& branch) {
+  return {branch.b, branch.b_wide};
+}
+
+inline bool adapters_from(const BranchArguments* branches, int64_t count, Adapters* adapters) {
   if (count < 0 || count > kMaxAdapters) return false;
   adapters->count = static_cast<int>(count);
   for (int i = 0; i < adapters->count; ++i) {
-    adapters->a[i] = branches[i].a;
-    adapters->b[i] = branches[i].b;
+    adapters->a[i] = a_of(branches[i]);
+    adapters->b[i] = b_of(branches[i]);
     adapters->rank[i] = branches[i].rank;
     adapters->scaling[i] = branches[i].scaling;
   }

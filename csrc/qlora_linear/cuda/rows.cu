@@ -145,7 +145,7 @@ int launch_dtype(const Rows& p, bool sums, int64_t dtype, void* stream) {
 // out += row_table[row_index] + bias
 extern "C" int collavo_qlora_linear_add_rows(const AddRowsArguments* arguments, void* stream) {
   Rows p{};
-  p.epilogue = arguments->epilogue;
+  p.epilogue = epilogue_from(arguments->epilogue);
   p.out = arguments->out;
   p.m = arguments->m;
   p.n = arguments->n;

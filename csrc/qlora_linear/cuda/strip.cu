@@ -124,7 +124,7 @@ extern "C" int collavo_qlora_linear_strip(const StripArguments* arguments, void*
   p.weight = weight_from(from.weight);
   p.count = static_cast<int>(from.num_adapters);
   for (int i = 0; i < p.count; ++i) {
-    p.sides[i] = from.below ? from.adapters[i].a : from.adapters[i].b;
+    p.sides[i] = from.below ? a_of(from.adapters[i]) : b_of(from.adapters[i]);
     p.ranks[i] = from.adapters[i].rank;
   }
   p.below = from.below;

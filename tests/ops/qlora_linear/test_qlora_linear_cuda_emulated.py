@@ -262,7 +262,8 @@ def test_decoded_weight_is_bit_equal() -> None:
                 if c >= k:
                     continue
                 out = torch.full((n - r, k - c), float("nan"), dtype=dtype)
-                cuda._fill_strip(cuda.weight_of(inputs), [], out, row=r, column=c)
+                part = cuda.weight_fields(inputs), cuda.Branches([]), out
+                cuda._fill_strip(*part, row=r, column=c)
                 assert torch.equal(out, weight.dequantize(dtype)[r:, c:]), (n, k, block, nested)
 
 
