@@ -1,8 +1,8 @@
 // The Python module collavo_kernels._C.
 //
 // Every operator has one bind_<op>(module) here. Functions take keyword arguments (bindings.h) that
-// the Python wrappers have checked: tensors, sizes, dtype codes and an instruction set code;
-// `allocate` gives them scratch. They release the GIL while they work.
+// the Python wrappers have checked: tensors, sizes, dtype codes and an instruction set code, and
+// with `allocate` a function that gives scratch. They release the GIL while they work.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -93,6 +93,9 @@ void bind_common(py::module_& module) {
 
 }  // namespace
 
+// What follows is static, and not in unnamed namespaces: reading a struct's fields looks for load()
+// beside the struct, and such a look-up does not see into them.
+
 namespace crayon_attention {
 
 static void load(const Value& value, Heads& to) {
@@ -161,7 +164,7 @@ static int64_t run_number_slots(const Fields& given) {
   return number_slots(row_index, batch, length, table_rows, slots);
 }
 
-static void bind(py::module_& module) {
+static void bind_crayon_attention(py::module_& module) {
   module.attr("crayon_attention_largest_head_dim") = kLargestHeadDim;
   add(module, "crayon_attention_first_bad_row", run_first_bad_row,
       "Position of the first row index outside the tables, or -1.");
@@ -187,7 +190,7 @@ static void run_forward(const Fields& given) {
   forward(isa, to);
 }
 
-static void bind(py::module_& module) {
+static void bind_panoptic_lookup(py::module_& module) {
   add(module, "panoptic_lookup", run_forward,
       "The row of every grid cell, and the box and area of every row.");
 }
@@ -281,7 +284,7 @@ static void run_product(const Fields& given) {
   product(isa, to);
 }
 
-static void bind(py::module_& module) {
+static void bind_qlora_linear(py::module_& module) {
   add(module, "qlora_linear_dequantize", run_dequantize,
       "Write a strip of an NF4 matrix as dense values.");
   add(module, "qlora_linear_forward", run_forward, "The whole operator for a few tokens.");
@@ -302,7 +305,7 @@ static void bind(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of collavo_kernels.";
   collavo::bind_common(module);
-  collavo::crayon_attention::bind(module);
-  collavo::panoptic_lookup::bind(module);
-  collavo::qlora_linear::bind(module);
+  collavo::crayon_attention::bind_crayon_attention(module);
+  collavo::panoptic_lookup::bind_panoptic_lookup(module);
+  collavo::qlora_linear::bind_qlora_linear(module);
 }

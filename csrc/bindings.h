@@ -1,16 +1,16 @@
 // Arguments go by name from Python to the fields of a struct.
 //
-// A native function takes keyword arguments only, and a struct within a struct is a dict. The name
-// of a field is the name of the argument, once: fields(FIELD(q), FIELD(k)) reads to.q and to.k. A
-// name that is missing, unknown or of another type raises a TypeError that says which; no order
-// counts.
+// A native function takes keyword arguments only, and a struct within a struct is a dict. A field's
+// name is the argument's, written once: read(FIELD(q), FIELD(k)) reads "q" into to.q and "k" into
+// to.k. No order counts; a name that is missing, unknown or of another type raises a TypeError that
+// says which. Tensors come as they are: of one whose layout matters the strides are read too, in
+// elements and in the order of the dimensions, as stride() gives them.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "common/dtype.h"
