@@ -20,7 +20,7 @@ LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
 LONG = (
     AttentionCase(
         "ragged",
-        "blocks, groups and panels that begin and end anywhere; a query head per item",
+        "blocks of queries and keys and key heads that begin and end anywhere; a query head per item",
         length=531,
         heads=4,
         groups=2,
@@ -31,7 +31,7 @@ LONG = (
     ),
     AttentionCase(
         "ragged band",
-        "a window that begins within a block, rows of it that a part of a panel sees",
+        "a window that begins within a block, rows of it that a part of a block sees",
         length=531,
         heads=2,
         groups=1,
