@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.qlora_problem import BASE_ONLY
+from benchmarks.ops.qlora_linear_cases import BASE_ONLY
 
 NOT_MEASURED = "not measured here"
 SQUARE, WIDE, TALL = "4096x4096", "4096x11008", "11008x4096"

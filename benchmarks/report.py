@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-from collavo_kernels.info import processor_name
-
 RESULTS = Path(__file__).parent / "results"
 HEADERS = (
     "case",
@@ -101,6 +99,8 @@ def device_name(device: torch.device) -> str:
     """Name the device as its maker does, e.g. ``NVIDIA H200`` or ``AMD EPYC 9654``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    from collavo_kernels.info import processor_name
+
     return processor_name()
 
 
@@ -182,10 +182,15 @@ def markdown_table(rows: Sequence[Measurement]) -> str:
     """
     order = list(dict.fromkeys(row.key[:-1] for row in rows))
     ranked = sorted(rows, key=lambda row: (order.index(row.key[:-1]), row.p50_ms))
-    lines = [[*HEADERS, *HEADERS_END], *(_cells(row) for row in ranked)]
+    lines: list[list[str]] = [[*HEADERS, *HEADERS_END], *(_cells(row) for row in ranked)]
     if any(row.wall_ms is not None for row in rows):
         walls = ("" if row.wall_ms is None else format_time(row.wall_ms) for row in ranked)
         lines = [[*line, end] for line, end in zip(lines, (HEADER_GPU, *walls), strict=True)]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as a markdown table whose columns stand below each other."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
     def join(cells: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ import torch
 # Each of the blocks of rounds that a benchmark with the argument ``turn`` is measured in.
 TURNS = 3
 SLOW = 0.5
+# Turns that this tree and the base of a comparison take.
+BASE_TURNS = 10
 # Of calls that long so many rounds are enough.
 LONG, LONG_ROUNDS = 1.0, 3
 # Calls in one graph, or between two events: what starts and ends a graph is a fifth of a short one.
@@ -105,6 +107,75 @@ def gpu_times(fn: Callable[[], object], budget: float, *, capture: bool = True) 
     return GpuTimes(
         [each / calls for each in seconds], wall, "events" if graph is None else "graph"
     )
+
+
+class Sampler:
+    """Times a call in stretches, between which another process can have the machine.
+
+    Args:
+        fn: What to time.
+        device: Where it runs.
+        capture: Whether a CUDA graph may hold it.
+        before: Runs before each call, outside of the time.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[], object],
+        device: torch.device,
+        *,
+        capture: bool = True,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self.fn, self.before, self.method = fn, before, ""
+        self.gpu = device.type == "cuda"
+        fn()
+        if not self.gpu:
+            once = max(_seconds(fn), 1e-7)
+            self.calls = 1 if before else max(1, math.ceil(1e-4 / once))
+            return
+        self.calls, self.once = CALLS, wall_seconds(fn, 3)
+        graph = _captured(fn, CALLS) if capture else None
+        self.method = "events" if graph is None else "graph"
+        self.work = self._all if graph is None else graph.replay
+
+    def _all(self) -> None:
+        for _ in range(self.calls):
+            self.fn()
+
+    def stretch(self, seconds: float) -> list[float]:
+        """Return seconds per call, of at least one round and of as many as fit into a time."""
+        if self.gpu:
+            rounds = max(1, int(seconds / (self.calls * self.once)))
+            return [each / self.calls for each in _event_seconds(self.work, rounds)]
+        self.fn()  # the other process has had the caches
+        found: list[float] = []
+        end = time.perf_counter() + seconds
+        while not found or time.perf_counter() < end:
+            if self.before:
+                self.before()
+            found.append(_seconds(self._all) / self.calls)
+        return found
+
+
+def take_turns(
+    here: Callable[[float], list[float]], base: Callable[[float], list[float]], budget: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Let two sides time stretches in turns, one at a time; return a list per turn of each.
+
+    Who begins alternates, so that neither always has the other's leavings in the caches.
+
+    Args:
+        here: Times a stretch of so many seconds.
+        base: The same of the other side.
+        budget: Seconds that each side may take.
+    """
+    found: tuple[list[list[float]], list[list[float]]] = ([], [])
+    sides = list(zip((here, base), found, strict=True))
+    for turn in range(BASE_TURNS):
+        for stretch, times in sides if turn % 2 == 0 else reversed(sides):
+            times.append(stretch(budget / BASE_TURNS))
+    return found
 
 
 def wall_seconds(fn: Callable[[], object], calls: int) -> float:

@@ -2,5 +2,12 @@
 
 from collavo_kernels.testing.budget import assert_within_budget, relative_error
 from collavo_kernels.testing.memory import offset_view, poisoned_empty
+from collavo_kernels.testing.peak_memory import peak_megabytes
 
-__all__ = ["assert_within_budget", "offset_view", "poisoned_empty", "relative_error"]
+__all__ = [
+    "assert_within_budget",
+    "offset_view",
+    "peak_megabytes",
+    "poisoned_empty",
+    "relative_error",
+]

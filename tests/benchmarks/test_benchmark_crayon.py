@@ -17,10 +17,11 @@ from collavo_kernels.testing import relative_error
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_crayon_attention as bench  # noqa: E402
-from benchmarks import crayon_problem, goals, report  # noqa: E402
 from benchmarks.crayon_problem import SHAPES, Shape  # noqa: E402
 from benchmarks.crayon_providers import attention, is_alone, names  # noqa: E402
+
+from benchmarks import bench_crayon_attention as bench  # noqa: E402
+from benchmarks import crayon_problem, goals, report  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 24, 4, 2, 16, 12, 3, torch.float32)

@@ -14,8 +14,9 @@ from collavo_kernels.testing import relative_error
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_end_to_end as bench  # noqa: E402
 from benchmarks.end_to_end_models import Case  # noqa: E402
+
+from benchmarks import bench_end_to_end as bench  # noqa: E402
 
 CPU = torch.device("cpu")
 # The peer multiplies in bfloat16 whatever the model's dtype: five of its roundings. What is left

@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cold, headline, plots, report, results_page  # noqa: E402
 from benchmarks.crayon_problem import SHAPES  # noqa: E402
+
+from benchmarks import cold, headline, plots, report, results_page  # noqa: E402
 from benchmarks.results_tables import TABLES  # noqa: E402
 
 KEPT = report.by_device()

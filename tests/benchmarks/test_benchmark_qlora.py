@@ -17,9 +17,10 @@ from collavo_kernels.testing import relative_error
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.qlora_problem import Case  # noqa: E402
+
 from benchmarks import bench_qlora_linear as bench  # noqa: E402
 from benchmarks import goals, memory, qlora_problem, report  # noqa: E402
-from benchmarks.qlora_problem import Case  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = Case(k=128, n=96, m=3, rank=16)
