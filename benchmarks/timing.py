@@ -20,6 +20,8 @@ LONG, LONG_ROUNDS = 1.0, 3
 # Calls in one graph, or between two events: what starts and ends a graph is a fifth of a short one.
 CALLS = 20
 WALL_CALLS = 100
+# Times stretches of so many seconds; returns seconds per call.
+Stretch = Callable[[float], list[float]]
 
 
 class GpuTimes(NamedTuple):
@@ -159,15 +161,15 @@ class Sampler:
 
 
 def take_turns(
-    here: Callable[[float], list[float]], base: Callable[[float], list[float]], budget: float
+    here: Stretch, base: Stretch, budget: float
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Let two sides time stretches in turns, one at a time; return a list per turn of each.
 
     Who begins alternates, so that neither always has the other's leavings in the caches.
 
     Args:
-        here: Times a stretch of so many seconds.
-        base: The same of the other side.
+        here: Times this tree.
+        base: Times the other commit.
         budget: Seconds that each side may take.
     """
     found: tuple[list[list[float]], list[list[float]]] = ([], [])
