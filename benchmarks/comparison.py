@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from benchmarks import report, timing
 from benchmarks.registry import Row
@@ -13,7 +13,7 @@ from benchmarks.registry import Row
 # In front of the provider's name in rows of the other commit.
 BASE = "base:"
 HEADERS = ("case", "mode", "dtype", "provider", "here", "p20-p80", "base", "p20-p80")
-HEADERS_END = ("here / base", "p20-p80 of turns")
+HEADERS_END = ("here / base", "p20-p80")
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,14 @@ class Pair:
     base: list[list[float]]
 
     @property
-    def ratio(self) -> float:
-        """The median here over the median of the base: below 1 is faster."""
-        return statistics.median(pooled(self.here)) / statistics.median(pooled(self.base))
+    def ratios(self) -> tuple[float, float, float]:
+        """The 20th, 50th and 80th percentile of the turns' ratios here / base: below 1 is faster.
 
-    @property
-    def spread(self) -> tuple[float, float]:
-        """The 20th and the 80th percentile of the turns' own ratios.
-
-        A turn here and the base's beside it have seen the same machine. Where the two lie on
-        either side of 1 the turns do not agree on who is faster.
+        A ratio is of the medians of a turn here and of the base's turn beside it, which have seen
+        the same machine. Where 1 lies between the first and the last the turns do not agree.
         """
         pairs = zip(self.here, self.base, strict=True)
-        ratios = [statistics.median(here) / statistics.median(base) for here, base in pairs]
-        low, _, high = timing.percentiles(ratios)
-        return low, high
+        return timing.percentiles([median(here) / median(base) for here, base in pairs])
 
 
 def pooled(turns: Sequence[Sequence[float]]) -> list[float]:
@@ -61,11 +54,10 @@ def table(pairs: Sequence[Pair]) -> str:
 
 
 def _cells(pair: Pair) -> list[str]:
-    row, (low, high) = pair.row, pair.spread
+    row, (low, middle, high) = pair.row, pair.ratios
     sides = [cell for side in (pair.here, pair.base) for cell in _times(pooled(side))]
-    dtype = pair.dtype.removeprefix("torch.")
-    ratio = f"{pair.ratio:.3f}"
-    return [row.case, row.mode, dtype, row.provider, *sides, ratio, f"{low:.3f} - {high:.3f}"]
+    ratios = [f"{middle:.3f}", f"{low:.3f} - {high:.3f}"]
+    return [row.case, row.mode, pair.dtype, row.provider, *sides, *ratios]
 
 
 def _times(seconds: list[float]) -> tuple[str, str]:

@@ -173,7 +173,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for op in dict.fromkeys(row.op for row in rows):
         say(f"\n{op} on {rows[0].device}")
         pairs = [pair for pair in run.pairs if pair.row.op == op]
-        say(comparison.table(pairs) if pairs else "")
+        say(f"{comparison.table(pairs)}\n" if pairs else "")
         say(report.markdown_table([row for row in rows if row.op == op]))
     if COMMIT in config.stash:
         commit = config.stash[COMMIT]

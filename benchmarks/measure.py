@@ -116,7 +116,8 @@ class Measure:
         sampler = timing.Sampler(call.run, self.device, capture=call.capture, before=call.before)
         base.prepare(row)
         here, there = timing.take_turns(sampler.stretch, base.stretch, self._budget)
-        self.run.pairs.append(comparison.Pair(row, str(call.dtype), here, there))
+        dtype = str(call.dtype).removeprefix("torch.")
+        self.run.pairs.append(comparison.Pair(row, dtype, here, there))
         found = self._record(
             row, call, timing.GpuTimes(comparison.pooled(here), 0.0, sampler.method)
         )
@@ -155,7 +156,7 @@ class Measure:
             config_json=report.config_json(call.config),
             wall_ms=times.wall * 1e3 if times.wall else None,
             timed=times.method,
-            **rates,
+            **rates,  # type: ignore[arg-type]
             **facts,  # type: ignore[arg-type]
         )
         self.run.rows[key] = found

@@ -13,8 +13,10 @@ import torch
 # Each of the blocks of rounds that a benchmark with the argument ``turn`` is measured in.
 TURNS = 3
 SLOW = 0.5
-# Turns that this tree and the base of a comparison take.
-BASE_TURNS = 10
+# Turns that this tree and the base of a comparison take; of long calls at least so many.
+BASE_TURNS, LEAST_BASE_TURNS = 10, 4
+# A comparison ends early when it has taken so many times what it may.
+OVERDRAWN = 5
 # Of calls that long so many rounds are enough.
 LONG, LONG_ROUNDS = 1.0, 3
 # Calls in one graph, or between two events: what starts and ends a graph is a fifth of a short one.
@@ -133,8 +135,8 @@ class Sampler:
         self.gpu = device.type == "cuda"
         fn()
         if not self.gpu:
-            once = max(_seconds(fn), 1e-7)
-            self.calls = 1 if before else max(1, math.ceil(1e-4 / once))
+            self.once = max(_seconds(fn), 1e-7)
+            self.calls = 1 if before else max(1, math.ceil(1e-4 / self.once))
             return
         self.calls, self.once = CALLS, wall_seconds(fn, 3)
         graph = _captured(fn, CALLS) if capture else None
@@ -150,7 +152,8 @@ class Sampler:
         if self.gpu:
             rounds = max(1, int(seconds / (self.calls * self.once)))
             return [each / self.calls for each in _event_seconds(self.work, rounds)]
-        self.fn()  # the other process has had the caches
+        if self.once < SLOW:
+            self.fn()  # the other process has had the caches
         found: list[float] = []
         end = time.perf_counter() + seconds
         while not found or time.perf_counter() < end:
@@ -174,7 +177,10 @@ def take_turns(
     """
     found: tuple[list[list[float]], list[list[float]]] = ([], [])
     sides = list(zip((here, base), found, strict=True))
+    latest = time.perf_counter() + 2 * OVERDRAWN * budget
     for turn in range(BASE_TURNS):
+        if turn >= LEAST_BASE_TURNS and turn % 2 == 0 and time.perf_counter() > latest:
+            break
         for stretch, times in sides if turn % 2 == 0 else reversed(sides):
             times.append(stretch(budget / BASE_TURNS))
     return found

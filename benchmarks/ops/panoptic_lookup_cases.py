@@ -27,7 +27,7 @@ FULL = tuple(
 COLD_CASES = QUICK[:2]
 QUICK_GPU = ("ours:triton", "torch")
 # Who reduces how, by the kind of device.
-MODES = {
+MODES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "majority": ("numpy", "ours:cpu", "torch", "ours:cpu-colours", "reference"),
         "nearest": ("released-algorithm", "ours:cpu-nearest"),

@@ -168,12 +168,21 @@ def test_sides_take_turns_and_who_begins_alternates() -> None:
     assert len(here) == len(there) == timing.BASE_TURNS and here[0] == [1.0] and there[0] == [2.0]
 
 
-def test_the_ratio_is_of_medians_and_the_spread_of_turns() -> None:
-    pair = comparison.Pair(OURS, "torch.float32", [[1.0, 1.0], [4.0, 4.0]], [[2.0, 2.0], [4.0]])
-    assert pair.ratio == pytest.approx(2.5 / 2.0)
-    assert pair.spread == (pytest.approx(0.6), pytest.approx(0.9))
+def test_long_calls_take_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many that each side begins as often, and no more than that many budgets."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    here, there = timing.take_turns(lambda seconds: [1.0], lambda seconds: [1.0], 1e-3)
+    assert len(here) == len(there) == timing.LEAST_BASE_TURNS and len(here) % 2 == 0
+
+
+def test_ratios_are_of_turns_beside_each_other() -> None:
+    """A busy moment that meets one turn of both sides changes no ratio but its own."""
+    here, there = [[1.0, 1.0], [40.0], [1.0]], [[2.0, 2.0], [50.0], [2.5]]
+    pair = comparison.Pair(OURS, "float32", here, there)
+    assert pair.ratios == pytest.approx((0.44, 0.5, 0.68))
     (_, _, line) = comparison.table([pair]).splitlines()
-    assert "ours" in line and "1.250" in line and "0.600 - 0.900" in line
+    assert "ours" in line and "0.500" in line and "0.440 - 0.680" in line
 
 
 def test_rows_of_a_base_do_not_pass_for_ours() -> None:

@@ -210,3 +210,18 @@ def test_bench_says_where_the_benchmarks_are_not(
     monkeypatch.chdir(tmp_path)
     assert main(["bench"]) == 2
     assert "part of the source checkout" in capsys.readouterr().err
+
+
+def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collavo.cli import bench
+
+    given: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        given.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert main(["bench", "--base", "main", "--full", "-k", "qlora"]) == 0
+    (command,) = given
+    assert command[-5:] == ["--full", "--base", "main", "-k", "qlora"]
