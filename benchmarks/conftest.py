@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import base as bases
-from benchmarks import comparison, peers, report, roofline
+from benchmarks import comparison, machine, peers, report, roofline
 from benchmarks import measure as measuring
 from benchmarks.registry import BENCHMARKS
 
@@ -57,8 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True
     if config.getoption("--isa"):
         os.environ.update(ISA_VARIABLES)
-        if report.isa() != "avx2":
-            raise pytest.UsageError(f"--isa avx2: torch has already chosen {report.isa()}")
+        if machine.isa() != "avx2":
+            raise pytest.UsageError(f"--isa avx2: torch has already chosen {machine.isa()}")
     threads = config.getoption("--threads")
     if threads is not None:
         if threads < 1:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import comparison, report, roofline, timing
+from benchmarks import comparison, machine, report, roofline, timing
 from benchmarks.base import Base
 from benchmarks.registry import BENCHMARKS, Call, Row, Unavailable
 from collavo_kernels.testing import peak_megabytes
@@ -130,7 +130,7 @@ class Measure:
     ) -> report.Measurement:
         """Put what was found among the run's rows; ``base`` is the commit of a base's times."""
         dtype = str(call.dtype).removeprefix("torch.")
-        facts = report.facts(self.device)
+        facts = machine.facts(self.device)
         facts |= {"device": report.DRY_RUN, "isa": ""} if self.dry else {}
         facts |= {"commit": base} if base else {}
         provider = comparison.BASE + row.provider if base else row.provider

@@ -1,4 +1,4 @@
-"""``collavo_kernels.testing.peak_megabytes``, by which tests and benchmarks say what a call holds."""
+"""The peak memory of a call, by which tests and benchmarks say what it holds."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ class Inputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
     crayon_q: Tensor | None
     crayon_k: Tensor | None
     crayon_v: Tensor | None
     row_index: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
     key_range: Tensor | None
 
 
@@ -151,16 +151,16 @@ def make(case: str, device: torch.device) -> Inputs:
     ranges = torch.stack((torch.zeros_like(ends), ends), 1).to(device) if shape.padded else None
     t = b * shape.rows
     return Inputs(
-        normal(b, s, h, d),
-        normal(b, s, g, d),
-        normal(b, s, g, d),
-        angle.cos().to(dtype),
-        angle.sin().to(dtype),
-        normal(t, h, d),
-        normal(t, g, d),
-        normal(t, g, d),
-        row_index.to(device),
-        ranges,
+        q=normal(b, s, h, d),
+        k=normal(b, s, g, d),
+        v=normal(b, s, g, d),
+        crayon_q=normal(t, h, d),
+        crayon_k=normal(t, g, d),
+        crayon_v=normal(t, g, d),
+        row_index=row_index.to(device),
+        cos=angle.cos().to(dtype),
+        sin=angle.sin().to(dtype),
+        key_range=ranges,
     )
 
 

@@ -107,7 +107,7 @@ def eager(inputs: Inputs) -> Tensor:
     rows = _rows(inputs)
     index, on = rows.clamp_min(0).long(), (rows >= 0)[:, :, None, None]
     q, k, v = (
-        x if t is None else x + t[index] * on for x, t in zip(inputs[:3], inputs[5:8], strict=True)
+        x if t is None else x + t[index] * on for x, t in zip(inputs[:3], inputs[3:6], strict=True)
     )
     return sdpa(rotate(q, inputs), rotate(k, inputs), v, inputs)
 
@@ -123,7 +123,7 @@ def released_scheme(inputs: Inputs) -> Tensor:
     rows = _rows(inputs)
     on = rows >= 0
     parts = []
-    for x, table in zip(inputs[:3], inputs[5:8], strict=True):
+    for x, table in zip(inputs[:3], inputs[3:6], strict=True):
         y = x.clone()
         if int(on.sum()) > 0:
             y[on] += table[rows[on].long()]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import caches, peers, report
+from benchmarks import caches, machine, peers
 from benchmarks.ops.qlora_linear_cases import (
     BASE_ONLY,
     DTYPE,
@@ -126,7 +126,7 @@ def _bitsandbytes_module(given: Weights, training: bool) -> nn.Module:
         k, n, bias=False, quant_type="nf4", compute_dtype=DTYPE, device="meta"
     )
     layer.weight = copy_of(given.nf4).to_bitsandbytes()
-    if device.type == "cpu" and report.isa() != "avx512":
+    if device.type == "cpu" and machine.isa() != "avx512":
         # It asks the processor, not torch: without this it would use AVX-512 under --isa avx2.
         layer.support_avx512bf16_for_cpu = False
     return layer.train(training)

@@ -30,27 +30,28 @@ def start(project: Project, ref: str = "HEAD") -> base.Base:
 
 
 def test_a_run_compares_this_tree_with_a_slower_commit(project: Project) -> None:
-    """What is not committed is measured, and the commit's package beside it, on the same rows."""
+    """Through pytest itself: who is run, the table, and the rows that are kept."""
     project.write("collavo_kernels/__init__.py", SLOW)
     sha = project.commit()
     project.write("collavo_kernels/__init__.py", FAST)
-    rows = project.root / "rows.jsonl"
-    result = project.bench("benchmarks", "--benchmark-only", "--base", "HEAD", "--rows", str(rows))
+    now = project.commit()
+    options = ("--base", "HEAD~1", "--save-results")
+    result = project.bench("benchmarks", "--benchmark-only", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     # Our two rows once each: peers are left out, and the turns are between the commits.
     assert "2 passed, 10 deselected" in result.stdout
     assert re.search(r"\| case +\| mode .*\| here .*\| base .*\| here / base", result.stdout)
-    assert f"base: HEAD, {sha[:7]}; its csrc is this tree's" in result.stdout
-    found = {(row.op, row.provider): row for row in report.read_jsonl(rows)}
-    assert set(found) == {(o, p) for o in ("total", "turns") for p in ("ours", "base:ours")}
+    assert f"base: HEAD~1, {sha[:7]}; its csrc is this tree's" in result.stdout
     for op in ("total", "turns"):
-        here, there = found[op, "ours"], found[op, "base:ours"]
-        assert there.p50_ms > 2.0 > here.p50_ms and there.commit == sha[:7]
+        path = project.root / "benchmarks" / "results" / "tiny" / f"{op}.csv"
+        found = {row.provider: row for row in report.read_csv(path)}
+        assert set(found) == {"ours", "base:ours"}
+        here, there = found["ours"], found["base:ours"]
+        assert there.p50_ms > 2.0 > here.p50_ms
+        assert (here.commit, there.commit) == (now[:7], sha[:7])
+        assert here.error is not None and there.error is None
     assert project.git("worktree", "list").count("\n") == 0
-    assert project.git("status", "--porcelain").split() == [
-        *("M", "collavo_kernels/__init__.py"),
-        *("??", "rows.jsonl"),
-    ]
+    assert project.git("status", "--porcelain") == "?? benchmarks/results/"
 
 
 def test_what_cannot_be_compared_is_said_in_one_line(project: Project) -> None:

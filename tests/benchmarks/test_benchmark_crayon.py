@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import goals, report
+from benchmarks import goals, machine, report
 from benchmarks.ops import crayon_attention_cases as cases
 from benchmarks.ops import crayon_attention_providers as providers
 from benchmarks.ops.crayon_attention_cases import SHAPES, Shape, names
@@ -46,7 +46,7 @@ def test_the_float64_results_are_the_operators() -> None:
     wide = inputs._replace(
         **{
             n: x.detach().double().requires_grad_(n not in ("cos", "sin"))
-            for n in inputs._fields[:8]
+            for n in (*cases.LEAVES, "cos", "sin")
             if (x := getattr(inputs, n)) is not None
         }
     )
@@ -84,7 +84,7 @@ def row(provider: str, milliseconds: float, **changes: Any) -> report.Measuremen
         peak_mb=10.0,
         error=1e-3,
         config_json="{}",
-        **report.facts(CPU),  # type: ignore[arg-type]
+        **machine.facts(CPU),  # type: ignore[arg-type]
     )
     return dataclasses.replace(made, **{"isa": "avx512", "threads": 1, **changes})
 

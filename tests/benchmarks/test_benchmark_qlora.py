@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import caches, goals, report
+from benchmarks import caches, goals, machine, report
 from benchmarks.ops import qlora_linear_cases as cases
 from benchmarks.ops import qlora_linear_providers as bench
 from benchmarks.ops.qlora_linear_cases import Case
@@ -40,7 +40,7 @@ def row(provider: str, **changes: Any) -> report.Measurement:
         peak_mb=10.0,
         error=1e-3,
         config_json="{}",
-        **report.facts(CPU),  # type: ignore[arg-type]
+        **machine.facts(CPU),  # type: ignore[arg-type]
     )
     return dataclasses.replace(made, **{"isa": "avx512", "threads": 1, **changes})
 

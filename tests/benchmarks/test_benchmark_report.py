@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import caches, peers, plots, report, timing
+from benchmarks import caches, machine, peers, plots, report, timing
 from benchmarks.roofline import Roof
 from benchmarks.timing import percentiles
 from collavo.cli import main
@@ -33,7 +33,7 @@ def measurement(**changes: Any) -> report.Measurement:
         peak_mb=None,
         error=1e-3,
         config_json=report.config_json({"m": 1}),
-        **report.facts(torch.device("cpu")),  # type: ignore[arg-type]
+        **machine.facts(torch.device("cpu")),  # type: ignore[arg-type]
     )
     return dataclasses.replace(row, **changes)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINERY = (
-    "__init__", "base", "base_worker", "comparison", "conftest", "measure", "peers", "registry",
-    "report", "roofline", "timing",
+    "__init__", "base", "base_worker", "comparison", "conftest", "machine", "measure", "peers",
+    "registry", "report", "roofline", "timing",
 )  # fmt: skip
 REGISTRY = """
 BENCHMARKS = {
