@@ -138,7 +138,7 @@ def _attention_gpu_goals() -> Iterator[Goal]:
             yield Goal(eager, case, mode, bound, peer="eager", isa="")
         own = Goal(best, case, "fwd", 1.15, "price", "sdpa-alone", "ours:triton", isa="")
         yield own
-        yield replace(own, bound=1.35, ours="ours:cuda")
+        yield replace(own, bound=1.35, ours="ours:library")
         yield replace(own, mode="fwd+bwd")
         yield replace(own, metric="speed", bound=0.85, ours="ours-alone:triton")
     yield Goal(best, "7b/s8192/g8/b1", "fwd", 1.06, "price", "sdpa-alone", isa="")

@@ -44,7 +44,7 @@ class Pair:
 
     def is_ours(self, provider: str) -> bool:
         """Whether this is our provider of the pair, on any backend."""
-        return re.fullmatch(f"ours(:(cpu|triton|cuda))?{self.ending}", provider) is not None
+        return re.fullmatch(f"ours(:(cpu|triton|cuda|library))?{self.ending}", provider) is not None
 
 
 @dataclass(frozen=True)

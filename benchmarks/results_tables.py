@@ -12,7 +12,7 @@ from benchmarks.headline import MODEL
 from benchmarks.ops.qlora_linear_cases import FLOAT32_ADAPTERS
 
 Rows = Sequence[report.Measurement]
-OURS = "ours(:(cpu|triton|cuda))?"
+OURS = "ours(:(cpu|triton|cuda|library))?"
 
 
 @dataclass(frozen=True)

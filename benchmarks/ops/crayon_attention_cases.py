@@ -92,7 +92,7 @@ SLOW_CASE = "7b/s320/g8/b1"
 MODES = ("fwd", "fwd+bwd")
 # Enough to see that a call of this length does not depend on what was there before it.
 COLD_MODE, COLD_CASE, COLD_PROVIDERS = "fwd" + COLD, "7b/s1325/g8/b1", ("ours:cpu", "eager")
-OURS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+OURS = {"cpu": ("cpu",), "cuda": ("triton", "library")}
 LIBRARIES = ("flash", "cudnn")
 
 
@@ -126,7 +126,7 @@ def in_quick(kind: str, case: str, provider: str) -> bool:
 
 def in_quick_gpu(mode: str, case: str, provider: str) -> bool:
     """Whether the few rows that a borrowed GPU has time for have it."""
-    if case not in QUICK["cuda"] or provider in (*SLOW, "sdpa-alone", "ours-alone:cuda"):
+    if case not in QUICK["cuda"] or provider in (*SLOW, "sdpa-alone", "ours-alone:library"):
         return False
     return mode == "fwd" or not provider.startswith("ours-alone")
 

@@ -137,10 +137,13 @@ def released_scheme(inputs: Inputs) -> Tensor:
 
 
 PROVIDERS: dict[str, Attention] = {
-    **{f"ours:{each}": functools.partial(ours, backend=each) for each in ("cpu", "triton", "cuda")},
+    **{
+        f"ours:{each}": functools.partial(ours, backend=each)
+        for each in ("cpu", "triton", "library")
+    },
     **{
         f"ours-alone:{each}": functools.partial(ours_alone, backend=each)
-        for each in ("cpu", "triton", "cuda")
+        for each in ("cpu", "triton", "library")
     },
     "eager": eager,
     "compile(eager)": lambda inputs: compiled_eager()(inputs),
