@@ -21,16 +21,16 @@ TEXT_SUFFIXES = (
     ".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".sh", ".txt", ".in", ".yml", ".yaml",
     ".cff", "",
 )  # fmt: skip
-OPERATORS = sorted(p.name for p in (ROOT / "collavo_kernels/ops").iterdir() if p.is_dir())
+OPERATORS = sorted(p.parent.name for p in (ROOT / "collavo_kernels/ops").glob("*/registration.py"))
 OPERATOR_FILES = {
     "README.md",
     "__init__.py",
+    "inputs.py",
+    "validation.py",
     "reference.py",
     "registration.py",
-    "cpu.py",
-    "triton_kernels.py",
-    "cuda.py",
 }
+BACKENDS = {"cpu", "cuda", "library", "triton", "reference"}
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 500, 60, 120
 
 
@@ -102,11 +102,27 @@ def test_operators_document_shapes_errors_and_an_example(operator: str) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_operator_folders_have_the_same_files(operator: str) -> None:
-    if operator == "__pycache__":
-        return
-    there = {p.name for p in (ROOT / "collavo_kernels/ops" / operator).iterdir()}
+def test_a_file_is_a_backend_and_a_backend_is_a_file(operator: str) -> None:
+    """Whoever looks for a backend, or for the place of a new one, needs no more than ``ls``."""
+    folder = ROOT / "collavo_kernels/ops" / operator
+    there = {p.name for p in folder.iterdir()}
     assert not OPERATOR_FILES - there, f"{operator} lacks {sorted(OPERATOR_FILES - there)}"
+    registered = importlib.import_module(f"collavo_kernels.ops.{operator}.registration").OPERATOR
+    table = {backend.name for backend in registered.backends}
+    assert table <= BACKENDS, f"{operator}: name {sorted(table - BACKENDS)} here"
+    assert {p.stem for p in folder.iterdir() if p.stem in BACKENDS} == table
+    assert (folder / "triton/launch.py").exists() == ("triton" in table)
+
+
+def test_files_of_kernels_hold_kernels() -> None:
+    """And launch code holds none: what a file is called is what is in it."""
+    for path in files(".py", folders=("collavo_kernels",)):
+        jitted = any(
+            "jit" in ast.unparse(d) for f in functions(parsed(path)) for d in f.decorator_list
+        )
+        plain = path.stem in ("launch", "tiles", "__init__")
+        if path.parent.name == "triton" or "kernels" in path.stem:
+            assert jitted != plain, f"{name(path)}: {'has' if jitted else 'has no'} kernels"
 
 
 def test_csrc_knows_no_torch_and_only_the_bindings_know_python() -> None:

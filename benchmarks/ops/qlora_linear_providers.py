@@ -105,9 +105,8 @@ def reference_forward(x: Tensor, weight: NF4Weight, adapters: Sequence[LoRAAdapt
 
     a, b, scaling = (list(each) for each in zip(*adapters, strict=True))
     format_ = (weight.scales, weight.shape[0], weight.block_size, weight.double_quant)
-    return reference.forward(
-        QLoRAInputs(x, weight.packed, *format_, a, b, scaling, None, None, None, None)
-    )
+    given = QLoRAInputs(x, weight.packed, *format_, a, b, scaling, None, None, None, None)
+    return reference.forward(given).out
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import Tensor
 from collavo.panoptic.categories import CATEGORY_TO_INDEX, NUM_CLASSES, class_index
 from collavo_kernels import CrayonMap
 from collavo_kernels.ops.panoptic_lookup import decode_colours
-from collavo_kernels.ops.panoptic_lookup.registration import MAX_SIDE
+from collavo_kernels.ops.panoptic_lookup.validation import MAX_SIDE
 
 PathLike = str | Path
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from collavo.panoptic.coco_index import Skipped
 from collavo.panoptic.instructions import TEMPLATES, Instruction, check_templates
 from collavo_kernels import CrayonMap
-from collavo_kernels.ops.panoptic_lookup.registration import MAX_SIDE
+from collavo_kernels.ops.panoptic_lookup.validation import MAX_SIDE
 
 try:
     import fcntl

@@ -111,6 +111,13 @@ def test_every_provider_computes_what_its_error_is_measured_against(
     assert {leaf.dtype for leaf in copies[0].leaves} <= {torch.float32 if wide else torch.bfloat16}
 
 
+def test_what_is_compiled_is_the_reference() -> None:
+    given = cases.weights(SMALL.k, SMALL.n, SMALL.rank, CPU)
+    x, _ = cases.tokens(SMALL, CPU)
+    plain = bench.reference_forward(x, given.nf4, given.adapters)
+    assert torch.equal(plain, qlora_linear(x, given.nf4, given.adapters, backend="reference"))
+
+
 def test_goals_are_read_from_the_rows_of_one_thread_and_instruction_set() -> None:
     rows = [
         row("ours:cpu", roof=0.9),

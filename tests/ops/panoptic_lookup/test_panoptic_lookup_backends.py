@@ -25,7 +25,7 @@ from collavo_kernels.testing.cases.panoptic_lookup import (
 )
 
 needs_native = pytest.mark.skipif(
-    cpu.reason_against() is not None, reason=f"no compiled kernel: {cpu.reason_against()}"
+    cpu.unavailable() is not None, reason=f"no compiled kernel: {cpu.unavailable()}"
 )
 ISAS = native().isas() if native() is not None else []
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
