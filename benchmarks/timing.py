@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -155,11 +156,17 @@ class Sampler:
         if self.once < SLOW:
             self.fn()  # the other process has had the caches
         found: list[float] = []
+        collecting = gc.isenabled()
+        gc.disable()  # the two sides hold more and less that is to be looked through
         end = time.perf_counter() + seconds
-        while not found or time.perf_counter() < end:
-            if self.before:
-                self.before()
-            found.append(_seconds(self._all) / self.calls)
+        try:
+            while not found or time.perf_counter() < end:
+                if self.before:
+                    self.before()
+                found.append(_seconds(self._all) / self.calls)
+        finally:
+            if collecting:
+                gc.enable()
         return found
 
 
