@@ -58,7 +58,7 @@ def rounds_of(
         budget: Seconds that the rounds may take, unless ``least`` rounds take longer.
         least: Fewest rounds; one where a call takes more than half a second and ``least`` is
             below five, three where one takes more than a second.
-        before: Run before each call, outside of the time; see ``cold.py``.
+        before: Run before each call, outside of the time; see ``caches.py``.
     """
     if benchmark.disabled:
         benchmark.pedantic(fn)
