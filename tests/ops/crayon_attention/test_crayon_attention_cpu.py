@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import peak_megabytes
 from collavo_kernels import crayon_attention
 from collavo_kernels._native import ISA_CODES, native
 from collavo_kernels.ops.crayon_attention import OPERATOR, cpu, reference
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
-from collavo_kernels.testing import assert_within_budget, backward_arguments, poisoned_empty
+from collavo_kernels.testing import (
+    assert_within_budget,
+    backward_arguments,
+    peak_megabytes,
+    poisoned_empty,
+)
 from collavo_kernels.testing.cases.crayon_attention import AttentionCase
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the compiled module is not there")
