@@ -24,7 +24,7 @@ LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
 LONG = (
     AttentionCase(
         "ragged",
-        "blocks of queries and keys and key heads that begin and end anywhere; a query head per item",
+        "blocks and key heads that begin and end anywhere; a query head per item",
         length=531,
         heads=4,
         groups=2,
