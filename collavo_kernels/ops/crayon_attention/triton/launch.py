@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from collavo_kernels._backends import device_of
+from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels._flags import error_word
 from collavo_kernels._gpu import kind_of
 from collavo_kernels._rows_triton import sum_rows
@@ -65,6 +65,9 @@ class Statistics(NamedTuple):
 
     shift: Tensor
     delta: Tensor
+
+
+unavailable = triton_reason
 
 
 def declines(inputs: AttentionInputs) -> str | None:

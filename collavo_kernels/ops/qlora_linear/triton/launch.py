@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from collavo_kernels._backends import device_of
+from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
 from collavo_kernels._rows_triton import sum_rows
@@ -62,6 +62,9 @@ class _Epilogue(NamedTuple):
     tensors: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     flags: dict[str, int | bool]
+
+
+unavailable = triton_reason
 
 
 def declines(inputs: QLoRAInputs) -> str | None:
