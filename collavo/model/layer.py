@@ -16,13 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from collavo.configuration import CollavoTextConfig
-from collavo_kernels.nn import register_attention
-from collavo_kernels.nn.attention.inputs import CrayonInputs
-from collavo_kernels.nn.attention.module import CrayonAttention
-from collavo_kernels.nn.attention.source import PROJECTIONS
-from collavo_kernels.nn.crayon_branch import CrayonBranch
-from collavo_kernels.nn.linear.module import DualQLoRALinear, LoRAFactor
-from collavo_kernels.ops.qlora_linear import quantize_nf4
+from collavo_kernels import quantize_nf4
+from collavo_kernels.nn import (
+    ATTENTION_PROJECTIONS,
+    CrayonAttention,
+    CrayonBranch,
+    CrayonInputs,
+    DualQLoRALinear,
+    LoRAFactor,
+    register_attention,
+)
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MLP_BRANCHES = ("crayon_gate", "crayon_up")
@@ -269,7 +272,7 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
             the configuration.
     """
     attention, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
-    made = {name: convert_linear(getattr(attention, name), settings, name) for name in PROJECTIONS}
+    made = {name: convert_linear(getattr(attention, name), settings, name) for name in ATTENTION_PROJECTIONS}
     layer.self_attn = CollavoAttention.from_attention(
         attention,
         crayon_mode=settings.crayon_mode,
@@ -321,7 +324,7 @@ def freeze_linears(layer: nn.Module) -> None:
 
 def decoder_linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield the seven linear layers of a decoder layer, each as (parent, name)."""
-    for name in PROJECTIONS:
+    for name in ATTENTION_PROJECTIONS:
         yield cast(nn.Module, layer.self_attn), name
     for name in MLP_PROJECTIONS:
         yield cast(nn.Module, layer.mlp), name

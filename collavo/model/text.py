@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from collavo.configuration import CollavoTextConfig
 from collavo.model.layer import CrayonLayerMixin, LayerSettings, build_layer, init_leaf
-from collavo_kernels.nn.attention.module import CrayonAttention
+from collavo_kernels.nn import CrayonAttention
 
 
 class CollavoDecoderLayer(CrayonLayerMixin, LlamaDecoderLayer):  # type: ignore[misc]
