@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from collavo.model.layer import BRANCHES
-from collavo.model.rows import flatten_rows, is_packed, new_images, repeat_images
+from collavo.model.rows import flatten_rows
+from collavo.model.turns import is_packed, new_images, repeat_images
 from collavo_kernels.nn import (
     CrayonInputs,
     CrayonPrompt,
