@@ -21,6 +21,25 @@ import torch
 from collavo_kernels import __version__
 from collavo_kernels._backends import ENVIRONMENT_VARIABLE, Backend, Operator, _environment_choice
 from collavo_kernels._native import cuda_reason, native, native_reason
+from collavo_kernels._requirements import OLDEST_TRANSFORMERS, RequirementError, require
+
+__all__ = [
+    "OLDEST_TRANSFORMERS",
+    "OPERATOR_NAMES",
+    "BackendReport",
+    "OperatorReport",
+    "Report",
+    "RequirementError",
+    "add_arguments",
+    "collect",
+    "format_report",
+    "main",
+    "operator_report",
+    "operators",
+    "processor_name",
+    "require",
+    "run",
+]
 
 OPERATOR_NAMES = ("panoptic_lookup", "qlora_linear", "crayon_attention")
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "safetensors")

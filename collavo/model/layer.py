@@ -89,7 +89,7 @@ class CrayonMLPMixin:
         return cast(Tensor, self.down_proj(self.act_fn(gate) * up, crayon.adapter_mask))
 
     def _rows(self, branch: str, crayon: CrayonInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return a branch's table ``[T, intermediate_size]`` and the tokens' rows, or None twice."""
+        """Return a branch's table ``[T, intermediate_size]`` and the row index, or None twice."""
         if crayon.table is None or not hasattr(self, branch):
             return None, None
         return cast(Tensor, getattr(self, branch)(crayon.table)), crayon.row_index

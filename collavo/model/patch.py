@@ -127,7 +127,7 @@ def apply_to_llava(
     has ``crayon_parameters()`` and ``adapter_parameters(name)``. A fresh crayon and fresh adapters
     have no effect until they are trained. The handle keeps the linear layers that were there for
     ``undo``: dense ones where weights are quantised, and bitsandbytes' codes, which the new layers
-    share until CPU kernels bring their own into panels. A caller who will not undo drops the handle.
+    share until CPU kernels bring their own into panels. Drop it if you will not undo.
 
     Args:
         model: With a LLaMA, Mistral or Qwen2 decoder; linear layers plain, or bitsandbytes' NF4.
@@ -247,5 +247,6 @@ def _check_forward(module: nn.Module, known: tuple[str, ...]) -> None:
     if owner.__name__ not in known or not owner.__module__.startswith("transformers."):
         raise ValueError(
             f"model: expected transformers' {', '.join(known)}, got a {type(module).__name__} with "
-            f"the forward of {owner.__module__}.{owner.__name__}, which the crayon would replace"
+            f"the forward of {owner.__module__}.{owner.__name__}, which "
+            "the crayon would replace; load the model without the package that patches it"
         )

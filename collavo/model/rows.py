@@ -1,4 +1,4 @@
-"""From batch-first, padded crayon inputs to rows laid end to end, which the decoder's layers read."""
+"""From batch-first, padded crayon inputs to rows laid end to end, as the decoder reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets prepared once: written from a COCO folder, read by index or streamed, shard by shard."""
+"""Data sets prepared once: shards written from a COCO folder, then read by index or streamed."""
 
 from collavo.prepared.read import PreparedDataset, PreparedSample
 from collavo.prepared.shards import PrepareSettings

@@ -9,7 +9,7 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 from transformers import TrainingArguments
 
-from collavo_kernels._requirements import require
+from collavo_kernels.info import require
 
 STAGES = ("cpt", "cit")
 LEARNING_RATES = {"cpt": 1e-4, "cit": 1e-5}

@@ -22,6 +22,8 @@ from collavo import apply_to_llava
 from collavo.configuration import CollavoConfig
 from collavo.model.llava import CollavoForConditionalGeneration
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGE = 31
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
