@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, cast
@@ -243,10 +244,12 @@ def _check_model(model: Any) -> None:
 
 def _check_forward(module: nn.Module, known: tuple[str, ...]) -> None:
     """Raise unless a module's forward is one that the mixins write anew."""
-    owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
-    if owner.__name__ not in known or not owner.__module__.startswith("transformers."):
+    # transformers and FSDP wrap the forward of every subclass; what counts is who wrote it.
+    forward = inspect.unwrap(type(module).forward)
+    owner = f"{forward.__module__}.{forward.__qualname__}"
+    name = forward.__qualname__.removesuffix(".forward")
+    if name not in known or not forward.__module__.startswith("transformers."):
         raise ValueError(
-            f"model: expected transformers' {', '.join(known)}, got a {type(module).__name__} with "
-            f"the forward of {owner.__module__}.{owner.__name__}, which "
+            f"model: expected the forward of transformers' {', '.join(known)}, got {owner}, which "
             "the crayon would replace; load the model without the package that patches it"
         )
