@@ -107,9 +107,22 @@ class CrayonLayerMixin:
     post_attention_layernorm: nn.Module
     mlp: nn.Module
 
+    def __call__(
+        self, hidden_states: Tensor, crayon: CrayonInputs | None = None, **kwargs: Any
+    ) -> Any:
+        """Run ``forward``, the crayon's table beside the hidden states.
+
+        Re-entrant checkpointing takes gradients to tensors among the positional arguments alone.
+        """
+        table = None if crayon is None else crayon.table
+        if crayon is not None:
+            crayon = _with_table(crayon, None)
+        return super().__call__(hidden_states, table, crayon=crayon, **kwargs)  # type: ignore[misc]
+
     def forward(
         self,
         hidden_states: Tensor,
+        crayon_table: Tensor | None = None,
         attention_mask: Any | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any | None = None,
@@ -122,14 +135,17 @@ class CrayonLayerMixin:
 
         Args:
             hidden_states: ``[B, S, hidden_size]``.
+            crayon_table: ``[T, hidden_size]``, the crayon's table, or None.
             attention_mask: As the decoder layer's, like all that are not described.
             position_ids: int64 ``[B, S]``.
             past_key_values: The cache, or None.
             use_cache: Passed on.
             position_embeddings: cos and sin.
-            crayon: The forward pass's crayon, or None.
+            crayon: The forward pass's crayon without its table, or None.
             **kwargs: Passed on to the attention.
         """
+        if crayon is not None:
+            crayon = _with_table(crayon, crayon_table)
         mixed, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -143,6 +159,18 @@ class CrayonLayerMixin:
         hidden_states = hidden_states + mixed
         normed = self.post_attention_layernorm(hidden_states)
         return cast(Tensor, hidden_states + self.mlp(normed, crayon=crayon))
+
+
+def _with_table(crayon: CrayonInputs, table: Tensor | None) -> CrayonInputs:
+    # Field by field: torch 2.6 compiles neither _replace nor a slice of a named tuple.
+    return CrayonInputs(
+        table,
+        crayon.row_index,
+        crayon.adapter_mask,
+        crayon.row_mask,
+        crayon.key_range,
+        crayon.fused,
+    )
 
 
 @dataclass(frozen=True)

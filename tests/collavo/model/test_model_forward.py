@@ -125,22 +125,27 @@ def test_crayon_gets_gradients_within_two_steps(mode: str) -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in crayon)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradient_checkpointing_changes_nothing(mode: str) -> None:
+def test_gradient_checkpointing_changes_nothing(mode: str, reentrant: bool) -> None:
     """Two forwards before a backward: state kept on modules would mix the two up silently."""
     grads = []
     for checkpointing in (False, True):
         model = make_model(crayon_mode=mode, adapters=("image", "vl")).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
         batch = make_batch()
         other = {**batch, "crayon_class": batch["crayon_class"].clamp_max(3)}
         losses = [model(**b, labels=b["input_ids"]).loss for b in (batch, other)]
         (losses[0] + 2 * losses[1]).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
+    # The crayon's gradient is a sum over layers and projections, which re-entry groups by layer:
+    # each of its few additions rounds once.
+    slack = 8 * torch.finfo(torch.float32).eps if reentrant else 0.0
     for name, grad in grads[0].items():
-        assert torch.equal(grad, grads[1][name]), name
+        assert (grad - grads[1][name]).abs().max() <= slack * grad.abs().max(), name
 
 
 @pytest.mark.parametrize("mode", (*MODES, "none"))
