@@ -59,6 +59,7 @@ PATHS = {
     "collavo.panoptic.maps": ["PanopticMap", "read_panoptic_colours"],
     "collavo.panoptic.text": ["detections_from_map", "format_objects"],
     "collavo.processing": ["IGNORE_INDEX", "CollavoProcessor", "make_image_processor"],
+    "collavo.processing.processor": ["CollavoProcessor", "make_image_processor"],
     "collavo.train": [
         "CollavoTrainer",
         "CollavoTrainingArguments",
