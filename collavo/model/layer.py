@@ -108,7 +108,7 @@ class CrayonLayerMixin:
     mlp: nn.Module
 
     def __call__(
-        self, hidden_states: Tensor, crayon: CrayonInputs | None = None, **kwargs: Any
+        self, hidden_states: Tensor, *, crayon: CrayonInputs | None = None, **kwargs: Any
     ) -> Any:
         """Run ``forward``, the crayon's table beside the hidden states.
 
@@ -135,16 +135,16 @@ class CrayonLayerMixin:
 
         Args:
             hidden_states: ``[B, S, hidden_size]``.
-            crayon_table: ``[T, hidden_size]``, the crayon's table, or None.
+            crayon_table: ``[T, hidden_size]``: the crayon's table where ``crayon`` is without it.
             attention_mask: As the decoder layer's, like all that are not described.
             position_ids: int64 ``[B, S]``.
             past_key_values: The cache, or None.
             use_cache: Passed on.
             position_embeddings: cos and sin.
-            crayon: The forward pass's crayon without its table, or None.
+            crayon: The forward pass's crayon, or None.
             **kwargs: Passed on to the attention.
         """
-        if crayon is not None:
+        if crayon is not None and crayon_table is not None:
             crayon = _with_table(crayon, crayon_table)
         mixed, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
