@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from collavo_kernels.ops.crayon_attention import reference
-from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs, BackwardInputs
+from collavo_kernels.ops.crayon_attention import OPERATOR, reference
+from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
+from collavo_kernels.testing import backward_arguments
 
 LOW, FULL = torch.bfloat16, torch.float32
 LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
@@ -154,14 +155,10 @@ def _exact(inputs: AttentionInputs, grad: Tensor, *, gradients: bool) -> Exact:
         found = reference.forward(inputs)
         if not gradients:
             return Exact(found.out)
-        key = found.key if inputs.changes_key else inputs.k
-        value = found.value if inputs.changes_value else inputs.v
-        mask = tuple(getattr(inputs, name) is not None for name in LEAVES)
-        saved = inputs._replace(k=key, v=value)
-        results = reference.backward(
-            BackwardInputs(grad.double(), None, None, saved, found.out, found.lse, mask)  # type: ignore[arg-type]
-        )
-    return Exact(found.out, tuple(g for g, m in zip(results, mask, strict=True) if m))
+        # No leaf asks for a gradient here, so all that are there are wanted.
+        given = backward_arguments(OPERATOR, inputs, found, (grad.double(), None, None))
+        gradients = reference.backward(*given)
+    return Exact(found.out, tuple(each for each in gradients if each is not None))
 
 
 def alone(inputs: AttentionInputs) -> AttentionInputs:

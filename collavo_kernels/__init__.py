@@ -3,7 +3,7 @@
 from collavo_kernels._flags import check
 from collavo_kernels.ops.crayon_attention import CrayonAttentionOutput, crayon_attention
 from collavo_kernels.ops.panoptic_lookup import CrayonMap, decode_colours, panoptic_lookup
-from collavo_kernels.ops.panoptic_lookup.registration import MAX_SIDE as MAX_MAP_SIDE
+from collavo_kernels.ops.panoptic_lookup.validation import MAX_SIDE as MAX_MAP_SIDE
 from collavo_kernels.ops.qlora_linear import (
     LoRAAdapter,
     NF4Weight,

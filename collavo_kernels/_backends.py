@@ -1,20 +1,20 @@
 """Which backend serves an operator: one ordered table each, and every backend says why it declines.
 
-A backend is a file in an operator's folder. The table is tried in order and the first backend that
-takes the device, runs on this machine and accepts the inputs serves the call. ``backend="..."`` on
-a call, or the environment variable ``COLLAVO_BACKEND`` (a name for all operators, or
-``operator=name`` pairs separated by commas), asks for one by name; a named backend that cannot
-serve is an error, never a silent fallback.
+The table is tried in order and the first backend that takes the device, runs on this machine and
+accepts the inputs serves the call. ``backend="..."`` on a call, or the environment variable
+``COLLAVO_BACKEND`` (a name for all operators, or ``operator=name`` pairs separated by commas), asks
+for one by name; a named backend that cannot serve is an error, never a silent fallback.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ from torch import Tensor
 from collavo_kernels._requirements import shortfall
 
 ENVIRONMENT_VARIABLE = "COLLAVO_BACKEND"
-BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")
 # The oldest whose compiler and interpreter the kernels are tested with; 3.3 refuses some of them.
 _TRITON = "3.6"
 
 Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
+Saved = TypeVar("Saved")
+OutputGrads = TypeVar("OutputGrads")
+Wanted = TypeVar("Wanted")
+Gradients = TypeVar("Gradients")
 Reason = str | None
 
 
@@ -45,28 +49,48 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+class LazyModule:
+    """A module that is imported when one of its functions is called for the first time.
+
+    Type checkers are shown the module itself::
+
+        if TYPE_CHECKING:
+            from package import module
+        else:
+            module = LazyModule("package.module")
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            return getattr(importlib.import_module(self._name), function)(*arguments)
+
+        return call
+
+
 @dataclass(frozen=True)
-class Backend(Generic[Inputs]):
+class Backend(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
     """One implementation of one operator.
 
     Attributes:
-        name: One of ``BACKEND_NAMES``.
-        forward: Takes the operator's inputs bundle and returns the operator's outputs.
-        backward: The hand-written backward, or None: then the reference's backward serves.
+        name: What ``backend="..."`` calls it.
+        forward: ``forward(inputs) -> result``.
+        backward: ``backward(inputs, saved, grads, wanted) -> gradients``, None for what is not
+            wanted. Without one the reference's serves.
         devices: Device types it runs on; empty means any.
         unavailable: Says why it cannot run on this machine at all, or None.
         declines: Says why it cannot take these inputs, or None.
-        declines_backward: The same for the backward; the reference then serves the backward.
         opt_in: Serves only when asked for by name (code that has not yet run on its hardware).
     """
 
     name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
+    forward: Callable[[Inputs], Result]
+    backward: Callable[[Inputs, Saved, OutputGrads, Wanted], Gradients] | None = None
     devices: tuple[str, ...] = ()
     unavailable: Callable[[], Reason] = _never
     declines: Callable[[Inputs], Reason] = _never
-    declines_backward: Callable[[Inputs], Reason] = _never
     opt_in: bool = False
 
     def reason_against(self, device_type: str) -> Reason:
@@ -76,22 +100,40 @@ class Backend(Generic[Inputs]):
         return self.unavailable()
 
 
-class Operator(Generic[Inputs]):
-    """An operator's name and its backends in order of preference; the last is the reference."""
+ForwardOnly: TypeAlias = Backend[Inputs, Result, None, None, None, None]
+"""A backend of an operator that has no derivative."""
 
-    def __init__(self, name: str, backends: tuple[Backend[Inputs], ...]) -> None:
+
+class Table(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
+    """An operator's backends in order of preference; the last is the reference.
+
+    Args:
+        name: The operator's name.
+        backends: Its backends.
+        former: What backends were once called, with their present names: for the error message.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backends: Sequence[Backend[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]],
+        former: Mapping[str, str] | None = None,
+    ) -> None:
         if not backends or backends[-1].name != "reference":
             raise ValueError(f"backends of {name}: the last one must be the reference")
         self.name = name
-        self.backends = backends
+        self.backends = tuple(backends)
+        self._former = former or {}
         self._by_name = {backend.name: backend for backend in backends}
 
     @property
-    def reference(self) -> Backend[Inputs]:
+    def reference(self) -> Backend[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]:
         """The backend that is the specification and takes everything."""
         return self.backends[-1]
 
-    def select(self, inputs: Inputs, device_type: str, requested: str = "") -> Backend[Inputs]:
+    def select(
+        self, inputs: Inputs, device_type: str, requested: str = ""
+    ) -> Backend[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]:
         """Return the backend that serves these inputs' forward on this device type.
 
         Raises:
@@ -109,20 +151,13 @@ class Operator(Generic[Inputs]):
 
     def requested(self, name: str = "") -> str:
         """Return the backend asked for: by name, else by the environment variable, else ``""``."""
-        return name or _environment_choice(self.name)
+        return name or environment_choice(self.name)
 
-    def select_backward(
-        self, inputs: Inputs, device_type: str, requested: str = ""
-    ) -> Backend[Inputs]:
-        """Return the backend whose backward serves; the reference if the forward's has none."""
-        chosen = self.select(inputs, device_type, requested)
-        if chosen.backward is None or chosen.declines_backward(inputs) is not None:
-            return self.reference
-        return chosen
-
-    def explain(self, device_type: str) -> list[tuple[Backend[Inputs], Reason]]:
+    def explain(
+        self, device_type: str
+    ) -> list[tuple[Backend[Inputs, Result, Saved, OutputGrads, Wanted, Gradients], Reason]]:
         """List every backend with why it does not serve this device type here (None: it can)."""
-        rows: list[tuple[Backend[Inputs], Reason]] = []
+        rows = []
         for backend in self.backends:
             reason = backend.reason_against(device_type)
             if reason is None and backend.opt_in:
@@ -130,12 +165,16 @@ class Operator(Generic[Inputs]):
             rows.append((backend, reason))
         return rows
 
-    def _named(self, inputs: Inputs, device_type: str, requested: str) -> Backend[Inputs]:
+    def _named(
+        self, inputs: Inputs, device_type: str, requested: str
+    ) -> Backend[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]:
         backend = self._by_name.get(requested)
         if backend is None:
+            now = self._former.get(requested)
+            hint = f"what was {requested!r} is {now!r} now; " if now else ""
             raise ValueError(
                 f"backend: expected one of {', '.join(self._by_name)} for {self.name}, "
-                f"got {requested!r}; run 'collavo info' to see which backends serve here"
+                f"got {requested!r}; {hint}run 'collavo info' to see which backends serve here"
             )
         reason = backend.reason_against(device_type) or backend.declines(inputs)
         if reason is not None:
@@ -145,7 +184,8 @@ class Operator(Generic[Inputs]):
         return backend
 
 
-def _environment_choice(operator: str) -> str:
+def environment_choice(operator: str) -> str:
+    """Return what ``COLLAVO_BACKEND`` asks for, for one operator; ``""`` if nothing."""
     value = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if "=" not in value:
         return value

@@ -7,6 +7,7 @@ checked inside the operators, where no host synchronisation is needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -102,3 +103,16 @@ def expect_int(argument: str, value: int, *, minimum: int, maximum: int | None =
         upper = "" if maximum is None else f" and at most {maximum}"
         raise ValueError(f"{argument}: expected at least {minimum}{upper}, got {value}")
     return value
+
+
+@overload
+def lowered(value: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+@overload
+def lowered(value: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+
+
+def lowered(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor in autocast's dtype; float64, integers and None stay as they are."""
+    return value.to(dtype) if value is not None and value.dtype in FLOAT_DTYPES else value

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pkgutil
 import platform
 import re
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ from typing import Any
 
 import torch
 
-from collavo_kernels import __version__
-from collavo_kernels._backends import ENVIRONMENT_VARIABLE, Backend, Operator, _environment_choice
+from collavo_kernels import __version__, ops
+from collavo_kernels._backends import ENVIRONMENT_VARIABLE, environment_choice
 from collavo_kernels._native import cuda_reason, native, native_reason
+from collavo_kernels._register import AnyBackend, AnyOperator
 from collavo_kernels._requirements import OLDEST_TRANSFORMERS, RequirementError, require
 
 __all__ = [
     "OLDEST_TRANSFORMERS",
-    "OPERATOR_NAMES",
     "BackendReport",
     "OperatorReport",
     "Report",
@@ -41,7 +42,6 @@ __all__ = [
     "run",
 ]
 
-OPERATOR_NAMES = ("panoptic_lookup", "qlora_linear", "crayon_attention")
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "safetensors")
 PEERS = {  # import name -> what it is called on package indexes
     "bitsandbytes": "bitsandbytes",
@@ -56,12 +56,12 @@ PEERS = {  # import name -> what it is called on package indexes
 
 
 @functools.cache
-def operators() -> dict[str, Operator[Any]]:
-    """Return the three operators by name, with their tables of backends."""
-    found: dict[str, Operator[Any]] = {}
-    for name in OPERATOR_NAMES:
-        module = importlib.import_module(f"collavo_kernels.ops.{name}.registration")
-        found[name] = module.OPERATOR
+def operators() -> dict[str, AnyOperator]:
+    """Return every operator by name: each folder of ``collavo_kernels/ops`` is one."""
+    found: dict[str, AnyOperator] = {}
+    for folder in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"{ops.__name__}.{folder.name}.registration")
+        found[folder.name] = module.OPERATOR
     return found
 
 
@@ -135,7 +135,7 @@ def collect() -> Report:
     )
 
 
-def operator_report(operator: Operator[Any], device_type: str) -> OperatorReport:
+def operator_report(operator: AnyOperator, device_type: str) -> OperatorReport:
     """Say which backend serves an operator on a device type, and why the others do not.
 
     Args:
@@ -145,7 +145,7 @@ def operator_report(operator: Operator[Any], device_type: str) -> OperatorReport
     explained = operator.explain(device_type)
     chosen = next(backend for backend, reason in explained if reason is None)
     note = None
-    requested = _environment_choice(operator.name)
+    requested = environment_choice(operator.name)
     if requested:
         named = {backend.name: backend for backend in operator.backends}.get(requested)
         if named is None:
@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _backward_name(operator: Operator[Any], forward: Backend[Any]) -> str:
+def _backward_name(operator: AnyOperator, forward: AnyBackend) -> str:
     if operator.reference.backward is None:
         return "none"
     return forward.name if forward.backward is not None else operator.reference.name

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from collavo_kernels import LoRAAdapter, crayon_attention, qlora_linear, quantize_nf4
-
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```text\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
@@ -263,23 +261,3 @@ def test_the_table_of_environment_variables_is_complete() -> None:
     for path in [*files("scripts/*.sh"), ROOT / ".ci/run"]:
         reads |= set(re.findall(r"\$\{([A-Z_]+):-", path.read_text(encoding="utf-8")))
     assert reads == documented, f"missing: {reads - documented}, gone: {documented - reads}"
-
-
-MENDED = "mended: take it out of the known faults of ARCHITECTURE.md, and this mark off the test"
-
-
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason=MENDED)
-def test_known_fault_attention_refuses_a_tangent() -> None:
-    q = torch.randn(1, 6, 2, 8)
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(lambda q: crayon_attention(q, q, q).out, (q,), (torch.ones_like(q),))
-
-
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason=MENDED)
-def test_known_fault_linear_refuses_a_second_derivative() -> None:
-    x = torch.randn(5, 64, requires_grad=True)
-    a, b = (torch.randn(shape, requires_grad=True) for shape in ((4, 64), (32, 4)))
-    y = qlora_linear(x, quantize_nf4(torch.randn(32, 64)), [LoRAAdapter(a, b)])
-    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        (y.sum() + grad.pow(2).sum()).backward()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from collavo.cli import main
-from collavo_kernels._backends import Backend, Operator
+from collavo_kernels._backends import Backend, Table
 from collavo_kernels.info import (
     collect,
     format_report,
@@ -26,8 +26,8 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def toy(**cpu: Any) -> Operator[Any]:
-    return Operator(
+def toy(**cpu: Any) -> Table[Any, Any, Any, Any, Any, Any]:
+    return Table(
         "toy",
         (
             Backend("cuda", _nothing, _nothing, devices=("cuda",)),

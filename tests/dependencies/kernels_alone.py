@@ -91,7 +91,7 @@ def run_modules() -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    runs = {name: globals()[f"run_{name}"] for name in info.OPERATOR_NAMES}
+    runs = {name: globals()[f"run_{name}"] for name in info.operators()}
     for name, run in runs.items():
         for backend in usable(name):
             run(backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -144,13 +144,13 @@ def run_attention(case: AttentionCall) -> None:
     with machine(case.isa, case.threads):
         if bad_row:
             with pytest.raises(ValueError, match="row_index: "):
-                op(*tensors, *options, "cpu")
+                op(*tensors, *options, backend="cpu")
             return
-        found = op(*tensors, *options, "cpu")
+        found = op(*tensors, *options, backend="cpu")
         gradients = _backward(case, tensors, found, grad, options, "cpu")
     wide = [x if x is None or not x.is_floating_point() else x.double() for x in tensors]
-    low = op(*tensors, *options, "reference")
-    exact = op(*wide, *options, "reference")
+    low = op(*tensors, *options, backend="reference")
+    exact = op(*wide, *options, backend="reference")
     low_gradients = _backward(case, tensors, low, grad, options, "reference")
     exact_gradients = _backward(case, wide, exact, grad.double(), options, "reference")
     largest = float(exact[3].nan_to_num(0.0, 0.0, 0.0).abs().amax()) if exact[3].numel() else 0.0
@@ -191,12 +191,9 @@ def _backward(
     out, key, value, lse = results
     keyed = tensors[3] is not None or tensors[6] is not None
     valued = tensors[7] is not None
-    prepared = [
-        tensors[0],
-        key if keyed else tensors[1],
-        value if valued else tensors[2],
-        *tensors[3:],
-    ]
+    key = key if keyed else cast(Tensor, tensors[1])
+    value = value if valued else cast(Tensor, tensors[2])
+    kept = [tensors[0], key, value, *tensors[3:]]
     flags = [
         bool(case.wanted >> i & 1) and tensors[j] is not None
         for i, j in enumerate((0, 1, 2, 5, 6, 7))
@@ -204,4 +201,5 @@ def _backward(
     extra = torch.ones_like(key) if keyed and case.seed % 3 else None
     extra_value = torch.ones_like(value) if valued and case.seed % 2 else None
     op = torch.ops.collavo.crayon_attention_backward
-    return list(op(grad, extra, extra_value, out, lse, flags, *prepared, *options, backend))
+    saved, grads = (key, value, out, lse), (grad, extra, extra_value)
+    return list(op(*kept, *options, *saved, *grads, flags, backend=backend))

@@ -87,7 +87,7 @@ def run_lookup(case: LookupCase) -> None:
     options = (*case.grid, 7, 3, "majority" if case.majority else "nearest")
     op = torch.ops.collavo.panoptic_lookup
     with machine(case.isa, case.threads):
-        found = op(maps, flat, classes, counts, *options, "cpu")
-    expected = op(maps, flat, classes, counts, *options, "reference")
+        found = op(maps, flat, classes, counts, *options, backend="cpu")
+    expected = op(maps, flat, classes, counts, *options, backend="reference")
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)

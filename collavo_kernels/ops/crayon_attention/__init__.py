@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from collavo_kernels.ops.crayon_attention import registration as _registration  # noqa: F401
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
 from collavo_kernels.ops.crayon_attention.reference import checked_rows, prepared, with_rows
+from collavo_kernels.ops.crayon_attention.registration import OPERATOR
 from collavo_kernels.ops.crayon_attention.validation import expect_tensors, validate
 
-__all__ = ["CrayonAttentionOutput", "crayon_attention", "prepare"]
+__all__ = ["OPERATOR", "CrayonAttentionOutput", "crayon_attention", "prepare"]
 
 
 class CrayonAttentionOutput(NamedTuple):
@@ -101,7 +100,7 @@ def crayon_attention(
         >>> tuple(result.out.shape), tuple(result.key.shape), result.value is v
         ((1, 6, 4, 8), (1, 6, 2, 8), True)
     """
-    expect_tensors(
+    inputs = AttentionInputs(
         q=q,
         k=k,
         v=v,
@@ -112,16 +111,17 @@ def crayon_attention(
         crayon_v=crayon_v,
         row_index=row_index,
         key_range=key_range,
+        causal=causal,
+        window=window,
+        scale=scale,
     )
-    for name, angle in (("cos", cos), ("sin", sin)):
-        if angle is not None and angle.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: gradients are not computed for it; detach it")
-    tables = (crayon_q, crayon_k, crayon_v)
-    out, key, value, _ = torch.ops.collavo.crayon_attention(
-        q, k, v, cos, sin, *tables, row_index, key_range, causal, window, scale, backend
+    expect_tensors(inputs)
+    result = OPERATOR(inputs, backend)
+    return CrayonAttentionOutput(
+        out=result.out,
+        key=result.key if inputs.changes_key else k,
+        value=result.value if inputs.changes_value else v,
     )
-    changes_key = cos is not None or crayon_k is not None
-    return CrayonAttentionOutput(out, key if changes_key else k, v if crayon_v is None else value)
 
 
 def prepare(
@@ -168,8 +168,18 @@ def prepare(
         >>> prepare(q, k, v, cos=zero, sin=zero + 1)[0].flatten().tolist()
         [-1.0, 1.0]
     """
-    tables = (crayon_q, crayon_k, crayon_v)
-    inputs = AttentionInputs(q, k, v, cos, sin, *tables, row_index, None, True, None, None)
+    inputs = AttentionInputs(
+        q=q,
+        k=k,
+        v=v,
+        cos=cos,
+        sin=sin,
+        crayon_q=crayon_q,
+        crayon_k=crayon_k,
+        crayon_v=crayon_v,
+        row_index=row_index,
+        key_range=None,
+    )
     validate(inputs)
     rows = checked_rows(inputs)
     query = prepared(q, crayon_q, rows, cos, sin)

@@ -12,9 +12,11 @@ from torch import Tensor
 from collavo_kernels._native import DTYPE_CODES, native, native_reason
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
-    BackwardInputs,
-    ForwardResult,
+    AttentionOutputGrads,
+    AttentionResult,
+    AttentionSaved,
     Gradients,
+    Wanted,
 )
 from collavo_kernels.ops.crayon_attention.reference import checked_ranges, checked_rows
 
@@ -46,11 +48,11 @@ class _Call(NamedTuple):
     ranges: Tensor | None
 
 
-def forward(inputs: AttentionInputs) -> ForwardResult:
+def forward(inputs: AttentionInputs) -> AttentionResult:
     """Prepare keys and values in one pass, then attend panel by panel."""
-    q, k, v = (_dense(x) for x in inputs[:3])
+    q, k, v = (_dense(x) for x in (inputs.q, inputs.k, inputs.v))
     batch, length, heads, _ = q.shape
-    result = ForwardResult(
+    result = AttentionResult(
         torch.empty(q.shape, dtype=q.dtype),
         torch.empty(k.shape if inputs.changes_key else 0, dtype=k.dtype),
         torch.empty(v.shape if inputs.changes_value else 0, dtype=v.dtype),
@@ -59,8 +61,8 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     tables = [None if t is None else t.contiguous() for t in inputs.tables]
     states = [
         *(_heads(x) for x in (q, k, v)),
-        _heads(result.key) if inputs.changes_key else _ABSENT,
-        _heads(result.value) if inputs.changes_value else _ABSENT,
+        _heads(result.key if inputs.changes_key else None),
+        _heads(result.value if inputs.changes_value else None),
         _heads(result.out),
     ]
     others = [*(_address(t) for t in tables), result.lse.data_ptr()]
@@ -69,32 +71,40 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     return result
 
 
-def backward(given: BackwardInputs) -> Gradients:
+def backward(
+    inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads, wanted: Wanted
+) -> Gradients:
     """Recompute the weights panel by panel; every sum is made in an order of its own."""
-    inputs = given.inputs
-    q, key, value, out = (_dense(x) for x in (*inputs[:3], given.out))
-    grads = [None if x is None else _dense(x) for x in given[:3]]
-    leaves = (q, key, value, *inputs.tables)
-    wanted = [x if want else None for x, want in zip(leaves, given.mask, strict=True)]
-    found = [torch.empty(0 if x is None else x.shape, dtype=q.dtype) for x in wanted]
-    table = None if inputs.crayon_q is None else inputs.crayon_q.contiguous()
-    lse = given.lse.contiguous()
+    q, key, value, out, grad_out = (
+        _dense(x) for x in (inputs.q, saved.key, saved.value, saved.out, grads.out)
+    )
+    grad_key, grad_value = (None if x is None else _dense(x) for x in (grads.key, grads.value))
+    found = Gradients(
+        *(
+            torch.empty(leaf.shape, dtype=q.dtype) if want and leaf is not None else None
+            for leaf, want in zip((q, key, value, *inputs.tables), wanted, strict=True)
+        )
+    )
+    tables = (found.crayon_q, found.crayon_k, found.crayon_v)
+    if not q.numel():
+        for x in tables:
+            if x is not None:
+                x.zero_()
+        return found
+    if not any(x is not None for x in found):
+        return found
     states = [
-        *(_heads(x) for x in (q, key, value, out)),
-        *(_ABSENT if x is None else _heads(x) for x in grads),
-        *(_ABSENT if x is None else _heads(to) for x, to in zip(wanted[:3], found, strict=False)),
+        _heads(x)
+        for x in (q, key, value, out, grad_out, grad_key, grad_value, found.q, found.k, found.v)
     ]
-    sums = [0 if x is None else to.data_ptr() for x, to in zip(wanted[3:], found[3:], strict=True)]
-    if q.numel() and any(x is not None for x in wanted):
-        call = _call(inputs)
-        slots, count = _slots(inputs, call.rows) if any(sums) else (None, 0)
-        others = [_address(table), lse.data_ptr(), *sums, _address(slots), count]
-        _run(_module().crayon_attention_backward, call, states, others)
-    elif not q.numel():
-        for x in found[3:]:
-            x.zero_()
-    dq, dk, dv, dtq, dtk, dtv = found
-    return dq, dk, dv, dtq, dtk, dtv
+    call = _call(inputs)
+    summed = any(x is not None for x in tables)
+    slots, count = _slots(inputs, call.rows) if summed else (None, 0)
+    table = None if inputs.crayon_q is None else inputs.crayon_q.contiguous()
+    lse = saved.lse.contiguous()
+    others = [*(_address(x) for x in (table, lse, *tables, slots)), count]
+    _run(_module().crayon_attention_backward, call, states, others)
+    return found
 
 
 def _run(kernel: Any, call: _Call, states: Sequence[_Heads], others: Sequence[int]) -> None:
@@ -111,13 +121,13 @@ def _call(inputs: AttentionInputs) -> _Call:
     Raises:
         ValueError: if a row index or a key range is out of range.
     """
-    batch, length, heads, size = inputs.q.shape
+    batch, length, heads, head_dim = inputs.q.shape
     cos, sin = (None if x is None else x.float().contiguous() for x in (inputs.cos, inputs.sin))
     rows, ranges = _rows(inputs), _ranges(inputs)
     shared = cos is None or cos.shape[0] == 1
-    groups, count = inputs.k.shape[2], inputs.table_rows or 0
-    sizes = (DTYPE_CODES[inputs.q.dtype], batch, length, heads, groups, size, count)
-    angles = (_address(cos), _address(sin), 0 if shared else length * size)
+    kv_heads, count = inputs.k.shape[2], inputs.table_rows or 0
+    sizes = (DTYPE_CODES[inputs.q.dtype], batch, length, heads, kv_heads, head_dim, count)
+    angles = (_address(cos), _address(sin), 0 if shared else length * head_dim)
     tokens = (*angles, _address(rows), _address(ranges))
     # As far as the sequence is long, and no overflow where a window is longer.
     window = length if inputs.window is None else min(inputs.window, length)
@@ -171,7 +181,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads(x: Tensor) -> _Heads:
+def _heads(x: Tensor | None) -> _Heads:
+    if x is None:
+        return _ABSENT
     batch, token, head, _ = x.stride()
     return x.data_ptr(), batch, token, head
 

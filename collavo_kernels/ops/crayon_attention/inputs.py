@@ -1,15 +1,20 @@
-"""The operator's arguments as one bundle each for the forward and the backward."""
+"""The operator's bundles: inputs, results, what the backward takes and returns; and their fakes."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
+
+from collavo_kernels._validation import lowered
+
+T = TypeVar("T")
 
 
 class AttentionInputs(NamedTuple):
-    """What every backend's forward takes; shapes as in ``crayon_attention``."""
+    """What a backend's forward takes; shapes as in ``crayon_attention``."""
 
     q: Tensor
     k: Tensor
@@ -21,9 +26,14 @@ class AttentionInputs(NamedTuple):
     crayon_v: Tensor | None
     row_index: Tensor | None
     key_range: Tensor | None
-    causal: bool
-    window: int | None
-    scale: float | None
+    causal: bool = True
+    window: int | None = None
+    scale: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.q.device
 
     @property
     def tables(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -51,8 +61,8 @@ class AttentionInputs(NamedTuple):
         return self.scale if self.scale is not None else 1.0 / math.sqrt(self.q.shape[-1])
 
 
-class ForwardResult(NamedTuple):
-    """What every backend's forward returns.
+class AttentionResult(NamedTuple):
+    """What a backend's forward returns.
 
     Attributes:
         out: ``[B, S, H, D]``, q's dtype.
@@ -69,27 +79,103 @@ class ForwardResult(NamedTuple):
     lse: Tensor
 
 
-class BackwardInputs(NamedTuple):
-    """What every backend's backward takes: gradients, the forward's bundle, and its results.
+class AttentionSaved(NamedTuple):
+    """What the backward needs of the forward.
 
     Attributes:
-        grad_out: ``[B, S, H, D]``.
-        grad_key: ``[B, S, G, D]`` or None; always None where the forward returned no key.
-        grad_value: ``[B, S, G, D]`` or None; always None without ``crayon_v``.
-        inputs: The forward's bundle. ``inputs.k`` holds the *prepared* key and ``inputs.v`` the
-            prepared value: the backward needs no more of k and v than that.
+        key: ``[B, S, G, D]``: the key that was attended to, k itself where nothing changed it.
+        value: ``[B, S, G, D]``: the value alike.
         out: The forward's ``out``.
         lse: The forward's ``lse``.
-        mask: Which of the gradients for q, k, v, crayon_q, crayon_k, crayon_v are wanted.
     """
 
-    grad_out: Tensor
-    grad_key: Tensor | None
-    grad_value: Tensor | None
-    inputs: AttentionInputs
+    key: Tensor
+    value: Tensor
     out: Tensor
     lse: Tensor
-    mask: tuple[bool, bool, bool, bool, bool, bool]
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+class AttentionOutputGrads(NamedTuple):
+    """The gradients of the results.
+
+    Attributes:
+        out: ``[B, S, H, D]``.
+        key: ``[B, S, G, D]`` or None; always None where the forward returned no key.
+        value: ``[B, S, G, D]`` or None; always None without ``crayon_v``.
+    """
+
+    out: Tensor
+    key: Tensor | None
+    value: Tensor | None
+
+
+class AttentionGradients(NamedTuple, Generic[T]):
+    """One entry for each input that can get a gradient.
+
+    ``AttentionGradients[bool]`` says which are wanted; a backward returns
+    ``AttentionGradients[Tensor | None]``, None where one is not.
+    """
+
+    q: T
+    k: T
+    v: T
+    crayon_q: T
+    crayon_k: T
+    crayon_v: T
+
+
+Wanted = AttentionGradients[bool]
+Gradients = AttentionGradients[Tensor | None]
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Return the log-sum-exp's dtype: float64 for float64 inputs, else float32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def fake(inputs: AttentionInputs) -> AttentionResult:
+    """Return results without values."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    batch, length, heads, _ = q.shape
+    return AttentionResult(
+        out=q.new_empty(q.shape),
+        key=k.new_empty(k.shape if inputs.changes_key else 0),
+        value=v.new_empty(v.shape if inputs.changes_value else 0),
+        lse=q.new_empty((batch, heads, length), dtype=lse_dtype(q)),
+    )
+
+
+def keep(
+    inputs: AttentionInputs, result: AttentionResult
+) -> tuple[AttentionInputs, AttentionSaved]:
+    """Keep the prepared key and value in place of k and v: the backward needs no more of them."""
+    key = result.key if inputs.changes_key else inputs.k
+    value = result.value if inputs.changes_value else inputs.v
+    saved = AttentionSaved(key, value, result.out, result.lse)
+    return inputs._replace(k=key, v=value), saved
+
+
+def empty(inputs: AttentionInputs) -> tuple[str, ...]:
+    """Name the results that are empty: those that nothing changes."""
+    key = () if inputs.changes_key else ("key",)
+    return key if inputs.changes_value else (*key, "value")
+
+
+def in_dtype(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
+    """Return the inputs in autocast's dtype; cos and sin keep their precision."""
+    # All fields by name: _replace() costs three times as much.
+    return AttentionInputs(
+        q=lowered(inputs.q, dtype),
+        k=lowered(inputs.k, dtype),
+        v=lowered(inputs.v, dtype),
+        cos=inputs.cos,
+        sin=inputs.sin,
+        crayon_q=lowered(inputs.crayon_q, dtype),
+        crayon_k=lowered(inputs.crayon_k, dtype),
+        crayon_v=lowered(inputs.crayon_v, dtype),
+        row_index=inputs.row_index,
+        key_range=inputs.key_range,
+        causal=inputs.causal,
+        window=inputs.window,
+        scale=inputs.scale,
+    )

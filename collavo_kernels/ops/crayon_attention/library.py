@@ -4,7 +4,7 @@ One launch adds the crayon to q, k and v and rotates; cuDNN's attention or Flash
 through the aten operators that return the log-sum-exp, does the rest. Nothing waits for the device
 and no global setting is read or changed. The backward is the Triton backend's: it needs only the
 log-sum-exp, and its bits do not change from run to run. Neither has been timed against the Triton
-forward yet, so this backend serves only when asked for by name (``backend="cuda"``).
+forward yet, so this backend serves only when asked for by name (``backend="library"``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
-    BackwardInputs,
-    ForwardResult,
+    AttentionOutputGrads,
+    AttentionResult,
+    AttentionSaved,
     Gradients,
+    Wanted,
 )
 
 _ALIGNED = 8  # elements of 16 bits that make the 16 bytes which both libraries load at a time
@@ -86,7 +88,7 @@ def libraries(device: torch.device) -> tuple[str, ...]:
     return ("cudnn", *found) if modern and (version or 0) >= _FIRST_CUDNN else found
 
 
-def forward(inputs: AttentionInputs) -> ForwardResult:
+def forward(inputs: AttentionInputs) -> AttentionResult:
     """Prepare q, k and v in one launch and let the library attend."""
     from collavo_kernels.ops.crayon_attention.triton import launch
 
@@ -100,11 +102,13 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     return launch.result(inputs, ready, out, lse)
 
 
-def backward(given: BackwardInputs) -> Gradients:
+def backward(
+    inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads, wanted: Wanted
+) -> Gradients:
     """Return the gradients, computed by the Triton kernels."""
     from collavo_kernels.ops.crayon_attention.triton import launch
 
-    return launch.backward(given)
+    return launch.backward(inputs, saved, grads, wanted)
 
 
 def _attend(

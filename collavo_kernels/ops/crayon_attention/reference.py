@@ -17,16 +17,18 @@ from collavo_kernels._flags import KEY_RANGE_INVERTED, error_word
 from collavo_kernels._rows import add_rows, checked_index, sum_rows
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
-    BackwardInputs,
-    ForwardResult,
+    AttentionOutputGrads,
+    AttentionResult,
+    AttentionSaved,
     Gradients,
+    Wanted,
 )
 
 # Scores held at a time: 64 MiB in float32.
 _SCORES_PER_BLOCK = 1 << 24
 
 
-def forward(inputs: AttentionInputs) -> ForwardResult:
+def forward(inputs: AttentionInputs) -> AttentionResult:
     """Prepare q, k and v, attend, and return the forward's results."""
     rows = checked_rows(inputs)
     ranges = checked_ranges(inputs)
@@ -35,7 +37,7 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     value = with_rows(inputs.v, inputs.crayon_v, rows)
     out, lse = _attend(query, key, value, ranges, inputs)
     empty = inputs.v.new_empty(0)
-    return ForwardResult(
+    return AttentionResult(
         out,
         _owned(key, inputs.k) if inputs.changes_key else empty,
         _owned(value, inputs.v) if inputs.changes_value else empty.clone(),
@@ -43,34 +45,39 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     )
 
 
-def backward(given: BackwardInputs) -> Gradients:
-    """Return the gradients of q, k, v and the three tables; empty where the mask says no."""
-    inputs = given.inputs
+def backward(
+    inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads, wanted: Wanted
+) -> Gradients:
+    """Return the gradients of q, k, v and the three tables; None where one is not wanted."""
     rows = checked_rows(inputs)
     ranges = checked_ranges(inputs)
     query = prepared(inputs.q, inputs.crayon_q, rows, inputs.cos, inputs.sin)
-    d_query, d_key, d_value = _attend_backward(query, given, ranges)
-    if given.grad_key is not None:
-        d_key += given.grad_key
-    if given.grad_value is not None:
-        d_value += given.grad_value
-    d_query = unrotate(d_query, inputs.cos, inputs.sin)
-    d_key = unrotate(d_key, inputs.cos, inputs.sin)
-    dense = (d_query, d_key, d_value)
-    empty = inputs.q.new_empty(0)
-    gradients = [
-        d.to(inputs.q.dtype).contiguous() if want else empty.clone()
-        for d, want in zip(dense, given.mask[:3], strict=True)
-    ]
-    for d, table, want in zip(dense, inputs.tables, given.mask[3:], strict=True):
+    d_query, d_key, d_value = _attend_backward(query, inputs, saved, grads.out, ranges)
+    if grads.key is not None:
+        d_key += grads.key
+    if grads.value is not None:
+        d_value += grads.value
+    d_q = unrotate(d_query, inputs.cos, inputs.sin)
+    d_k = unrotate(d_key, inputs.cos, inputs.sin)
+
+    def rounded(dense: Tensor, want: bool) -> Tensor | None:
+        return dense.to(inputs.q.dtype).contiguous() if want else None
+
+    def summed(dense: Tensor, table: Tensor | None, want: bool) -> Tensor | None:
         if not want or table is None:
-            gradients.append(empty.clone())
-        elif rows is None:
-            gradients.append(torch.zeros_like(table, memory_format=torch.contiguous_format))
-        else:
-            gradients.append(sum_rows(d, rows, table.shape[0]).to(table.dtype))
-    dq, dk, dv, dtq, dtk, dtv = gradients
-    return dq, dk, dv, dtq, dtk, dtv
+            return None
+        if rows is None:
+            return torch.zeros_like(table, memory_format=torch.contiguous_format)
+        return sum_rows(dense, rows, table.shape[0]).to(table.dtype)
+
+    return Gradients(
+        q=rounded(d_q, wanted.q),
+        k=rounded(d_k, wanted.k),
+        v=rounded(d_value, wanted.v),
+        crayon_q=summed(d_q, inputs.crayon_q, wanted.crayon_q),
+        crayon_k=summed(d_k, inputs.crayon_k, wanted.crayon_k),
+        crayon_v=summed(d_value, inputs.crayon_v, wanted.crayon_v),
+    )
 
 
 def prepared(
@@ -195,15 +202,15 @@ def _visible(block: _Block, ranges: Tensor | None, inputs: AttentionInputs) -> T
     return visible & (i >= first) & (i < end) & (j >= first) & (j < end)
 
 
-def _heads_first(x: Tensor, ranges: Tensor | None, groups: int) -> Tensor:
-    """Return ``[B, G, heads per group, S, D]`` in the compute dtype, padding replaced by zeros."""
-    batch, length, heads, size = x.shape
+def _heads_first(x: Tensor, ranges: Tensor | None, kv_heads: int) -> Tensor:
+    """Return ``[B, G, H / G, S, D]`` in the compute dtype, padding replaced by zeros."""
+    batch, length, heads, head_dim = x.shape
     y = x.to(_compute_dtype(x))
     if ranges is not None:
         token = torch.arange(length, device=x.device)
         valid = (token >= ranges[:, :1]) & (token < ranges[:, 1:])
         y = y.masked_fill(~valid[:, :, None, None], 0)
-    return y.transpose(1, 2).reshape(batch, groups, heads // groups, length, size)
+    return y.transpose(1, 2).reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
 
 
 def _scores(
@@ -224,9 +231,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, ranges: Tensor | None, inputs: AttentionInputs
 ) -> tuple[Tensor, Tensor]:
     """Return out ``[B, S, H, D]`` and the log-sum-exp ``[B, H, S]``."""
-    batch, length, heads, size = query.shape
-    groups = key.shape[2]
-    q, k, v = (_heads_first(x, ranges, groups) for x in (query, key, value))
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    q, k, v = (_heads_first(x, ranges, kv_heads) for x in (query, key, value))
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], float("-inf"))
     for block in _blocks(inputs) if q.numel() else ():
         visible = _visible(block, ranges, inputs)
@@ -236,7 +243,7 @@ def _attend(
         mixed = weights.flatten(2, 3) @ v[:, :, 0, block.first : block.end]
         out[:, :, :, block.start : block.stop] = mixed.view(*weights.shape[:4], -1)
         lse[:, :, :, block.start : block.stop] = log_sum
-    joined = out.reshape(batch, heads, length, size).transpose(1, 2)
+    joined = out.reshape(batch, heads, length, head_dim).transpose(1, 2)
     return joined.to(query.dtype).contiguous(), lse.reshape(batch, heads, length)
 
 
@@ -247,15 +254,18 @@ def _weights(scores: Tensor, log_sum: Tensor) -> Tensor:
 
 
 def _attend_backward(
-    query: Tensor, given: BackwardInputs, ranges: Tensor | None
+    query: Tensor,
+    inputs: AttentionInputs,
+    saved: AttentionSaved,
+    grad_out: Tensor,
+    ranges: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the prepared q, k and v, ``[B, S, heads, D]``, unrounded."""
-    inputs = given.inputs
-    groups, scale = inputs.k.shape[2], inputs.softmax_scale
-    operands = (query, inputs.k, inputs.v, given.grad_out)
-    q, k, v, g = (_heads_first(x, ranges, groups) for x in operands)
-    o = _heads_first(given.out, ranges, groups)
-    lse = given.lse.reshape(q.shape[:-1])
+    kv_heads, scale = saved.key.shape[2], inputs.softmax_scale
+    operands = (query, saved.key, saved.value, grad_out)
+    q, k, v, g = (_heads_first(x, ranges, kv_heads) for x in operands)
+    o = _heads_first(saved.out, ranges, kv_heads)
+    lse = saved.lse.reshape(q.shape[:-1])
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (g * o).sum(-1, keepdim=True)
     for block in _blocks(inputs) if q.numel() else ():

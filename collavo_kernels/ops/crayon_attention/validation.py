@@ -11,20 +11,40 @@ import math
 import torch
 from torch import Tensor
 
+from collavo_kernels._schema import hints, is_optional
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_int, expect_tensor
-from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs, BackwardInputs
+from collavo_kernels.ops.crayon_attention.inputs import (
+    AttentionInputs,
+    AttentionOutputGrads,
+    AttentionSaved,
+    Wanted,
+    lse_dtype,
+)
+
+# Names of the tensors among the inputs, and whether each may be None.
+_TENSORS = tuple(
+    (name, is_optional(hint))
+    for name, hint in hints(AttentionInputs).items()
+    if hint in (Tensor, Tensor | None)
+)
 
 
-def expect_tensors(**arguments: Tensor | None) -> None:
-    """Check that every argument is a tensor; all but q, k and v may be None.
+def expect_tensors(inputs: AttentionInputs) -> None:
+    """Check that tensors are tensors; all but q, k and v may be None.
 
     Raises:
         TypeError: naming the first one that is not.
+        ValueError: if cos or sin asks for a gradient.
     """
-    for name, value in arguments.items():
-        optional = name not in ("q", "k", "v")
+    for name, optional in _TENSORS:
+        value = getattr(inputs, name)
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+    if not torch.is_grad_enabled():
+        return
+    for name, angle in (("cos", inputs.cos), ("sin", inputs.sin)):
+        if angle is not None and angle.requires_grad:
+            raise ValueError(f"{name}: gradients are not computed for it; detach it")
 
 
 def validate(inputs: AttentionInputs) -> None:
@@ -36,16 +56,16 @@ def validate(inputs: AttentionInputs) -> None:
     """
     q, k = inputs.q, inputs.k
     expect_tensor("q", q, shape=("B", "S", "H", "D"), dtypes=REFERENCE_DTYPES)
-    batch, length, heads, size = q.shape
+    batch, length, heads, head_dim = q.shape
     same = (q.dtype,)
-    expect_tensor("k", k, shape=(batch, length, "G", size), dtypes=same, device=q.device)
+    expect_tensor("k", k, shape=(batch, length, "G", head_dim), dtypes=same, device=q.device)
     expect_tensor("v", inputs.v, shape=k.shape, dtypes=same, device=q.device)
-    if size == 0 or size % 2:
-        raise ValueError(f"q: expected an even head dim (its halves are rotated), got {size}")
-    groups = k.shape[2]
-    if groups == 0 or heads == 0 or heads % groups:
+    if head_dim == 0 or head_dim % 2:
+        raise ValueError(f"q: expected an even head dim (its halves are rotated), got {head_dim}")
+    kv_heads = k.shape[2]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"k: expected a number of heads that divides q's {heads}, got {groups} heads"
+            f"k: expected a number of heads that divides q's {heads}, got {kv_heads} heads"
         )
     _validate_angles(inputs)
     _validate_tables(inputs)
@@ -58,28 +78,31 @@ def validate(inputs: AttentionInputs) -> None:
         raise ValueError(f"scale: expected a finite number or None, got {inputs.scale}")
 
 
-def validate_backward(given: BackwardInputs) -> None:
-    """Check the backward's arguments: the forward's, and what belongs to them.
+def validate_backward(
+    inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads, wanted: Wanted
+) -> None:
+    """Check what the backward takes beside the forward's inputs, which are checked already.
 
     Raises:
         TypeError: if a dtype is wrong.
-        ValueError: if a shape, device or option is wrong.
+        ValueError: if a shape or device is wrong, or a gradient is wanted of what is not there.
     """
-    inputs = given.inputs
-    validate(inputs)
     q, k = inputs.q, inputs.k
-    for name, tensor in (("grad_out", given.grad_out), ("out", given.out)):
-        expect_tensor(name, tensor, shape=q.shape, dtypes=(q.dtype,), device=q.device)
-    for name, extra in (("grad_key", given.grad_key), ("grad_value", given.grad_value)):
-        if extra is not None:
-            expect_tensor(name, extra, shape=k.shape, dtypes=(k.dtype,), device=q.device)
+    for name, tensor, like in (
+        ("grad_out", grads.out, q),
+        ("grad_key", grads.key, k),
+        ("grad_value", grads.value, k),
+        ("saved_key", saved.key, k),
+        ("saved_value", saved.value, k),
+        ("saved_out", saved.out, q),
+    ):
+        if tensor is not None:
+            expect_tensor(name, tensor, shape=like.shape, dtypes=(q.dtype,), device=q.device)
     shape = (q.shape[0], q.shape[2], q.shape[1])
-    expect_tensor("lse", given.lse, shape=shape, dtypes=(lse_dtype(q),), device=q.device)
-
-
-def lse_dtype(q: Tensor) -> torch.dtype:
-    """Return the log-sum-exp's dtype: float64 for float64 inputs, else float32."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+    expect_tensor("saved_lse", saved.lse, shape=shape, dtypes=(lse_dtype(q),), device=q.device)
+    for name, want in zip(wanted._fields, wanted, strict=True):
+        if want and getattr(inputs, name) is None:
+            raise ValueError(f"wanted: a gradient of {name} is asked for, but there is none")
 
 
 def _validate_angles(inputs: AttentionInputs) -> None:
@@ -92,13 +115,13 @@ def _validate_angles(inputs: AttentionInputs) -> None:
             f"{missing}: expected a tensor beside {given}, got None; give both, or neither where q "
             "and k are rotated already"
         )
-    batch, length, _, size = q.shape
+    batch, length, _, head_dim = q.shape
     shared = cos.dim() == 3 and cos.shape[0] == 1
     hint = "pass the angles of exactly these S tokens, for one sample or for all"
     expect_tensor(
         "cos",
         cos,
-        shape=(1 if shared else batch, length, size),
+        shape=(1 if shared else batch, length, head_dim),
         dtypes=REFERENCE_DTYPES,
         device=q.device,
         hint=hint,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from collavo_kernels._validation import describe, expect_tensor
 from collavo_kernels.ops.panoptic_lookup.crayon_map import CrayonMap
-from collavo_kernels.ops.panoptic_lookup.inputs import decode_colours
-from collavo_kernels.ops.panoptic_lookup.registration import OPERATOR, check_map
+from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, decode_colours
+from collavo_kernels.ops.panoptic_lookup.registration import OPERATOR
+from collavo_kernels.ops.panoptic_lookup.validation import check_map
 
 _HOST = torch.device("cpu")
 
@@ -86,10 +87,18 @@ def panoptic_lookup(
         if each.shape[0] != counts[i]:
             expect_tensor(f"segment_classes[{i}]", each, shape=[counts[i]], hint="one class per id")
     grid_h, grid_w = _grid(grid)
-    outputs = torch.ops.collavo.panoptic_lookup(
-        maps, ids, classes, counts, grid_h, grid_w, num_classes, max_number, reduce, backend
+    inputs = LookupInputs(
+        maps=maps,
+        segment_ids=ids,
+        segment_classes=classes,
+        segment_counts=counts,
+        grid_h=grid_h,
+        grid_w=grid_w,
+        num_classes=num_classes,
+        max_number=max_number,
+        reduce=reduce,
     )
-    return CrayonMap(*outputs)
+    return CrayonMap(*OPERATOR(inputs, backend))
 
 
 def _as_batches(segment_maps: Tensor | Sequence[Tensor]) -> list[Tensor]:

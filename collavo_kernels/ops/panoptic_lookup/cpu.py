@@ -9,13 +9,14 @@ from collavo_kernels.ops.panoptic_lookup.inputs import (
     LookupInputs,
     LookupResult,
     image_table,
+    row_columns,
     with_packed_lines,
 )
 
 BEST_ISA = -1
 
 
-def reason_against() -> str | None:
+def unavailable() -> str | None:
     """Say why the compiled kernel cannot run here, or None."""
     if native() is not None and not hasattr(native(), "panoptic_lookup"):
         return "the compiled module is older than this package; install the package again"
@@ -32,18 +33,18 @@ def forward(inputs: LookupInputs, isa: int = BEST_ISA) -> LookupResult:
     if module is None:
         raise RuntimeError(f"panoptic_lookup: {native_reason()}")
     maps = with_packed_lines(inputs.maps)
-    images = image_table(maps, inputs.counts)
+    images = image_table(maps, inputs.segment_counts)
     # Outputs with memory of their own; NumPy copies small columns in a third of torch's time.
-    columns = inputs.columns.numpy()
+    columns = row_columns(inputs)
     row_class, number, row_image, segment = (torch.from_numpy(each.copy()) for each in columns)
     cells = inputs.grid_h * inputs.grid_w
-    index = torch.empty(len(inputs.counts), cells, dtype=torch.int32)
-    box = torch.empty(inputs.num_rows, 4)
-    area = torch.empty(inputs.num_rows, dtype=torch.int32)
+    index = torch.empty(len(inputs.segment_counts), cells, dtype=torch.int32)
+    box = torch.empty(columns.shape[1], 4)
+    area = torch.empty(columns.shape[1], dtype=torch.int32)
     module.panoptic_lookup(
         isa,
         images.data_ptr(),
-        len(inputs.counts),
+        len(inputs.segment_counts),
         segment.data_ptr(),
         inputs.grid_h,
         inputs.grid_w,

@@ -1,4 +1,4 @@
-"""The operator's arguments as one bundle, and the host side table that all backends share."""
+"""The operator's bundles, and the host side table that all backends share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from collavo_kernels._schema import SymInt
 
 REDUCTIONS = ("majority", "nearest")
 
@@ -21,29 +23,35 @@ class LookupInputs(NamedTuple):
     Attributes:
         maps: Each ``[n_i, H_i, W_i]`` int32 ids or ``[n_i, H_i, W_i, 3]`` uint8 colours on one
             device; their images in order are the batch.
-        columns: ``[4, T]`` int32 on the CPU: class, number, image and segment id of each row.
-        counts: S_i, the segments of each image.
+        segment_ids: ``[sum S_i]`` int32 on the CPU: the ids of all images, one after the other.
+        segment_classes: ``[sum S_i]`` int32 on the CPU: their classes.
+        segment_counts: S_i, the segments of each image.
         grid_h: Cells per column.
         grid_w: Cells per row.
+        num_classes: Classes are -1 (unknown) to ``num_classes - 1``.
+        max_number: Last instance number.
         reduce: ``"majority"`` or ``"nearest"``.
     """
 
-    maps: tuple[Tensor, ...]
-    columns: Tensor
-    counts: tuple[int, ...]
+    maps: list[Tensor]
+    segment_ids: Tensor
+    segment_classes: Tensor
+    segment_counts: list[SymInt]
     grid_h: int
     grid_w: int
+    num_classes: int
+    max_number: int
     reduce: str
 
     @property
     def device(self) -> torch.device:
         """Where the maps are and the results go."""
-        return self.maps[0].device if self.maps else self.columns.device
+        return self.maps[0].device if self.maps else self.segment_ids.device
 
     @property
     def num_rows(self) -> int:
-        """T, the number of rows."""
-        return self.columns.shape[1]
+        """T: a row per segment, and one for what is unknown in each image."""
+        return self.segment_ids.shape[0] + len(self.segment_counts)
 
 
 class LookupResult(NamedTuple):
@@ -56,6 +64,24 @@ class LookupResult(NamedTuple):
     row_segment_id: Tensor
     row_box: Tensor
     row_area: Tensor
+
+
+def empty_result(inputs: LookupInputs) -> LookupResult:
+    """Return results that are not filled yet, on the maps' device."""
+    images, rows = len(inputs.segment_counts), inputs.num_rows
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=inputs.device)
+
+    return LookupResult(
+        row_index=integers(images, inputs.grid_h * inputs.grid_w),
+        row_class=integers(rows),
+        row_number=integers(rows),
+        row_image=integers(rows),
+        row_segment_id=integers(rows),
+        row_box=torch.empty(rows, 4, dtype=torch.float32, device=inputs.device),
+        row_area=integers(rows),
+    )
 
 
 def decode_colours(colours: Tensor) -> Tensor:
@@ -71,20 +97,11 @@ def decode_colours(colours: Tensor) -> Tensor:
     return red | green << 8 | blue << 16
 
 
-def row_columns(
-    ids: Tensor, classes: Tensor, counts: Sequence[int], num_classes: int, max_number: int
-) -> Tensor:
+def row_columns(inputs: LookupInputs) -> Integers:
     """Sort the segments into rows and number the instances.
 
     Rows go by image, then ascending segment id, each image's unknown row (id 0) first; so the ids
     of an image's rows are sorted, which makes the search for a pixel's row a binary search.
-
-    Args:
-        ids: ``[sum S_i]`` int32 on the CPU.
-        classes: The same.
-        counts: S_i of each image.
-        num_classes: Classes are -1 (unknown) to ``num_classes - 1``.
-        max_number: Instances after this number get 0.
 
     Returns:
         ``[4, T]`` int32: class (0 = unknown, ``c + 1``), number, image, segment id.
@@ -92,10 +109,11 @@ def row_columns(
     Raises:
         ValueError: for a class out of range, an id that is not positive, or an id listed twice.
     """
+    counts, num_classes = inputs.segment_counts, inputs.num_classes
     # NumPy: these are small arrays, over which torch's operators take several times as long.
     images = np.arange(len(counts))
     image = images.repeat(counts)
-    own_ids, own_classes = ids.numpy(), classes.numpy()
+    own_ids, own_classes = inputs.segment_ids.numpy(), inputs.segment_classes.numpy()
     _check_values(own_ids, own_classes, image, num_classes)
     # Ids are positive int32, so image and id fit side by side into one int64.
     key = image << 32 | own_ids
@@ -105,11 +123,11 @@ def row_columns(
     columns = np.zeros((4, len(own_ids) + len(counts)), dtype=np.int32)
     row = np.arange(len(own_ids)) + image + 1
     columns[0, row] = sorted_classes + 1
-    columns[1, row] = _numbers(image * (num_classes + 1) + sorted_classes + 1, max_number)
+    columns[1, row] = _numbers(image * (num_classes + 1) + sorted_classes + 1, inputs.max_number)
     columns[2, row] = image
     columns[3, row] = own_ids[order]
     columns[2, _first_rows(counts)] = images
-    return torch.from_numpy(columns)
+    return columns
 
 
 def first_rows(counts: Sequence[int]) -> Tensor:
@@ -148,13 +166,13 @@ def image_table(maps: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     return torch.from_numpy(table)
 
 
-def with_packed_lines(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def with_packed_lines(maps: Sequence[Tensor]) -> list[Tensor]:
     """Return the maps, copied where the pixels of a line do not follow each other.
 
     Args:
         maps: As :class:`LookupInputs` has them; lines and images may lie anywhere.
     """
-    return tuple(each if _packed(each) else each.contiguous() for each in maps)
+    return [each if _packed(each) else each.contiguous() for each in maps]
 
 
 def _packed(maps: Tensor) -> bool:

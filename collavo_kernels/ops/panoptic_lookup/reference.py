@@ -10,6 +10,7 @@ from collavo_kernels.ops.panoptic_lookup.inputs import (
     LookupResult,
     decode_colours,
     first_rows,
+    row_columns,
 )
 
 
@@ -31,8 +32,8 @@ def cell_centers(length: int, cells: int) -> Tensor:
 def forward(inputs: LookupInputs) -> LookupResult:
     """Look up every pixel's row, then reduce to cells and to rows."""
     device = inputs.device
-    columns = _send(inputs.columns, device)
-    first = first_rows(inputs.counts)
+    columns = _send(torch.from_numpy(row_columns(inputs)), device)
+    first = first_rows(inputs.segment_counts)
     row_index, box, area = [], [], []
     image = 0
     for given in inputs.maps:

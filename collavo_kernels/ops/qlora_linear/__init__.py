@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from collavo_kernels._validation import describe, expect_tensor
-from collavo_kernels.ops.qlora_linear.inputs import LoRAAdapter
+from collavo_kernels.ops.qlora_linear.inputs import LoRAAdapter, QLoRAInputs
 from collavo_kernels.ops.qlora_linear.nf4.quantize import quantize_nf4
 from collavo_kernels.ops.qlora_linear.nf4.weight import NF4Weight
 from collavo_kernels.ops.qlora_linear.registration import OPERATOR
@@ -77,35 +76,52 @@ def qlora_linear(
     """
     optional = (adapter_mask, row_table, row_index, bias)
     _expect_tensors(x, adapters, optional)
-    tensor, facts = _flatten_weight(x, weight)
-    out: Tensor = torch.ops.collavo.qlora_linear.default(
-        x,
-        tensor,
-        *facts,
-        [each[0] for each in adapters],
-        [each[1] for each in adapters],
-        [float(each[2]) for each in adapters],
-        *optional,
+    stored = _stored(x, weight)
+    inputs = QLoRAInputs(
+        x=x,
+        weight=stored.codes,
+        scales=stored.scales,
+        out_features=stored.out_features,
+        block_size=stored.block_size,
+        double_quant=stored.double_quant,
+        a=[each[0] for each in adapters],
+        b=[each[1] for each in adapters],
+        scaling=[float(each[2]) for each in adapters],
+        adapter_mask=adapter_mask,
+        row_table=row_table,
+        row_index=row_index,
+        bias=bias,
         int8_activations=int8_activations,
-        backend=backend,
     )
-    return out
+    return OPERATOR(inputs, backend).out
 
 
 def _expect_tensors(
     x: Tensor, adapters: Sequence[LoRAAdapter], optional: tuple[Tensor | None, ...]
 ) -> None:
     """Name what is no tensor; the operator itself checks shapes, dtypes and devices."""
-    expect_tensor("x", x)
+    if not isinstance(x, Tensor):
+        expect_tensor("x", x)
     for i, (a, b, _) in enumerate(adapters):
-        expect_tensor(f"adapters[{i}].a", a)
-        expect_tensor(f"adapters[{i}].b", b)
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            expect_tensor(f"adapters[{i}].a", a)
+            expect_tensor(f"adapters[{i}].b", b)
     for name, value in zip(_OPTIONAL, optional, strict=True):
         if value is not None:
             expect_tensor(name, value)
 
 
-def _flatten_weight(x: Tensor, weight: NF4Weight | Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+class _Stored(NamedTuple):
+    """A weight as the operator takes it; without scales it is dense."""
+
+    codes: Tensor
+    scales: Tensor | None
+    out_features: int
+    block_size: int
+    double_quant: bool
+
+
+def _stored(x: Tensor, weight: NF4Weight | Tensor) -> _Stored:
     if isinstance(weight, NF4Weight):
         n, columns = weight.shape
         if x.dim() and columns != x.shape[-1]:
@@ -114,6 +130,6 @@ def _flatten_weight(x: Tensor, weight: NF4Weight | Tensor) -> tuple[Tensor, tupl
             )
         if weight.packed.requires_grad or weight.scales.requires_grad:
             raise ValueError("weight: a 4-bit weight cannot get a gradient; train the adapters")
-        return weight.packed, (weight.scales, n, weight.block_size, weight.double_quant)
+        return _Stored(weight.packed, weight.scales, n, weight.block_size, weight.double_quant)
     expect_tensor("weight", weight, shape=("N", "K"))
-    return weight, (None, weight.shape[0], 64, False)
+    return _Stored(weight, None, weight.shape[0], 64, False)

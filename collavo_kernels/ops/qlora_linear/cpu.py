@@ -9,17 +9,20 @@ products are native too; elsewhere PyTorch's matrix product runs on the strips.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._native import DTYPE_CODES, best_isa, native, native_reason
 from collavo_kernels.ops.qlora_linear.inputs import (
-    GradientMask,
-    QLoRAGradients,
+    Gradients,
+    LoRAAdapter,
     QLoRAInputs,
+    QLoRAOutputGrads,
+    QLoRAResult,
+    Wanted,
     active,
     gated,
 )
@@ -52,46 +55,51 @@ def _int8_declines(inputs: QLoRAInputs) -> str | None:
     if best_isa() != "avx512":
         return "int8_activations needs a processor with AVX-512 and its byte products"
     reason = cannot_pack(inputs.shape, inputs.block_size)
-    if reason is None and inputs.x.shape[0] > FEW_TOKENS:
-        reason = f"int8_activations is for up to {FEW_TOKENS} tokens, got {inputs.x.shape[0]}"
+    if reason is None and inputs.tokens > FEW_TOKENS:
+        reason = f"int8_activations is for up to {FEW_TOKENS} tokens, got {inputs.tokens}"
     return reason
 
 
-def forward(inputs: QLoRAInputs) -> Tensor:
+def forward(inputs: QLoRAInputs) -> QLoRAResult:
     """Return ``[M, N]`` in x's dtype."""
     if inputs.row_index is not None:
-        inputs = replace(inputs, row_index=checked_rows(inputs))
+        inputs = inputs._replace(row_index=checked_rows(inputs))
     in_tiles = cannot_pack(inputs.shape, inputs.block_size) is None
-    if in_tiles and inputs.x.shape[0] <= FEW_TOKENS:
-        return _forward_few(_module(), inputs)
-    if in_tiles and _multiplies_pairs(inputs.x.dtype):
-        return _forward_pairs(_module(), inputs)
-    return _forward_many(_module(), inputs)
+    if in_tiles and inputs.tokens <= FEW_TOKENS:
+        out = _forward_few(_module(), inputs)
+    elif in_tiles and _multiplies_pairs(inputs.x.dtype):
+        out = _forward_pairs(_module(), inputs)
+    else:
+        out = _forward_many(_module(), inputs)
+    return QLoRAResult(out)
 
 
-def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
-    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
+def backward(
+    inputs: QLoRAInputs, saved: Nothing, grads: QLoRAOutputGrads, wanted: Wanted
+) -> Gradients:
+    """Return the gradients that are wanted."""
+    grad = grads.out
     module, dtype = _module(), _product_dtype(inputs.x.dtype)
     x, wide_grad = inputs.x.to(dtype), grad.to(dtype)
     grads_a: list[Tensor | None] = [None] * len(inputs.a)
     grads_b: list[Tensor | None] = [None] * len(inputs.b)
     upstream: list[Tensor] = []
-    for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
-        if mask.x or mask.a[i]:
+    for i, (a, b, _) in enumerate(inputs.adapters):
+        if wanted.x or wanted.a[i]:
             columns = b.to(dtype).t().contiguous()
             upstream.append(_gate(inputs, i, _product(wide_grad, columns.t())))
-            if mask.a[i]:
+            if wanted.a[i]:
                 grads_a[i] = _product(upstream[-1].t(), gated(inputs, i, x)).to(a.dtype)
-        if mask.b[i]:
+        if wanted.b[i]:
             hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
             # Transposed, because the kernel is quick along rows of its right factor.
             turned = _product(hidden.t(), gated(inputs, i, wide_grad))
             grads_b[i] = turned.t().to(b.dtype).contiguous()
-    return QLoRAGradients(
-        x=_grad_x(module, inputs, wide_grad, upstream) if mask.x else None,
+    return Gradients(
+        x=_grad_x(module, inputs, wide_grad, upstream) if wanted.x else None,
         weight=None,
-        row_table=_grad_row_table(module, inputs, grad) if mask.row_table else None,
-        bias=_grad_bias(inputs, grad) if mask.bias else None,
+        row_table=_grad_row_table(module, inputs, grad) if wanted.row_table else None,
+        bias=_grad_bias(inputs, grad) if wanted.bias else None,
         a=grads_a,
         b=grads_b,
     )
@@ -133,10 +141,10 @@ def _forward_few(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
     m, k = x.shape
     out = x.new_empty((m, inputs.out_features))
     # The list keeps tensors alive until the call is over; addresses do not.
-    factors = [_contiguous_pair(a, b) for a, b in zip(inputs.a, inputs.b, strict=True)]
+    kept = [_contiguous(each) for each in inputs.adapters]
     adapters = [
         (a.data_ptr(), b.data_ptr(), a.shape[0], scaling, DTYPE_CODES[a.dtype])
-        for (a, b), scaling in zip(factors, inputs.scaling, strict=True)
+        for a, b, scaling in kept
     ]
     mask = None if inputs.adapter_mask is None else inputs.adapter_mask.contiguous()
     table = None if inputs.row_table is None else inputs.row_table.float().contiguous()
@@ -154,10 +162,11 @@ def _forward_few(module: ModuleType, inputs: QLoRAInputs) -> Tensor:
     return out
 
 
-def _contiguous_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _contiguous(adapter: LoRAAdapter) -> LoRAAdapter:
+    a, b, scaling = adapter
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
-    return a.contiguous(), b.contiguous()
+    return LoRAAdapter(a.contiguous(), b.contiguous(), scaling)
 
 
 def _forward_pairs(module: ModuleType, inputs: QLoRAInputs) -> Tensor:

@@ -20,13 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collavo_kernels._backends import device_of
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
 from collavo_kernels._native import DTYPE_CODES, cuda_check, cuda_library, cuda_reason
 from collavo_kernels.ops.qlora_linear.inputs import (
     MAX_MASKED_ADAPTERS,
-    GradientMask,
-    QLoRAGradients,
+    PANELS_DECLINE,
+    Gradients,
     QLoRAInputs,
+    QLoRAOutputGrads,
+    QLoRAResult,
+    Wanted,
     active,
 )
 from collavo_kernels.ops.qlora_linear.nf4.format import block_count, split_scales
@@ -49,6 +53,8 @@ def declines(inputs: QLoRAInputs) -> str | None:
     """Say why the backend does not take these inputs, or None."""
     if inputs.scales is None:
         return "the weight is dense: PyTorch's own linear layer serves"
+    if inputs.in_panels:
+        return PANELS_DECLINE
     if inputs.x.dtype not in DTYPE_CODES:
         return f"x is {inputs.x.dtype}"
     if inputs.x.numel() == 0 or inputs.out_features == 0:
@@ -58,40 +64,37 @@ def declines(inputs: QLoRAInputs) -> str | None:
     return None
 
 
-def declines_backward(inputs: QLoRAInputs) -> str | None:
-    """Say why the backend has no backward for these inputs, or None."""
-    return declines(inputs)
-
-
-def forward(inputs: QLoRAInputs) -> Tensor:
+def forward(inputs: QLoRAInputs) -> QLoRAResult:
     """Return ``[M, N]`` in x's dtype, on the current stream; nothing waits for the device."""
     m, k = inputs.x.shape
     whole = k % _CHUNK == 0 and k <= _MAX_DECODED_K and inputs.block_size >= _CHUNK
     if m <= FEW_TOKENS and whole and inputs.x.dtype != torch.float32:
-        return _forward_few(inputs)
-    return _forward_many(inputs)
+        return QLoRAResult(_forward_few(inputs))
+    return QLoRAResult(_forward_many(inputs))
 
 
-def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
-    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
-    x, grad = inputs.x, grad.contiguous()
+def backward(
+    inputs: QLoRAInputs, saved: Nothing, grads: QLoRAOutputGrads, wanted: Wanted
+) -> Gradients:
+    """Return the gradients that are wanted."""
+    x, grad = inputs.x, grads.out.contiguous()
     dtype = x.dtype
     grads_a: list[Tensor | None] = [None] * len(inputs.a)
     grads_b: list[Tensor | None] = [None] * len(inputs.b)
     upstream: list[Tensor] = []
-    for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
-        if mask.x or mask.a[i]:
+    for i, (a, b, _) in enumerate(inputs.adapters):
+        if wanted.x or wanted.a[i]:
             upstream.append(_gate(inputs, i, torch.mm(grad, b.to(dtype))))
-            if mask.a[i]:
+            if wanted.a[i]:
                 grads_a[i] = torch.mm(upstream[-1].t(), _only_active(inputs, i, x)).to(a.dtype)
-        if mask.b[i]:
+        if wanted.b[i]:
             hidden = _gate(inputs, i, F.linear(x, a.to(dtype)))
             grads_b[i] = torch.mm(_only_active(inputs, i, grad).t(), hidden).to(b.dtype)
-    return QLoRAGradients(
-        x=_grad_x(inputs, grad, upstream) if mask.x else None,
+    return Gradients(
+        x=_grad_x(inputs, grad, upstream) if wanted.x else None,
         weight=None,
-        row_table=_grad_row_table(inputs, grad) if mask.row_table else None,
-        bias=_grad_bias(inputs, grad) if mask.bias else None,
+        row_table=_grad_row_table(inputs, grad) if wanted.row_table else None,
+        bias=_grad_bias(inputs, grad) if wanted.bias else None,
         a=grads_a,
         b=grads_b,
     )
@@ -101,7 +104,7 @@ def _forward_few(inputs: QLoRAInputs) -> Tensor:
     x = _aligned(inputs.x)
     (m, k), n = x.shape, inputs.out_features
     out = x.new_empty((m, n))
-    factors = [(_side(a, x), _side(b, x)) for a, b in zip(inputs.a, inputs.b, strict=True)]
+    factors = [(_side(a, x), _side(b, x)) for a, b, _ in inputs.adapters]
     ranks = sum(_round_up(a.shape[0], _RANK_TILE) for a, _ in factors)
     hidden = x.new_empty((_round_up(m, 8), ranks))
     weight, (table, index, bias, errors), (rows, *wide) = _weight(inputs), *_epilogue(inputs)

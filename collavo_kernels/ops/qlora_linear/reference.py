@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._rows import add_rows, checked_index, sum_rows
 from collavo_kernels.ops.qlora_linear.inputs import (
-    GradientMask,
-    QLoRAGradients,
+    Gradients,
     QLoRAInputs,
+    QLoRAOutputGrads,
+    QLoRAResult,
+    Wanted,
     active,
     gated,
 )
@@ -32,7 +35,7 @@ from collavo_kernels.ops.qlora_linear.nf4.format import dequantize_rows
 _STRIP_ELEMENTS = 1 << 22
 
 
-def forward(inputs: QLoRAInputs) -> Tensor:
+def forward(inputs: QLoRAInputs) -> QLoRAResult:
     """Return ``[M, N]`` in x's dtype."""
     x, n = inputs.x, inputs.out_features
     rows = checked_rows(inputs)
@@ -40,41 +43,44 @@ def forward(inputs: QLoRAInputs) -> Tensor:
     out = x.new_empty((x.shape[0], n), dtype=wide)
     for start, stop, dense in _weight_strips(inputs):
         out[:, start:stop] = F.linear(x, dense)
-    for i in range(len(inputs.a)):
-        hidden = _gate(inputs, i, F.linear(x, inputs.a[i].to(x.dtype)))
-        out += F.linear(hidden, inputs.b[i].to(x.dtype))
+    for i, adapter in enumerate(inputs.adapters):
+        hidden = _gate(inputs, i, F.linear(x, adapter.a.to(x.dtype)))
+        out += F.linear(hidden, adapter.b.to(x.dtype))
     if inputs.row_table is not None and rows is not None:
         out = add_rows(out, inputs.row_table, rows)
     if inputs.bias is not None:
         out += inputs.bias
-    return out.to(x.dtype)
+    return QLoRAResult(out.to(x.dtype))
 
 
-def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
-    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
+def backward(
+    inputs: QLoRAInputs, saved: Nothing, grads: QLoRAOutputGrads, wanted: Wanted
+) -> Gradients:
+    """Return the gradients that are wanted."""
+    grad = grads.out
     x = inputs.x
     wide = _accumulator(x.dtype)
-    grad_x = torch.zeros_like(x, dtype=wide) if mask.x else None
+    grad_x = torch.zeros_like(x, dtype=wide) if wanted.x else None
     if grad_x is not None:
         for start, stop, dense in _weight_strips(inputs):
             grad_x += grad[:, start:stop] @ dense
     grads_a: list[Tensor | None] = [None] * len(inputs.a)
     grads_b: list[Tensor | None] = [None] * len(inputs.b)
-    for i, (a, b) in enumerate(zip(inputs.a, inputs.b, strict=True)):
-        if mask.x or mask.a[i]:
+    for i, (a, b, _) in enumerate(inputs.adapters):
+        if wanted.x or wanted.a[i]:
             upstream = _gate(inputs, i, grad @ b.to(x.dtype))
-            if mask.a[i]:
+            if wanted.a[i]:
                 grads_a[i] = (upstream.t() @ gated(inputs, i, x)).to(a.dtype)
             if grad_x is not None:
                 grad_x += upstream @ a.to(x.dtype)
-        if mask.b[i]:
+        if wanted.b[i]:
             hidden = _gate(inputs, i, F.linear(x, a.to(x.dtype)))
             grads_b[i] = (gated(inputs, i, grad).t() @ hidden).to(b.dtype)
-    return QLoRAGradients(
+    return Gradients(
         x=None if grad_x is None else grad_x.to(x.dtype),
-        weight=(grad.t() @ x).to(inputs.weight.dtype) if mask.weight else None,
-        row_table=_grad_row_table(inputs, grad) if mask.row_table else None,
-        bias=_grad_bias(inputs, grad) if mask.bias else None,
+        weight=(grad.t() @ x).to(inputs.weight.dtype) if wanted.weight else None,
+        row_table=_grad_row_table(inputs, grad) if wanted.row_table else None,
+        bias=_grad_bias(inputs, grad) if wanted.bias else None,
         a=grads_a,
         b=grads_b,
     )

@@ -5,90 +5,67 @@ Values (row indices) are checked by the backends, where that costs no host synch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
-from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
+from collavo_kernels.ops.qlora_linear.inputs import (
+    MAX_MASKED_ADAPTERS,
+    QLoRAInputs,
+    QLoRAOutputGrads,
+    Wanted,
+)
 from collavo_kernels.ops.qlora_linear.nf4 import panels as nf4_panels
 from collavo_kernels.ops.qlora_linear.nf4.format import BLOCK_SIZES, packed_bytes, scale_bytes
 
 
-def validate(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    out_features: int,
-    block_size: int,
-    double_quant: bool,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scaling: Sequence[float],
-    adapter_mask: Tensor | None,
-    row_table: Tensor | None,
-    row_index: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Check shapes, dtypes and devices of the operator's flat arguments.
+def validate(inputs: QLoRAInputs) -> None:
+    """Check shapes, dtypes and devices of the operator's inputs.
 
     Raises:
         TypeError: if a dtype is wrong.
         ValueError: if a shape, device or number of adapters is wrong.
     """
+    x = inputs.x
     expect_tensor("x", x, dtypes=REFERENCE_DTYPES)
     if x.dim() == 0:
         raise ValueError(f"x: expected shape [..., K], got {describe(x)}")
-    shape = (out_features, x.shape[-1])
-    if scales is None:
-        expect_tensor("weight", weight, shape=shape, dtypes=(x.dtype,), device=x.device)
+    if inputs.scales is None:
+        expect_tensor(
+            "weight", inputs.weight, shape=inputs.shape, dtypes=(x.dtype,), device=x.device
+        )
     else:
-        _validate_bytes(x, weight, scales, shape, block_size, double_quant)
-    _validate_adapters(x, out_features, a, b, scaling)
-    _validate_mask(x, adapter_mask, len(a))
-    _validate_rows(x, row_table, row_index, out_features)
-    if bias is not None:
-        _validate_side("bias", bias, x, (out_features,))
+        _validate_bytes(inputs, inputs.scales)
+    _validate_adapters(inputs)
+    _validate_mask(x, inputs.adapter_mask, len(inputs.a))
+    _validate_rows(x, inputs.row_table, inputs.row_index, inputs.out_features)
+    if inputs.bias is not None:
+        _validate_side("bias", inputs.bias, x, (inputs.out_features,))
 
 
 def validate_backward(
-    grad: Tensor, x: Tensor, out_features: int, flags: Sequence[bool], count: int, *, nf4: bool
+    inputs: QLoRAInputs, saved: Nothing, grads: QLoRAOutputGrads, wanted: Wanted
 ) -> None:
-    """Check what the backward takes beside the forward's arguments.
-
-    Args:
-        grad: The output's gradient.
-        x: The forward's.
-        out_features: The forward's.
-        flags: The output mask.
-        count: Adapters.
-        nf4: Whether the weight is in NF4.
+    """Check what the backward takes beside the forward's inputs, which are checked already.
 
     Raises:
         TypeError: if the gradient's dtype is wrong.
-        ValueError: if its shape or device, or the number of flags, is wrong, or an NF4 weight is
-            asked for a gradient.
+        ValueError: if its shape or device is wrong, or a gradient is wanted of what has none.
     """
-    shape = (*x.shape[:-1], out_features)
-    expect_tensor("grad", grad, shape=shape, dtypes=(x.dtype,), device=x.device)
-    if len(flags) != 4 + 2 * count:
-        raise ValueError(
-            f"output_mask: expected {4 + 2 * count} entries (x, weight, row_table, bias, every a, "
-            f"every b), got {len(flags)}"
-        )
-    if nf4 and flags[1]:
-        raise ValueError("output_mask: a 4-bit weight cannot get a gradient; train the adapters")
+    x = inputs.x
+    shape = (*x.shape[:-1], inputs.out_features)
+    expect_tensor("grad_out", grads.out, shape=shape, dtypes=(x.dtype,), device=x.device)
+    if inputs.scales is not None and wanted.weight:
+        raise ValueError("wanted: a 4-bit weight cannot get a gradient; train the adapters")
+    for name in ("row_table", "bias"):
+        if getattr(wanted, name) and getattr(inputs, name) is None:
+            raise ValueError(f"wanted: a gradient of {name} is asked for, but there is none")
 
 
-def _validate_bytes(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    shape: tuple[int, int],
-    block_size: int,
-    double_quant: bool,
-) -> None:
+def _validate_bytes(inputs: QLoRAInputs, scales: Tensor) -> None:
+    x, packed, shape = inputs.x, inputs.weight, inputs.shape
+    block_size, double_quant = inputs.block_size, inputs.double_quant
     if block_size not in BLOCK_SIZES:
         choices = ", ".join(map(str, BLOCK_SIZES))
         raise ValueError(f"block_size: expected one of {choices}, got {block_size}")
@@ -110,9 +87,8 @@ def _validate_bytes(
             )
 
 
-def _validate_adapters(
-    x: Tensor, n: int, a: Sequence[Tensor], b: Sequence[Tensor], scaling: Sequence[float]
-) -> None:
+def _validate_adapters(inputs: QLoRAInputs) -> None:
+    x, a, b, scaling = inputs.x, inputs.a, inputs.b, inputs.scaling
     if not len(a) == len(b) == len(scaling):
         raise ValueError(
             "adapters: expected as many a as b and scaling, "
@@ -120,7 +96,7 @@ def _validate_adapters(
         )
     for i, (down, up) in enumerate(zip(a, b, strict=True)):
         _validate_side(f"adapters[{i}].a", down, x, ("R", x.shape[-1]))
-        _validate_side(f"adapters[{i}].b", up, x, (n, down.shape[0]))
+        _validate_side(f"adapters[{i}].b", up, x, (inputs.out_features, down.shape[0]))
 
 
 def _validate_mask(x: Tensor, mask: Tensor | None, adapters: int) -> None:

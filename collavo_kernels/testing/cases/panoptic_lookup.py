@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, row_columns
+from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult
 
 INT_MAX = 2**31 - 1
 INT_MIN = -(2**31)
@@ -41,13 +41,19 @@ class Case:
 
     def inputs(self, reduce: str, device: str = "cpu", *, coloured: bool = False) -> LookupInputs:
         """Return what a backend takes."""
-        counts = tuple(len(each) for each in self.segments)
         flat = [pair for each in self.segments for pair in each]
-        ids, classes = ints([p[0] for p in flat]), ints([p[1] for p in flat])
-        columns = row_columns(ids, classes, counts, self.num_classes, self.max_number)
         plain = self.maps()
-        maps = tuple((colours(m) if coloured else m)[None].to(device) for m in plain)
-        return LookupInputs(maps, columns, counts, *self.grid, reduce)
+        return LookupInputs(
+            maps=[(colours(m) if coloured else m)[None].to(device) for m in plain],
+            segment_ids=ints([pair[0] for pair in flat]),
+            segment_classes=ints([pair[1] for pair in flat]),
+            segment_counts=[len(each) for each in self.segments],
+            grid_h=self.grid[0],
+            grid_w=self.grid[1],
+            num_classes=self.num_classes,
+            max_number=self.max_number,
+            reduce=reduce,
+        )
 
 
 def ints(values: list[int]) -> Tensor:

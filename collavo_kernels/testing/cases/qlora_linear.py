@@ -13,6 +13,7 @@ from collavo_kernels.ops.qlora_linear import (
     qlora_linear,
     quantize_nf4,
 )
+from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,30 @@ class QLoRACall:
             bias=self.bias,
             backend=backend,
         )
+
+    def inputs(self) -> QLoRAInputs:
+        """Return what a backend takes, tokens in one dimension; nothing asks for a gradient."""
+
+        def plain(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.detach()
+
+        nf4 = self.weight if isinstance(self.weight, NF4Weight) else None
+        dense = self.weight.detach() if isinstance(self.weight, Tensor) else self.weight.packed
+        return QLoRAInputs(
+            x=self.x.detach(),
+            weight=dense,
+            scales=None if nf4 is None else nf4.scales,
+            out_features=self.weight.shape[0],
+            block_size=64 if nf4 is None else nf4.block_size,
+            double_quant=nf4 is not None and nf4.double_quant,
+            a=[each.a.detach() for each in self.adapters],
+            b=[each.b.detach() for each in self.adapters],
+            scaling=[each.scaling for each in self.adapters],
+            adapter_mask=self.adapter_mask,
+            row_table=plain(self.row_table),
+            row_index=self.row_index,
+            bias=plain(self.bias),
+        ).flattened()
 
     def leaves(self) -> list[Tensor]:
         """Return x, every a and b, row_table, bias and a dense weight, as far as there are any."""

@@ -9,9 +9,9 @@ from torch import Tensor
 from benchmarks.memory import peak_megabytes
 from collavo_kernels import crayon_attention
 from collavo_kernels._native import ISA_CODES, native
-from collavo_kernels.ops.crayon_attention import cpu, reference
-from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs, BackwardInputs
-from collavo_kernels.testing import assert_within_budget, poisoned_empty
+from collavo_kernels.ops.crayon_attention import OPERATOR, cpu, reference
+from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
+from collavo_kernels.testing import assert_within_budget, backward_arguments, poisoned_empty
 from collavo_kernels.testing.cases.crayon_attention import AttentionCase
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the compiled module is not there")
@@ -110,17 +110,8 @@ def converted(inputs: AttentionInputs, dtype: torch.dtype) -> AttentionInputs:
 def everything(inputs: AttentionInputs, run: object, grad: Tensor) -> dict[str, Tensor]:
     """Forward and backward by a backend's own functions, with gradients through key and value."""
     found = run.forward(inputs)  # type: ignore[attr-defined]
-    prepared = inputs._replace(k=found.key, v=found.value)
-    given = BackwardInputs(
-        grad.to(inputs.q.dtype),
-        found.key,
-        found.value,
-        prepared,
-        found.out,
-        found.lse,
-        (True,) * 6,  # type: ignore[arg-type]
-    )
-    gradients = run.backward(given)  # type: ignore[attr-defined]
+    grads = (grad.to(inputs.q.dtype), found.key, found.value)
+    gradients = run.backward(*backward_arguments(OPERATOR, inputs, found, grads))  # type: ignore[attr-defined]
     names = (*found._fields, *(f"d{name}" for name in LEAVES))
     return dict(zip(names, (*found, *gradients), strict=True))
 

@@ -162,10 +162,11 @@ def test_replays_as_a_graph(name: str, backend: str) -> None:
     operator = torch.ops.collavo
 
     def run() -> list[Tensor]:
-        out, key, value, lse = operator.crayon_attention(*inputs, backend)
-        ready = inputs._replace(k=key, v=value)
+        out, key, value, lse = operator.crayon_attention(*inputs, backend=backend)
+        kept = inputs._replace(k=key, v=value)
+        saved = (key, value, out, lse)
         gradients = operator.crayon_attention_backward(
-            *grads, out, lse, [True] * 6, *ready, backend
+            *kept, *saved, *grads, [True] * 6, backend=backend
         )
         return [out, key, value, lse, *gradients]
 

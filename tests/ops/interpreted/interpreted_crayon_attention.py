@@ -10,23 +10,27 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
 from collavo_kernels import check
-from collavo_kernels.ops.crayon_attention import reference
+from collavo_kernels.ops.crayon_attention import OPERATOR, reference
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
-    BackwardInputs,
-    ForwardResult,
+    AttentionResult,
+    Gradients,
 )
 from collavo_kernels.ops.crayon_attention.triton import backward as triton_backward
 from collavo_kernels.ops.crayon_attention.triton import backward_query as triton_backward_query
 from collavo_kernels.ops.crayon_attention.triton import forward as triton_forward
 from collavo_kernels.ops.crayon_attention.triton import launch
-from collavo_kernels.testing import assert_within_budget, offset_view, poisoned_empty
+from collavo_kernels.testing import (
+    assert_within_budget,
+    backward_arguments,
+    offset_view,
+    poisoned_empty,
+)
 from collavo_kernels.testing.cases.crayon_attention import CASES, AttentionCase, eager
 
 # The interpreter computes bfloat16 on its bits, so its dtypes are these.
 DTYPES = (torch.float32, torch.float16)
 LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
-ALL = (True,) * 6
 
 
 def case_of(name: str) -> AttentionCase:
@@ -43,24 +47,26 @@ def upstream(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None, Tensor | N
     return out, key if inputs.changes_key else None, value if inputs.changes_value else None
 
 
-def backward_inputs(
+def arguments(
     inputs: AttentionInputs,
-    done: ForwardResult,
+    done: AttentionResult,
     grads: tuple[Tensor, Tensor | None, Tensor | None],
-    mask: tuple[bool, ...] = ALL,
-) -> BackwardInputs:
-    """What autograd hands to the backward: the prepared key and value stand where k and v were."""
-    key = done.key if inputs.changes_key else inputs.k
-    value = done.value if inputs.changes_value else inputs.v
-    return BackwardInputs(*grads, inputs._replace(k=key, v=value), done.out, done.lse, mask)
+    wanted: list[bool] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """What autograd hands to the backward."""
+    return backward_arguments(OPERATOR, inputs, done, grads, wanted)
 
 
 def run(
-    inputs: AttentionInputs, mask: tuple[bool, ...] = ALL
-) -> tuple[ForwardResult, tuple[Tensor, ...]]:
+    inputs: AttentionInputs, wanted: list[bool] | None = None
+) -> tuple[AttentionResult, Gradients]:
     done = launch.forward(inputs)
-    given = backward_inputs(inputs, done, upstream(inputs), mask)
-    return done, launch.backward(given)
+    return done, launch.backward(*arguments(inputs, done, upstream(inputs), wanted))
+
+
+def assert_equal(found: Gradients, expected: Gradients) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
 
 
 def in_float64(bundle: tuple[object, ...]) -> list[object]:
@@ -136,7 +142,7 @@ def test_within_budget(case: AttentionCase, dtype: torch.dtype) -> None:
     wide = AttentionInputs(*in_float64(inputs))
     exact = reference.forward(wide)
     grads = tuple(in_float64(upstream(inputs)))
-    exact_gradients = reference.backward(backward_inputs(wide, exact, grads))
+    exact_gradients = reference.backward(*arguments(wide, exact, grads))
 
     assert_within_budget(found.out, usual[0], exact.out, name="out")
     for name, changed, low in (
@@ -171,16 +177,11 @@ def test_same_bits_from_odd_views_and_from_run_to_run(name: str) -> None:
     views = AttentionInputs(*(offset_view(x) if isinstance(x, Tensor) else x for x in inputs))
     grads = tuple(None if g is None else offset_view(g) for g in upstream(inputs))
     again = launch.forward(views)
-    given = backward_inputs(views, again, grads)
-    given = given._replace(
-        out=offset_view(given.out),
-        lse=offset_view(given.lse),
-        inputs=given.inputs._replace(k=offset_view(given.inputs.k), v=offset_view(given.inputs.v)),
-    )
+    kept, saved, output_grads, wanted = arguments(views, again, grads)
+    saved = type(saved)(*map(offset_view, saved))
     for one, other in zip(again, done, strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(launch.backward(given), gradients, strict=True):
-        assert torch.equal(one, other)
+    assert_equal(launch.backward(kept, saved, output_grads, wanted), gradients)
 
 
 @pytest.mark.parametrize("name", ["left_padding", "padding_window", "empty_range"])
@@ -190,15 +191,14 @@ def test_nan_in_padding_stays_there(name: str) -> None:
     padding = (token < inputs.key_range[:, :1]) | (token >= inputs.key_range[:, 1:])
     grads = (upstream(inputs)[0], None, None)
     done = launch.forward(inputs)
-    clean = launch.backward(backward_inputs(inputs, done, grads))
+    clean = launch.backward(*arguments(inputs, done, grads))
     for x in (*inputs[:3], grads[0]):
         x[padding] = float("nan")
     dirty = launch.forward(inputs)
     assert torch.equal(dirty.out, done.out) and torch.equal(dirty.lse, done.lse)
-    found = launch.backward(backward_inputs(inputs, dirty, grads))
-    for one, other in zip(found, clean, strict=True):
-        assert torch.equal(one, other)
-    for gradient in found[:3]:
+    found = launch.backward(*arguments(inputs, dirty, grads))
+    assert_equal(found, clean)
+    for gradient in (found.q, found.k, found.v):
         assert bool((gradient[padding] == 0).all())
 
 
@@ -207,23 +207,23 @@ def test_gradients_of_key_and_value_reach_padding() -> None:
     inputs = case_of("left_padding").make(torch.float32)
     done = launch.forward(inputs)
     grads = (torch.zeros_like(inputs.q), *upstream(inputs)[1:])
-    found = launch.backward(backward_inputs(inputs, done, grads))
+    found = launch.backward(*arguments(inputs, done, grads))
     turned = reference.unrotate(grads[1], inputs.cos, inputs.sin)
-    torch.testing.assert_close(found[1], turned)
-    assert torch.equal(found[2], grads[2])
-    assert bool((found[0] == 0).all())
+    torch.testing.assert_close(found.k, turned)
+    assert torch.equal(found.v, grads[2])
+    assert bool((found.q == 0).all())
 
 
 def test_only_wanted_gradients_are_computed() -> None:
     inputs = case_of("plain").make(torch.float32)
     _, everything = run(inputs)
     for wanted in ((0,), (1, 5), (3,), (2, 4), ()):
-        mask = tuple(i in wanted for i in range(6))
-        for i, gradient in enumerate(run(inputs, mask)[1]):
+        flags = [i in wanted for i in range(6)]
+        for i, gradient in enumerate(run(inputs, flags)[1]):
             if i in wanted:
                 assert torch.equal(gradient, everything[i])
             else:
-                assert gradient.shape == (0,)
+                assert gradient is None
 
 
 def test_a_strange_gradient_stays_in_its_row() -> None:
@@ -232,11 +232,11 @@ def test_a_strange_gradient_stays_in_its_row() -> None:
     index = inputs.row_index
     done = launch.forward(inputs)
     out, key, value = upstream(inputs)
-    clean = launch.backward(backward_inputs(inputs, done, (out, key, value)))
+    clean = launch.backward(*arguments(inputs, done, (out, key, value)))
     sample, token = (int(n) for n in (index == 1).nonzero()[0])
     value[sample, token, 0, 3] = float("nan")
     value[sample, token, 1, 5] = float("inf")
-    found = launch.backward(backward_inputs(inputs, done, (out, key, value)))
+    found = launch.backward(*arguments(inputs, done, (out, key, value)))
     strange = torch.zeros(clean[5].shape, dtype=torch.bool)
     strange[1, 0, 3] = strange[1, 1, 5] = True
     assert bool(found[5][1, 0, 3].isnan()) and float(found[5][1, 1, 5]) == float("inf")
@@ -256,8 +256,7 @@ def test_bad_values_are_reported_and_harmless() -> None:
     rows[0, 5] = -1
     expected, others = run(inputs._replace(row_index=rows))
     assert torch.equal(found.out, expected.out)
-    for one, other in zip(gradients, others, strict=True):
-        assert torch.equal(one, other)
+    assert_equal(gradients, others)
     check()
     ranges = torch.tensor([[9, 3], [0, 99]], dtype=torch.int32)
     found, gradients = run(inputs._replace(key_range=ranges))
@@ -272,14 +271,14 @@ def test_the_backward_reports_bad_values_too() -> None:
     """It reads rows and ranges again, and may be called alone."""
     inputs = case_of("left_padding").make(torch.float32)
     done = launch.forward(inputs)
-    given = backward_inputs(inputs, done, upstream(inputs))
+    given = arguments(inputs, done, upstream(inputs))
     inputs.row_index[1, 4] = -7
-    launch.backward(given)
+    launch.backward(*given)
     with pytest.raises(ValueError, match="row_index"):
         check()
     inputs.row_index[1, 4] = -1
     inputs.key_range[0, 0] = -2
-    launch.backward(given)
+    launch.backward(*given)
     with pytest.raises(ValueError, match="key_range"):
         check()
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from collavo_kernels import check
-from collavo_kernels.ops.qlora_linear import reference
+from collavo_kernels.ops.qlora_linear import OPERATOR, reference
 from collavo_kernels.ops.qlora_linear.inputs import (
-    GradientMask,
-    QLoRAGradients,
+    Gradients,
     QLoRAInputs,
+    QLoRAResult,
 )
 from collavo_kernels.ops.qlora_linear.triton import launch
 from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
-from collavo_kernels.testing import assert_within_budget, poisoned_empty, relative_error
-from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACall, QLoRACase, make_call
+from collavo_kernels.testing import (
+    assert_within_budget,
+    backward_arguments,
+    poisoned_empty,
+    relative_error,
+)
+from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACase, make_call
 
 # The interpreter computes bfloat16 on its bits, so its dtypes are these.
 DTYPES = (torch.float32, torch.float16)
@@ -34,37 +40,14 @@ SPLIT = (
 )  # fmt: skip
 
 
-def bundle(call: QLoRACall) -> QLoRAInputs:
-    def plain(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach()
-
-    weight = call.weight
-    index, mask = call.row_index, call.adapter_mask
-    return QLoRAInputs(
-        call.x.detach().flatten(0, -2),
-        weight.packed,
-        weight.scales,
-        weight.shape[0],
-        weight.block_size,
-        weight.double_quant,
-        [each.a.detach() for each in call.adapters],
-        [each.b.detach() for each in call.adapters],
-        [each.scaling for each in call.adapters],
-        None if mask is None else mask.flatten(),
-        plain(call.row_table),
-        None if index is None else index.flatten(),
-        plain(call.bias),
-    )
+def backward(
+    inputs: QLoRAInputs, grad: Tensor, wanted: list[bool] | None = None, module: Any = launch
+) -> Gradients:
+    result = QLoRAResult(inputs.x)  # nothing of it is kept
+    return module.backward(*backward_arguments(OPERATOR, inputs, result, (grad,), wanted))
 
 
-def everything(inputs: QLoRAInputs) -> GradientMask:
-    every = [True] * len(inputs.a)
-    return GradientMask(
-        True, False, inputs.row_table is not None, inputs.bias is not None, every, every
-    )
-
-
-def listed(found: QLoRAGradients) -> list[Tensor | None]:
+def listed(found: Gradients) -> list[Tensor | None]:
     """The gradients in the order of a call's leaves."""
     factors = [each for pair in zip(found.a, found.b, strict=True) for each in pair]
     some = [each for each in (found.row_table, found.bias) if each is not None]
@@ -78,10 +61,10 @@ def test_forward_and_gradients(case: QLoRACase, dtype: torch.dtype) -> None:
     grad = torch.randn(*case.tokens, case.n).to(dtype)
     exact, exact_grads = call.double().gradients(grad)
     low, low_grads = call.gradients(grad, "reference")
-    inputs = bundle(call)
+    inputs = call.inputs()
     with poisoned_empty():
-        out = launch.forward(inputs)
-        found = launch.backward(inputs, grad.flatten(0, -2), everything(inputs))
+        out = launch.forward(inputs).out
+        found = backward(inputs, grad.flatten(0, -2))
     assert_within_budget(out.view(exact.shape), low, exact)
     grads = listed(found)
     assert len(grads) == len(low_grads)
@@ -95,7 +78,7 @@ def test_forward_and_gradients(case: QLoRACase, dtype: torch.dtype) -> None:
 def test_shares_give_the_same_bits_again_and_the_same_sums(
     case: QLoRACase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = bundle(make_call(case))
+    inputs = make_call(case).inputs()
     launched: list[int] = []
     shares = triton_launch.shares_of
 
@@ -104,25 +87,26 @@ def test_shares_give_the_same_bits_again_and_the_same_sums(
         return shares(steps, wanted)
 
     monkeypatch.setattr(triton_launch, "shares_of", recorded)
-    split = launch.forward(inputs)
+    split = launch.forward(inputs).out
     assert launched[-1] > 1, "the case does not share anything out"
-    assert torch.equal(launch.forward(inputs), split)
+    assert torch.equal(launch.forward(inputs).out, split)
     monkeypatch.setattr(triton_launch, "processors", lambda device: 0)
     launched.clear()
-    whole = launch.forward(inputs)
+    whole = launch.forward(inputs).out
     assert max(launched) == 1
     assert relative_error(whole, split) < 1e-5
 
 
 def test_only_what_is_asked_for_comes() -> None:
-    inputs = bundle(make_call(next(c for c in SERVED if c.name == "few")))
+    inputs = make_call(next(c for c in SERVED if c.name == "few")).inputs()
     grad = torch.randn(inputs.x.shape[0], inputs.out_features)
-    wanted = GradientMask(False, False, False, True, [False, True], [True, False])
-    found = launch.backward(inputs, grad, wanted)
+    # x, weight, a of both adapters, b of both, row_table, bias
+    wanted = [False, False, False, True, True, False, False, True]
+    found = backward(inputs, grad, wanted)
     given = [each is not None for each in listed(found)]
     # x, a and b of the first adapter, of the second, bias; no table, which is left out of the list.
     assert given == [False, False, True, True, False, True]
-    expected = reference.backward(inputs, grad, wanted)
+    expected = backward(inputs, grad, wanted, reference)
     for ours, theirs in zip(listed(found), listed(expected), strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or theirs is None or relative_error(ours, theirs) < 1e-5
@@ -132,14 +116,14 @@ def test_only_what_is_asked_for_comes() -> None:
 def test_what_an_idle_token_holds_reaches_no_adapter(tokens: int) -> None:
     # 0 * NaN is NaN: the token's own rows must not take part, neither x's nor the gradient's.
     case = replace(next(c for c in SERVED if c.name == "few"), tokens=(tokens,))
-    inputs = bundle(make_call(case))
+    inputs = make_call(case).inputs()
     assert inputs.adapter_mask is not None
     inputs.adapter_mask.fill_(3)
     inputs.adapter_mask[2] = 2
     inputs.x[2] = float("nan")
     grad = torch.randn(tokens, inputs.out_features)
     grad[2] = float("inf")
-    found = launch.backward(inputs, grad, everything(inputs))
+    found = backward(inputs, grad)
     (a, idle_a), (b, idle_b) = found.a, found.b
     assert a is not None and b is not None and idle_a is not None and idle_b is not None
     assert a.isfinite().all() and b.isfinite().all()
@@ -147,14 +131,14 @@ def test_what_an_idle_token_holds_reaches_no_adapter(tokens: int) -> None:
     # An adapter whose values are not finite reaches only the tokens that it is active for.
     inputs.x[2] = 1.0
     inputs.a[0].fill_(float("nan"))
-    out = launch.forward(inputs)
+    out = launch.forward(inputs).out
     assert torch.equal(out.isfinite().all(1), torch.arange(tokens) == 2)
 
 
 def test_rows_keep_infinity_and_nan_to_themselves() -> None:
     # The sum over a row's tokens is a product with 0 and 1, where 0 * NaN would be NaN.
     case = replace(next(c for c in SERVED if c.name == "few"), tokens=(80,), rows=70)
-    inputs = bundle(make_call(case))
+    inputs = make_call(case).inputs()
     assert inputs.row_index is not None
     inputs.row_index.copy_(torch.arange(80) % 70)
     inputs.row_index[75:] = -1
@@ -162,8 +146,7 @@ def test_rows_keep_infinity_and_nan_to_themselves() -> None:
     grad[1, 3], grad[71, 4] = float("inf"), float("nan")
     grad[2, 5], grad[72, 5], grad[66, 6] = float("inf"), -float("inf"), -float("inf")
     grad[78] = float("nan")
-    wanted = GradientMask(False, False, True, False, [False] * 2, [False] * 2)
-    found = launch.backward(inputs, grad, wanted).row_table
+    found = backward(inputs, grad, [i == 6 for i in range(8)]).row_table
     exact = torch.zeros(70, inputs.out_features).index_add_(0, inputs.row_index[:75], grad[:75])
     assert found is not None
     torch.testing.assert_close(found, exact, equal_nan=True)
@@ -172,18 +155,18 @@ def test_rows_keep_infinity_and_nan_to_themselves() -> None:
 
 def test_a_bad_row_counts_as_none_and_is_reported() -> None:
     case = next(c for c in SERVED if c.name == "few")
-    inputs = bundle(make_call(case))
+    inputs = make_call(case).inputs()
     assert inputs.row_index is not None
     inputs.row_index.fill_(-1)
     grad = torch.randn(inputs.x.shape[0], inputs.out_features)
     expected = launch.forward(inputs)
-    none = launch.backward(inputs, grad, everything(inputs)).row_table
+    none = backward(inputs, grad).row_table
     check()
     inputs.row_index[2], inputs.row_index[3] = 5, -7
     assert torch.equal(launch.forward(inputs), expected)
     with pytest.raises(ValueError, match="row_index"):
         check()
-    found = launch.backward(inputs, grad, everything(inputs)).row_table
+    found = backward(inputs, grad).row_table
     assert none is not None and found is not None and torch.equal(found, none)
     with pytest.raises(ValueError, match="row_index"):
         check()

@@ -158,7 +158,8 @@ def test_the_backward_checks_rows_itself(backend: str) -> None:
     op = torch.ops.collavo.qlora_linear_backward.default
     with pytest.raises(ValueError, match=r"row_index: expected entries from -1 to 1 .* got 7"):
         flags = [False, False, True, False]
-        op(torch.ones(2, 32), *call, torch.zeros(2, 32), rows, None, flags, backend=backend)
+        rest = (torch.zeros(2, 32), rows, None, False, torch.ones(2, 32))
+        op(*call, *rest, flags, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

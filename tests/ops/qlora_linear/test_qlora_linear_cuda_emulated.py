@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 import collavo_kernels
-from collavo_kernels import NF4Weight, quantize_nf4
-from collavo_kernels.ops.qlora_linear import cuda
-from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
-from collavo_kernels.testing import assert_within_budget, poisoned_empty
+from collavo_kernels import quantize_nf4
+from collavo_kernels.ops.qlora_linear import OPERATOR, cuda
+from collavo_kernels.ops.qlora_linear.inputs import Gradients, QLoRAInputs, QLoRAResult
+from collavo_kernels.testing import assert_within_budget, backward_arguments, poisoned_empty
 from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACall, QLoRACase, make_call
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -73,36 +73,16 @@ def device(
     torch.set_num_threads(threads)
 
 
-def bundle(call: QLoRACall) -> QLoRAInputs:
-    weight = call.weight
-    assert isinstance(weight, NF4Weight)
-
-    def plain(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach()
-
-    return QLoRAInputs(
-        call.x.detach().reshape(-1, call.x.shape[-1]),
-        weight.packed,
-        weight.scales,
-        weight.shape[0],
-        weight.block_size,
-        weight.double_quant,
-        [adapter.a.detach() for adapter in call.adapters],
-        [adapter.b.detach() for adapter in call.adapters],
-        [adapter.scaling for adapter in call.adapters],
-        None if call.adapter_mask is None else call.adapter_mask.reshape(-1),
-        plain(call.row_table),
-        None if call.row_index is None else call.row_index.reshape(-1),
-        plain(call.bias),
-    )
+def forward(inputs: QLoRAInputs) -> Tensor:
+    return cuda.forward(inputs).out
 
 
-def everything(inputs: QLoRAInputs) -> GradientMask:
-    table, bias = inputs.row_table is not None, inputs.bias is not None
-    return GradientMask(True, False, table, bias, [True] * len(inputs.a), [True] * len(inputs.b))
+def backward(inputs: QLoRAInputs, grad: Tensor, wanted: list[bool] | None = None) -> Gradients:
+    result = QLoRAResult(inputs.x)  # nothing of it is kept
+    return cuda.backward(*backward_arguments(OPERATOR, inputs, result, (grad,), wanted))
 
 
-def in_order_of_leaves(found: QLoRAGradients) -> list[Tensor]:
+def in_order_of_leaves(found: Gradients) -> list[Tensor]:
     factors = itertools.chain.from_iterable(zip(found.a, found.b, strict=True))
     return [g for g in (found.x, *factors, found.row_table, found.bias) if g is not None]
 
@@ -110,7 +90,7 @@ def in_order_of_leaves(found: QLoRAGradients) -> list[Tensor]:
 def check_forward(case: QLoRACase, dtype: torch.dtype) -> None:
     call = make_call(case, dtype)
     with poisoned_empty():
-        out = cuda.forward(bundle(call)).view(*case.tokens, case.n)
+        out = cuda.forward(call.inputs()).out.view(*case.tokens, case.n)
     assert_within_budget(out, call.run("reference"), call.double().run("reference"))
 
 
@@ -121,11 +101,11 @@ def test_within_budget(case: QLoRACase, dtype: torch.dtype) -> None:
     grad = torch.randn(*case.tokens, case.n).to(dtype)
     exact, exact_grads = call.double().gradients(grad)
     low, low_grads = call.gradients(grad, "reference")
-    inputs = bundle(call)
-    assert cuda.declines(inputs) is None and cuda.declines_backward(inputs) is None
+    inputs = call.inputs()
+    assert cuda.declines(inputs) is None
     with poisoned_empty():
-        out = cuda.forward(inputs).view(low.shape)
-        found = cuda.backward(inputs, grad.view(-1, case.n), everything(inputs))
+        out = cuda.forward(inputs).out.view(low.shape)
+        found = backward(inputs, grad.view(-1, case.n))
     assert_within_budget(out, low, exact)
     for i, triple in enumerate(zip(in_order_of_leaves(found), low_grads, exact_grads, strict=True)):
         ours, low_grad, exact_grad = triple
@@ -184,32 +164,32 @@ def test_reads_nothing_beyond_its_inputs(tokens: int, library: ctypes.CDLL) -> N
         where = (ctypes.c_uint8 * size).from_address(library.emulated_memory(size))
         return torch.frombuffer(where, dtype=value.dtype).view(value.shape).copy_(value)
 
-    inputs = bundle(make_call(replace(EVERYTHING, tokens=(tokens,)), torch.bfloat16))
+    inputs = make_call(replace(EVERYTHING, tokens=(tokens,)), torch.bfloat16).inputs()
     names = ("x", "weight", "scales", "adapter_mask", "row_table", "row_index", "bias")
     tensors = {name: guarded(getattr(inputs, name)) for name in names}
     lists = {name: [guarded(each) for each in getattr(inputs, name)] for name in ("a", "b")}
-    at_the_edge = replace(inputs, **tensors, **lists)
-    assert torch.equal(cuda.forward(at_the_edge), cuda.forward(inputs))
+    at_the_edge = inputs._replace(**tensors, **lists)
+    assert torch.equal(cuda.forward(at_the_edge).out, cuda.forward(inputs).out)
     grad = guarded(torch.randn(tokens, EVERYTHING.n).bfloat16())
-    cuda.backward(at_the_edge, grad, everything(inputs))
+    backward(at_the_edge, grad)
 
 
 @pytest.mark.parametrize("tokens", [7, 20], ids=["decode", "strips"])
 def test_bad_rows_count_as_none_and_are_reported(tokens: int) -> None:
-    inputs = bundle(make_call(replace(EVERYTHING, tokens=(tokens,)), torch.bfloat16))
+    inputs = make_call(replace(EVERYTHING, tokens=(tokens,)), torch.bfloat16).inputs()
     bad, none = inputs.row_index.clone(), inputs.row_index.clone()
     bad[2], bad[3] = 5, -7
     none[2] = none[3] = -1
-    grad, mask = torch.randn(tokens, EVERYTHING.n).bfloat16(), everything(inputs)
-    for run in (cuda.forward, lambda i: cuda.backward(i, grad, mask).row_table):
-        expected = run(replace(inputs, row_index=none))
+    grad = torch.randn(tokens, EVERYTHING.n).bfloat16()
+    for run in (forward, lambda i: backward(i, grad).row_table):
+        expected = run(inputs._replace(row_index=none))
         collavo_kernels.check("cpu")
-        assert torch.equal(run(replace(inputs, row_index=bad)), expected)
+        assert torch.equal(run(inputs._replace(row_index=bad)), expected)
         with pytest.raises(ValueError, match="row_index: an entry lies outside"):
             collavo_kernels.check("cpu")
         # The same without a table's rows, where no index is good.
-        with_none = replace(inputs, row_table=inputs.row_table[:0])
-        if run is cuda.forward:
+        with_none = inputs._replace(row_table=inputs.row_table[:0])
+        if run is forward:
             run(with_none)
             with pytest.raises(ValueError, match="row_index"):
                 collavo_kernels.check("cpu")
@@ -217,34 +197,33 @@ def test_bad_rows_count_as_none_and_are_reported(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [9, 20], ids=["decode", "strips"])
 def test_an_idle_adapter_sees_nothing(tokens: int) -> None:
-    inputs = bundle(make_call(replace(EVERYTHING, tokens=(tokens,)), torch.bfloat16))
+    inputs = make_call(replace(EVERYTHING, tokens=(tokens,)), torch.bfloat16).inputs()
     mask = torch.full((tokens,), 3, dtype=torch.uint8)
     mask[4] = 2
-    inputs = replace(inputs, adapter_mask=mask)
+    inputs = inputs._replace(adapter_mask=mask)
     grad = torch.randn(tokens, EVERYTHING.n).bfloat16()
     for poison in (float("nan"), float("inf")):
         x, g = inputs.x.clone(), grad.clone()
         x[4, 0] = g[4, 1] = poison
-        out = cuda.forward(replace(inputs, x=x))
+        out = forward(inputs._replace(x=x))
         assert out[torch.arange(tokens) != 4].isfinite().all()
-        found = cuda.backward(replace(inputs, x=x), g, everything(inputs))
+        found = backward(inputs._replace(x=x), g)
         assert found.a[0].isfinite().all() and found.b[0].isfinite().all()
         assert not found.a[1].isfinite().all() and not found.b[1].isfinite().all()
     # Nor does the token see the adapter's A.
     a = [inputs.a[0].clone().fill_(float("nan")), inputs.a[1]]
-    assert cuda.forward(replace(inputs, a=a))[4].isfinite().all()
+    assert forward(inputs._replace(a=a))[4].isfinite().all()
 
 
 def test_only_what_is_asked_for() -> None:
-    inputs = bundle(make_call(replace(EVERYTHING, tokens=(20,)), torch.float32))
+    inputs = make_call(replace(EVERYTHING, tokens=(20,)), torch.float32).inputs()
     grad = torch.randn(20, EVERYTHING.n)
-    every = cuda.backward(inputs, grad, everything(inputs))
-    nothing = [False, False]
-    one = GradientMask(False, False, False, False, [False, True], nothing)
-    found = cuda.backward(inputs, grad, one)
+    every = backward(inputs, grad)
+    # In order: x, weight, a of both adapters, b of both, row_table, bias.
+    found = backward(inputs, grad, [i == 3 for i in range(8)])
     assert torch.equal(found.a[1], every.a[1])
     assert [found.x, found.row_table, found.bias, found.a[0], *found.b] == [None] * 6
-    only_x = cuda.backward(inputs, grad, GradientMask(True, False, False, False, nothing, nothing))
+    only_x = backward(inputs, grad, [i == 0 for i in range(8)])
     assert torch.equal(only_x.x, every.x)
     assert [only_x.row_table, only_x.bias, *only_x.a, *only_x.b] == [None] * 6
 
@@ -254,7 +233,7 @@ def test_only_what_is_asked_for() -> None:
 def test_sums_of_rows_keep_the_order_of_tokens(n: int, dtype: torch.dtype) -> None:
     # More tokens than a block looks at together, more columns than a block has, and rows that many,
     # one or no tokens have. In float32 a sum in another order would differ.
-    inputs = bundle(make_call(replace(EVERYTHING, n=n, k=64, tokens=(300,)), dtype))
+    inputs = make_call(replace(EVERYTHING, n=n, k=64, tokens=(300,)), dtype).inputs()
     index = torch.randint(0, 2, (300,), dtype=torch.int32)
     index[7], index[8] = 3, -1
     grad = torch.randn(300, n).to(dtype)
@@ -262,9 +241,8 @@ def test_sums_of_rows_keep_the_order_of_tokens(n: int, dtype: torch.dtype) -> No
     for token, row in enumerate(index.tolist()):
         if row >= 0:
             expected[row] += grad[token].float()
-    nothing = [False, False]
-    mask = GradientMask(False, False, True, False, nothing, nothing)
-    found = cuda.backward(replace(inputs, row_index=index), grad, mask).row_table
+    only_table = [i == 6 for i in range(8)]
+    found = backward(inputs._replace(row_index=index), grad, only_table).row_table
     assert torch.equal(found, expected.to(dtype))
 
 
@@ -276,7 +254,7 @@ def test_decoded_weight_is_bit_equal() -> None:
         for dtype in (torch.float32, *HALVES):
             x = torch.randn(1, k).to(dtype)
             call = QLoRACall(x, weight, (), None, None, None, None)
-            inputs = bundle(call)
+            inputs = call.inputs()
             for r, c in ((0, 0), (3, 0), (1, k // 2), (2, 8)):
                 if c >= k:
                     continue
@@ -300,15 +278,15 @@ def test_the_weight_is_never_whole(limit: int, monkeypatch: pytest.MonkeyPatch) 
     call = make_call(replace(EVERYTHING, tokens=(20,)), torch.float32)
     grad = torch.randn(20, EVERYTHING.n)
     out, grads = call.gradients(grad, "reference")
-    inputs = bundle(call)
-    torch.testing.assert_close(cuda.forward(inputs), out, rtol=1e-4, atol=1e-4)
-    found = in_order_of_leaves(cuda.backward(inputs, grad, everything(inputs)))
+    inputs = call.inputs()
+    torch.testing.assert_close(forward(inputs), out, rtol=1e-4, atol=1e-4)
+    found = in_order_of_leaves(backward(inputs, grad))
     torch.testing.assert_close(found[0], grads[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_it_declines() -> None:
-    inputs = bundle(make_call(EVERYTHING, torch.bfloat16))
-    assert "dense" in str(cuda.declines(replace(inputs, scales=None)))
-    assert "float64" in str(cuda.declines(replace(inputs, x=inputs.x.double())))
-    assert "nothing to compute" in str(cuda.declines(replace(inputs, x=inputs.x[:0])))
-    assert "8 adapters, not 9" in str(cuda.declines(replace(inputs, a=inputs.a[:1] * 9)))
+    inputs = make_call(EVERYTHING, torch.bfloat16).inputs()
+    assert "dense" in str(cuda.declines(inputs._replace(scales=None)))
+    assert "float64" in str(cuda.declines(inputs._replace(x=inputs.x.double())))
+    assert "nothing to compute" in str(cuda.declines(inputs._replace(x=inputs.x[:0])))
+    assert "8 adapters, not 9" in str(cuda.declines(inputs._replace(a=inputs.a[:1] * 9)))

@@ -19,9 +19,11 @@ from collavo_kernels._gpu import kind_of
 from collavo_kernels._rows_triton import sum_rows
 from collavo_kernels.ops.crayon_attention.inputs import (
     AttentionInputs,
-    BackwardInputs,
-    ForwardResult,
+    AttentionOutputGrads,
+    AttentionResult,
+    AttentionSaved,
     Gradients,
+    Wanted,
 )
 from collavo_kernels.ops.crayon_attention.triton import tiles
 from collavo_kernels.ops.crayon_attention.triton.backward import (
@@ -78,7 +80,7 @@ def declines(inputs: AttentionInputs) -> str | None:
     return None
 
 
-def forward(inputs: AttentionInputs) -> ForwardResult:
+def forward(inputs: AttentionInputs) -> AttentionResult:
     """Prepare key and value in one launch, attend in a second."""
     inputs = readable(inputs)
     q = inputs.q
@@ -92,35 +94,30 @@ def forward(inputs: AttentionInputs) -> ForwardResult:
     return result(inputs, ready, out, lse)
 
 
-def backward(given: BackwardInputs) -> Gradients:
-    """Return the gradients of q, k, v and the three tables; empty where the mask says no."""
-    inputs, mask = readable(given.inputs), given.mask
-    q, k, v = inputs[:3]
-    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
-    wanted = [
-        want or (want_table and table is not None)
-        for want, want_table, table in zip(mask[:3], mask[3:], tables, strict=True)
-    ]
-    dense = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+def backward(
+    inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads, wanted: Wanted
+) -> Gradients:
+    """Return the gradients of q, k, v and the three tables; None where one is not wanted."""
+    inputs = readable(inputs._replace(k=saved.key, v=saved.value))
+    saved = saved._replace(key=inputs.k, value=inputs.v, out=saved.out.contiguous())
+    grads = grads._replace(out=grads.out.contiguous())
+    q = inputs.q
+    dq, dk, dv = (_like(x) for x in (q, saved.key, saved.value))
     with device_of(q):
         if q.numel() and any(wanted):
-            given = given._replace(
-                grad_out=given.grad_out.contiguous(), out=given.out.contiguous(), inputs=inputs
-            )
-            query, statistics = _prepared_backward(given)
-            if wanted[1] or wanted[2]:
-                _launch_key_gradients(given, query, statistics, dense[1], dense[2])
-            if wanted[0]:
-                _launch_query_gradients(given, query, statistics, dense[0])
-        gradients = [x if want else q.new_empty(0) for x, want in zip(dense, mask[:3], strict=True)]
-        gradients += [
-            _table_gradient(table, inputs.row_index, x)
-            if want and table is not None
-            else q.new_empty(0)
-            for x, table, want in zip(dense, tables, mask[3:], strict=True)
-        ]
-    dq, dk, dv, dtq, dtk, dtv = gradients
-    return dq, dk, dv, dtq, dtk, dtv
+            query, statistics = _prepared_backward(inputs, saved, grads)
+            if wanted.k or wanted.v or wanted.crayon_k or wanted.crayon_v:
+                _launch_key_gradients(inputs, saved, grads, query, statistics, dk, dv)
+            if wanted.q or wanted.crayon_q:
+                _launch_query_gradients(inputs, saved, grads, query, statistics, dq)
+        return Gradients(
+            q=dq if wanted.q else None,
+            k=dk if wanted.k else None,
+            v=dv if wanted.v else None,
+            crayon_q=_table_gradient(inputs, inputs.crayon_q, dq) if wanted.crayon_q else None,
+            crayon_k=_table_gradient(inputs, inputs.crayon_k, dk) if wanted.crayon_k else None,
+            crayon_v=_table_gradient(inputs, inputs.crayon_v, dv) if wanted.crayon_v else None,
+        )
 
 
 def readable(inputs: AttentionInputs) -> AttentionInputs:
@@ -154,22 +151,23 @@ def prepared(inputs: AttentionInputs, *, query: bool) -> Prepared:
     return ready
 
 
-def result(inputs: AttentionInputs, ready: Prepared, out: Tensor, lse: Tensor) -> ForwardResult:
+def result(inputs: AttentionInputs, ready: Prepared, out: Tensor, lse: Tensor) -> AttentionResult:
     """Return the forward's results; a key or value that did not change is left out."""
     empty = inputs.q.new_empty
     key = ready.key if inputs.changes_key else empty(0)
-    return ForwardResult(out, key, ready.value if inputs.changes_value else empty(0), lse)
+    return AttentionResult(out, key, ready.value if inputs.changes_value else empty(0), lse)
 
 
-def _prepared_backward(given: BackwardInputs) -> tuple[Tensor, Statistics]:
+def _prepared_backward(
+    inputs: AttentionInputs, saved: AttentionSaved, grads: AttentionOutputGrads
+) -> tuple[Tensor, Statistics]:
     """Prepare q again, and the statistics, in one launch."""
-    inputs = given.inputs
     query = inputs.cos is not None or inputs.crayon_q is not None
-    ready = Prepared(_like(inputs.q) if query else inputs.q.contiguous(), inputs.k, inputs.v)
-    lse = given.lse.contiguous()
+    ready = Prepared(_like(inputs.q) if query else inputs.q.contiguous(), saved.key, saved.value)
+    lse = saved.lse.contiguous()
     statistics = Statistics(torch.empty_like(lse), torch.empty_like(lse))
     switches = {"Q": query, "K": False, "V": False}
-    _launch_prepare(inputs, ready, switches, (given.grad_out, given.out, lse), statistics)
+    _launch_prepare(inputs, ready, switches, (grads.out, saved.out, lse), statistics)
     return ready.query, statistics
 
 
@@ -248,10 +246,15 @@ def _launch_attend(inputs: AttentionInputs, ready: Prepared, out: Tensor, lse: T
 
 
 def _launch_key_gradients(
-    given: BackwardInputs, query: Tensor, statistics: Statistics, dk: Tensor, dv: Tensor
+    inputs: AttentionInputs,
+    saved: AttentionSaved,
+    grads: AttentionOutputGrads,
+    query: Tensor,
+    statistics: Statistics,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
-    inputs = given.inputs
-    batch, length, groups, size = inputs.k.shape
+    batch, length, groups, size = saved.key.shape
     plan, switches = _plan(query).key_gradients, _switches(inputs)
     blocks = triton.cdiv(length, plan.keys)
     members = inputs.q.shape[2] // groups
@@ -259,13 +262,13 @@ def _launch_key_gradients(
     parts: tuple[Tensor, ...] = (dk, dv)
     if shares > 1:
         parts = query.new_empty((2, shares, *dk.shape), dtype=torch.float32).unbind()
-    extra = _or(query, given.grad_key, given.grad_value, inputs.cos, inputs.sin)
-    added = {"ADD_KEY": given.grad_key is not None, "ADD_VALUE": given.grad_value is not None}
+    extra = _or(query, grads.key, grads.value, inputs.cos, inputs.sin)
+    added = {"ADD_KEY": grads.key is not None, "ADD_VALUE": grads.value is not None}
     key_gradients_kernel[(batch * groups * shares, blocks)](
         query,
-        inputs.k,
-        inputs.v,
-        given.grad_out,
+        saved.key,
+        saved.value,
+        grads.out,
         *statistics,
         *extra,
         *_or(query, inputs.key_range),
@@ -297,16 +300,20 @@ def _launch_key_gradients(
 
 
 def _launch_query_gradients(
-    given: BackwardInputs, query: Tensor, statistics: Statistics, dq: Tensor
+    inputs: AttentionInputs,
+    saved: AttentionSaved,
+    grads: AttentionOutputGrads,
+    query: Tensor,
+    statistics: Statistics,
+    dq: Tensor,
 ) -> None:
-    inputs = given.inputs
     batch, length, heads, size = query.shape
     plan = _plan(query).query_gradients
     query_gradients_kernel[(batch * heads, triton.cdiv(length, plan.queries))](
         query,
-        inputs.k,
-        inputs.v,
-        given.grad_out,
+        saved.key,
+        saved.value,
+        grads.out,
         *statistics,
         *_or(query, inputs.cos, inputs.sin, inputs.key_range),
         dq,
@@ -317,12 +324,14 @@ def _launch_query_gradients(
     )
 
 
-def _table_gradient(table: Tensor, row_index: Tensor | None, dense: Tensor) -> Tensor:
+def _table_gradient(inputs: AttentionInputs, table: Tensor | None, dense: Tensor) -> Tensor | None:
     """Sum the stored gradient over the tokens of each row."""
-    out = torch.empty_like(table, memory_format=torch.contiguous_format)
-    if row_index is None or dense.numel() == 0 or out.numel() == 0:
+    if table is None:
+        return None
+    out, rows = _like(table), inputs.row_index
+    if rows is None or dense.numel() == 0 or out.numel() == 0:
         return out.zero_()
-    sum_rows(dense.view(row_index.numel(), -1), row_index.view(-1), out.view(out.shape[0], -1))
+    sum_rows(dense.view(rows.numel(), -1), rows.view(-1), out.view(out.shape[0], -1))
     return out
 
 

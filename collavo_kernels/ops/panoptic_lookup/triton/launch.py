@@ -10,7 +10,9 @@ from collavo_kernels._backends import device_of
 from collavo_kernels.ops.panoptic_lookup.inputs import (
     LookupInputs,
     LookupResult,
+    empty_result,
     image_table,
+    row_columns,
     with_packed_lines,
 )
 from collavo_kernels.ops.panoptic_lookup.triton.kernels import finish_rows, lookup_cells
@@ -27,29 +29,19 @@ _captured: list[Tensor] = []
 def forward(inputs: LookupInputs) -> LookupResult:
     """Send the tables, launch the two kernels; nothing waits for the device."""
     device = inputs.device
-    images = len(inputs.counts)
+    images = len(inputs.segment_counts)
+    host = torch.from_numpy(row_columns(inputs))
     rows = inputs.num_rows
     cells = inputs.grid_h * inputs.grid_w
 
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    result = LookupResult(
-        row_index=integers(images, cells),
-        row_class=integers(rows),
-        row_number=integers(rows),
-        row_image=integers(rows),
-        row_segment_id=integers(rows),
-        row_box=torch.empty(rows, 4, device=device),
-        row_area=integers(rows),
-    )
+    result = empty_result(inputs)
     if images == 0:
         return result
     maps = with_packed_lines(inputs.maps)
-    table, columns = _send(inputs, image_table(maps, inputs.counts))
+    table, columns = _send(image_table(maps, inputs.segment_counts), host, device)
     facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
     # The rows of one image are searched: enough halvings for the image with most rows.
-    steps = max(inputs.counts).bit_length()
+    steps = max(inputs.segment_counts).bit_length()
     block = _block_of(inputs)
     with device_of(facts):
         lookup_cells[(images * cells,)](
@@ -75,14 +67,14 @@ def _block_of(inputs: LookupInputs) -> int:
     return int(min(max(triton.next_power_of_2(most), 128), LARGEST_BLOCK))
 
 
-def _send(inputs: LookupInputs, table: Tensor) -> tuple[Tensor, Tensor]:
+def _send(table: Tensor, columns: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Copy both host tables to the device in one asynchronous transfer."""
-    on_gpu = inputs.device.type == "cuda"
-    rows = inputs.num_rows
+    on_gpu = device.type == "cuda"
+    rows = columns.shape[1]
     packed = torch.empty(table.numel() + 2 * rows, dtype=torch.int64, pin_memory=on_gpu)
     packed[: table.numel()] = table.flatten()
-    packed[table.numel() :].view(torch.int32).view(4, rows).copy_(inputs.columns)
+    packed[table.numel() :].view(torch.int32).view(4, rows).copy_(columns)
     if on_gpu and torch.cuda.is_current_stream_capturing():
         _captured.append(packed)
-    sent = packed.to(inputs.device, non_blocking=True)
+    sent = packed.to(device, non_blocking=True)
     return sent[: table.numel()], sent[table.numel() :].view(torch.int32).view(4, rows)

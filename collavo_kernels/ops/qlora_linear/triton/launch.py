@@ -16,9 +16,18 @@ import triton
 from torch import Tensor
 
 from collavo_kernels._backends import device_of
+from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
 from collavo_kernels._rows_triton import sum_rows
-from collavo_kernels.ops.qlora_linear.inputs import GradientMask, QLoRAGradients, QLoRAInputs
+from collavo_kernels.ops.qlora_linear import cpu
+from collavo_kernels.ops.qlora_linear.inputs import (
+    PANELS_DECLINE,
+    Gradients,
+    QLoRAInputs,
+    QLoRAOutputGrads,
+    QLoRAResult,
+    Wanted,
+)
 from collavo_kernels.ops.qlora_linear.triton import tiles as launch
 from collavo_kernels.ops.qlora_linear.triton.backward import (
     factor_kernel,
@@ -55,7 +64,17 @@ class _Epilogue(NamedTuple):
     flags: dict[str, int | bool]
 
 
-def forward(inputs: QLoRAInputs) -> Tensor:
+def declines(inputs: QLoRAInputs) -> str | None:
+    """Say why the backend does not take these inputs, or None."""
+    if (reason := cpu.declines(inputs)) is not None:
+        return reason
+    if inputs.in_panels:
+        return PANELS_DECLINE
+    k = inputs.shape[1]
+    return f"K = {k} is odd: rows start in the middle of a byte" if k % 2 else None
+
+
+def forward(inputs: QLoRAInputs) -> QLoRAResult:
     """Return ``[M, N]`` in x's dtype; nothing waits for the device."""
     x, n = inputs.x.contiguous(), inputs.out_features
     m, half = x.shape[0], x.shape[1] // 2
@@ -103,35 +122,39 @@ def forward(inputs: QLoRAInputs) -> Tensor:
                 **SUM,
                 SPLITS=shares,
             )
-    return out
+    return QLoRAResult(out)
 
 
-def backward(inputs: QLoRAInputs, grad: Tensor, mask: GradientMask) -> QLoRAGradients:
-    """Return the gradients that ``mask`` asks for; ``grad`` is ``[M, N]`` in x's dtype."""
-    grad, x = grad.contiguous(), inputs.x.contiguous()
+def backward(
+    inputs: QLoRAInputs, saved: Nothing, grads: QLoRAOutputGrads, wanted: Wanted
+) -> Gradients:
+    """Return the gradients that are wanted."""
+    grad, x = grads.out.contiguous(), inputs.x.contiguous()
     grad_x, grad_table, grad_bias = None, None, None
     grads_a: list[Tensor | None] = [None] * len(inputs.a)
     grads_b: list[Tensor | None] = [None] * len(inputs.b)
     with device_of(grad):
-        if mask.x or any(mask.a):
+        if wanted.x or any(wanted.a):
             upstream = _hidden(inputs, grad, [b.t() for b in inputs.b])
-            if mask.x:
+            if wanted.x:
                 grad_x = _grad_x(inputs, grad, upstream)
-            for i in (i for i, wanted in enumerate(mask.a) if wanted):
+            for i in (i for i, want in enumerate(wanted.a) if want):
                 out = torch.empty_like(inputs.a[i], memory_format=torch.contiguous_format)
                 grads_a[i] = out
                 _grad_factor(inputs, upstream, x, i, out)
-        if any(mask.b):
+        if any(wanted.b):
             hidden = _hidden(inputs, x, inputs.a)
-            for i in (i for i, wanted in enumerate(mask.b) if wanted):
+            for i in (i for i, want in enumerate(wanted.b) if want):
                 out = torch.empty_like(inputs.b[i], memory_format=torch.contiguous_format)
                 grads_b[i] = out
                 _grad_factor(inputs, hidden, grad, i, out.t())
-        if mask.row_table:
+        if wanted.row_table:
             grad_table = _grad_row_table(inputs, grad)
-        if mask.bias and inputs.bias is not None:
+        if wanted.bias and inputs.bias is not None:
             grad_bias = torch.sum(grad, 0, dtype=torch.float32).to(inputs.bias.dtype)
-    return QLoRAGradients(grad_x, None, grad_table, grad_bias, grads_a, grads_b)
+    return Gradients(
+        x=grad_x, weight=None, a=grads_a, b=grads_b, row_table=grad_table, bias=grad_bias
+    )
 
 
 def _hidden(
