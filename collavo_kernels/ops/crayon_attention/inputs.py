@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+LARGEST_HEAD_DIM = 256  # of kernels for a GPU, and of FlashAttention
+
 
 class AttentionInputs(NamedTuple):
     """What every backend's forward takes; shapes as in ``crayon_attention``."""
