@@ -1,7 +1,9 @@
 """What the launches of all Triton kernels share: constants as one argument.
 
-A kernel takes few arguments: a tuple for each tensor with its strides, which Triton specialises
-element by element as it does single arguments, and ``CONST``, all that the compiler knows.
+A kernel takes few arguments: a tuple for a tensor with its strides and what else belongs together,
+and ``CONST``, all that the compiler knows. Triton specialises a tuple element by element, as it
+does single arguments, and its ``do_not_specialize`` does not reach inside: what must not be
+specialised stays an argument of its own.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def _expand(
     for start in range(0, ranks, CONST.BLOCK_R):
         rank = start + tl.arange(0, CONST.BLOCK_R)
         known = rank < ranks
-        at = weight_row[:, None] * ranks + rank[None, :]
-        left = tl.load(b + at, mask=known[None, :], other=0.0)
+        at = b + weight_row[:, None] * ranks + rank[None, :]
+        left = tl.load(at, mask=known[None, :], other=0.0)
         right = hidden_tile(
             hidden,
             token[None, :] * width + (place + rank)[:, None],
@@ -144,8 +144,8 @@ def _multiply(
     pair = start + tl.arange(0, CHUNK)
     inside = pair < half
     # Bytes past the row are zeros, a code that meets zeros of x.
-    at = weight_row[:, None] * half + pair[None, :]
-    bytes_ = tl.load(packed + at, mask=inside[None, :], other=0)
+    at = packed + weight_row[:, None] * half + pair[None, :]
+    bytes_ = tl.load(at, mask=inside[None, :], other=0)
     at = token[None, :] * half + pair[:, None]
     used = live[None, :] & inside[:, None]
     even = tl.load(even_half + at, mask=used, other=0.0)

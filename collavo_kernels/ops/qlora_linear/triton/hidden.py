@@ -76,14 +76,14 @@ def _take_apart(x, halves, m, k, stretch, CONST: tl.constexpr):
     tl.store(halves + tl.cast(m, tl.int64) * (k // 2) + at, odd, mask=inside)
 
 
-@triton.jit(do_not_specialize=["m", "scaling", "splits", "steps"])
+@triton.jit(do_not_specialize=["m", "splits", "steps"])
 def prepare_kernel(
     x,  # [M, K]
     halves,  # [2, M, K / 2]
     factors,  # of two adapters, [R, K] by their strides
     strides,  # of each factor: to the next rank, to the next column
     ranks,
-    scaling,
+    scaling,  # floats, which are never specialised
     hidden,  # [splits, M, R_0 + R_1]
     mask,  # [M] uint8
     m,
