@@ -29,22 +29,22 @@ class Epilogue(NamedTuple):
     Attributes:
         hidden: ``[HIDDEN_SPLITS, M, R_0 + R_1]``: gated and scaled A x.
         b: Of two adapters, ``[N, R]``.
-        ranks: Theirs.
         table: ``[T, N]``.
-        table_rows: T.
         row_index: ``[M]``.
         bias: ``[N]``.
         errors: ``[1]`` int32.
+        ranks: Of b.
+        table_rows: T.
     """
 
     hidden: Any
     b: Any
-    ranks: Any
     table: Any
-    table_rows: Any
     row_index: Any
     bias: Any
     errors: Any
+    ranks: Any
+    table_rows: Any
 
 
 @triton.jit
@@ -66,8 +66,9 @@ def _expand(
     for start in range(0, ranks, CONST.BLOCK_R):
         rank = start + tl.arange(0, CONST.BLOCK_R)
         known = rank < ranks
-        at = b + weight_row[:, None] * ranks + rank[None, :]
-        left = tl.load(at, mask=known[None, :], other=0.0)
+        left = tl.load(
+            b + weight_row[:, None] * ranks + rank[None, :], mask=known[None, :], other=0.0
+        )
         right = hidden_tile(
             hidden,
             token[None, :] * width + (place + rank)[:, None],
@@ -144,8 +145,9 @@ def _multiply(
     pair = start + tl.arange(0, CHUNK)
     inside = pair < half
     # Bytes past the row are zeros, a code that meets zeros of x.
-    at = packed + weight_row[:, None] * half + pair[None, :]
-    bytes_ = tl.load(at, mask=inside[None, :], other=0)
+    bytes_ = tl.load(
+        packed + weight_row[:, None] * half + pair[None, :], mask=inside[None, :], other=0
+    )
     at = token[None, :] * half + pair[:, None]
     used = live[None, :] & inside[:, None]
     even = tl.load(even_half + at, mask=used, other=0.0)
