@@ -13,28 +13,19 @@ from functools import cache
 import triton.language as tl
 
 
-class Constants:
+class Constants(str):
     """Values that are known when a kernel is compiled; it reads them as attributes.
 
-    Triton hands a kernel its constant as it is, and what is read from it has to be a constant too.
+    As text because Triton looks a compiled kernel up by its constants at every launch, finds its
+    machine code again by them, and hands them to hooks as JSON.
     """
 
-    def __init__(self, values: tuple[tuple[str, int | str], ...]) -> None:
+    def __new__(cls, values: tuple[tuple[str, int | str], ...]) -> Constants:
+        self = super().__new__(cls, ", ".join(f"{name}={value}" for name, value in values))
         for name, value in values:
+            # Triton hands its constant over as it is; what is read from it has to be one too.
             setattr(self, name, tl.constexpr(value))
-        # Triton looks a compiled kernel up by its constants at every launch, and names code by it.
-        self._values = values
-        self._hash = hash(values)
-        self._text = f"Constants({', '.join(f'{name}={value}' for name, value in values)})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constants) and self._values == other._values
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __repr__(self) -> str:
-        return self._text
+        return self
 
 
 def constants(**values: int | str) -> Constants:

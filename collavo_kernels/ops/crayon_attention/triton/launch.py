@@ -259,11 +259,8 @@ def _launch_key_gradients(
     parts: tuple[Tensor, ...] = (dk, dv)
     if shares > 1:
         parts = query.new_empty((2, shares, *dk.shape), dtype=torch.float32).unbind()
-    extra, angles, padded = (
-        _or(query, given.grad_key, given.grad_value),
-        _angles(inputs),
-        tiles.padded(head_dim),
-    )
+    extra = _or(query, given.grad_key, given.grad_value)
+    angles, padded = _angles(inputs), tiles.padded(head_dim)
     added = {"ADD_KEY": given.grad_key is not None, "ADD_VALUE": given.grad_value is not None}
     key_gradients_kernel[(batch * kv_heads * shares, blocks)](
         query,
