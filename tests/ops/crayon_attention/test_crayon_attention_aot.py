@@ -63,53 +63,53 @@ def compiles(
     assert built.warnings == (), facts
 
 
-def attends(size: int, element: str, target: str, switches: bool) -> None:
+def attends(head_dim: int, element: str, target: str, switches: bool) -> None:
     """Compile the three kernels that attend, with every switch on or as a LLaMA trains."""
-    plan = tiles.plan_for(size, 4 if element == "fp32" else 2, KINDS[target])
+    plan = tiles.plan_for(head_dim, 4 if element == "fp32" else 2, KINDS[target])
     names = ("ADD_Q", "ADD_KEY", "ADD_VALUE", "HAS_RANGE", "WINDOW")
     values = dict.fromkeys(names, switches) | {"ROTATE": True, "CAUSAL": True}
     values["SHARED"] = not switches
     values |= {"PRECISION": "ieee" if element == "fp32" else "tf32"}
     for name, kernel in KERNELS.items():
         chosen = getattr(plan, name)
-        known = values | tiles.padded(size) | chosen.blocks
+        known = values | tiles.padded(head_dim) | chosen.blocks
         compiles(kernel, element, target, known, chosen.options)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("size", "switches"), [(64, True), (80, True), (96, False), (128, False), (256, False)]
+    ("head_dim", "switches"), [(64, True), (80, True), (96, False), (128, False), (256, False)]
 )
-def test_attention_fits(size: int, switches: bool, target: str) -> None:
+def test_attention_fits(head_dim: int, switches: bool, target: str) -> None:
     """80 and 96 take 128's tiles and more registers for their masks, so 80 has 128's switches;
     float16 is as wide as bfloat16. Without a switch other registers are free, not more of them."""
-    attends(size, "bf16", target, switches)
+    attends(head_dim, "bf16", target, switches)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("size", [64, 128, 256])
-def test_attention_fits_in_float32(size: int, target: str) -> None:
-    attends(size, "fp32", target, True)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_fits_in_float32(head_dim: int, target: str) -> None:
+    attends(head_dim, "fp32", target, True)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("size", "element"), [(128, "bf16"), (256, "fp32")])
-def test_passes_over_tokens_fit(size: int, element: str, target: str) -> None:
+@pytest.mark.parametrize(("head_dim", "element"), [(128, "bf16"), (256, "fp32")])
+def test_passes_over_tokens_fit(head_dim: int, element: str, target: str) -> None:
     """With everything on at once, which no launch of the preparation asks for."""
     names = ("Q", "K", "V", "STATISTICS", "ROTATE", "ADD_Q", "ADD_K", "ADD_V", "HAS_RANGE")
-    values = dict.fromkeys(names, True) | tiles.preparation(size) | tiles.padded(size)
+    values = dict.fromkeys(names, True) | tiles.preparation(head_dim) | tiles.padded(head_dim)
     compiles(launch.prepare_kernel, element, target, values, {})
     values |= {"ADD_KEY": True, "ADD_VALUE": True}
     compiles(launch.sum_shares_kernel, element, target, values, {})
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
-@pytest.mark.parametrize("size", [2, 6, 64, 80, 96, 128, 130, 256])
-def test_every_head_dim_has_tiles(size: int, kind: str) -> None:
-    half = tiles.half_of(size)
-    assert size // 2 <= half <= 128 and half & (half - 1) == 0
+@pytest.mark.parametrize("head_dim", [2, 6, 64, 80, 96, 128, 130, 256])
+def test_every_head_dim_has_tiles(head_dim: int, kind: str) -> None:
+    half = tiles.half_of(head_dim)
+    assert head_dim // 2 <= half <= 128 and half & (half - 1) == 0
     for bytes_ in (2, 4):
-        for each in tiles.plan_for(size, bytes_, kind):
+        for each in tiles.plan_for(head_dim, bytes_, kind):
             assert max(each.queries, each.keys) <= tiles.LARGEST_BLOCK
             assert min(each.queries, each.keys) >= tiles.SMALLEST_BLOCK
 

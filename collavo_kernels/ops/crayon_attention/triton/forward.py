@@ -3,6 +3,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -22,7 +24,7 @@ from collavo_kernels.ops.crayon_attention.triton.parts import (
     visible_to,
 )
 
-_LN_2 = tl.constexpr(0.6931471805599453)
+_LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit

@@ -7,6 +7,7 @@ of each query, then computes the gradients of keys and values, of queries, and o
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from collavo_kernels.ops.crayon_attention.triton.parts import Angles, Heads
 from collavo_kernels.ops.crayon_attention.triton.prepare import prepare_kernel
 
 _LARGEST_GRID = 65535  # a launch's second dimension: heads while preparing, then blocks of tokens
-_LOG2_E = 1.4426950408889634
+_LOG2_E = math.log2(math.e)
 _CONTIGUOUS = ("cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index", "key_range")
 
 

@@ -3,6 +3,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -17,7 +19,7 @@ from collavo_kernels.ops.crayon_attention.triton.parts import (
     valid_range,
 )
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit

@@ -13,12 +13,11 @@ from collavo_kernels.ops.panoptic_lookup.inputs import (
     image_table,
     with_packed_lines,
 )
-from collavo_kernels.ops.panoptic_lookup.triton.kernels import finish_rows, lookup_cells
+from collavo_kernels.ops.panoptic_lookup.triton.kernels import FACTS, finish_rows, lookup_cells
 
 LARGEST_BLOCK = 1024  # pixels a program looks at together; a cell may have more
 PIXELS_PER_WARP = 256
 ROWS = 256  # rows a program of the second kernel writes
-FACTS = 5  # area, then the distances of the box's edges from the opposite sides
 
 # Host buffers whose copy a CUDA graph replays: they must outlive the graph.
 _captured: list[Tensor] = []
@@ -47,7 +46,7 @@ def forward(inputs: LookupInputs) -> LookupResult:
         return result
     maps = with_packed_lines(inputs.maps)
     table, columns = _send(inputs, image_table(maps, inputs.counts))
-    facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
+    facts = torch.zeros(rows, FACTS.value, dtype=torch.int32, device=device)
     # The rows of one image are searched: enough halvings for the image with most rows.
     steps = max(inputs.counts).bit_length()
     block = _block_of(inputs)
