@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 
 NO_ID = tl.constexpr(2**31 - 1)
+# Of a row: area, then the distances of the box's edges from the opposite sides.
+FACTS = tl.constexpr(5)
+# Of an image: address, coloured, height, width, line stride, first row, rows.
+_IMAGE = tl.constexpr(7)
 
 
 @triton.jit
@@ -63,7 +67,7 @@ def _add_facts(fact, area, from_right, from_bottom, right, bottom):
 
 @triton.jit
 def lookup_cells(
-    images,  # [B, 7] int64: address, coloured, height, width, line stride, first row, rows
+    images,  # [B, 7] int64
     row_ids,  # [T] int32
     row_index,  # [B, grid_h * grid_w] int32
     facts,  # [T, 5] int32, zeros
@@ -76,7 +80,7 @@ def lookup_cells(
     """Write one cell's row; add the pixels that belong to no other cell to their rows' facts."""
     program = tl.program_id(0)
     cells = grid_h * grid_w
-    entry = images + program // cells * 7
+    entry = images + program // cells * _IMAGE
     cell = program % cells
     i = cell // grid_w
     j = cell % grid_w
@@ -88,7 +92,7 @@ def lookup_cells(
     first_row = tl.load(entry + 5)
     rows = tl.load(entry + 6).to(tl.int32)
     ids_here = row_ids + first_row
-    facts_here = facts + first_row * 5
+    facts_here = facts + first_row * FACTS
 
     top = i * height // grid_h
     left = j * width // grid_w
@@ -125,7 +129,7 @@ def lookup_cells(
     owned_total = (owned_bottom - top) * (owned_right - left)
     if smallest == largest:
         best_row = _row_of(ids_here, smallest, rows, STEPS)
-        fact = facts_here + best_row * 5
+        fact = facts_here + best_row * FACTS
         _add_facts(fact, owned_total, width - left, height - top, owned_right, owned_bottom)
     else:
         known = 0  # pixels of listed ids, and those of them that are no other cell's
@@ -162,7 +166,7 @@ def lookup_cells(
                 later = inside & (ids >= after) & (ids > candidate)
                 following = tl.minimum(following, tl.min(tl.where(later, ids, NO_ID)))
                 start += BLOCK
-            fact = facts_here + place * 5
+            fact = facts_here + place * FACTS
             _add_facts(fact, area, from_right, from_bottom, right, bottom)
             known += count
             known_area += area
@@ -203,12 +207,12 @@ def finish_rows(
     segment = tl.load(columns + 3 * total + row, mask=live, other=0)
     tl.store(row_image + row, image, mask=live)
     tl.store(row_segment_id + row, segment, mask=live)
-    fact = facts + row * 5
+    fact = facts + row * FACTS
     area = tl.load(fact, mask=live, other=0)
     tl.store(row_area + row, area, mask=live)
     boxed = live & (segment > 0) & (area > 0)
-    height = tl.load(images + image.to(tl.int64) * 7 + 2, mask=live, other=1).to(tl.int32)
-    width = tl.load(images + image.to(tl.int64) * 7 + 3, mask=live, other=1).to(tl.int32)
+    height = tl.load(images + image.to(tl.int64) * _IMAGE + 2, mask=live, other=1).to(tl.int32)
+    width = tl.load(images + image.to(tl.int64) * _IMAGE + 3, mask=live, other=1).to(tl.int32)
     x0 = width - tl.load(fact + 1, mask=live, other=0)
     y0 = height - tl.load(fact + 2, mask=live, other=0)
     x1 = tl.load(fact + 3, mask=live, other=0)

@@ -19,6 +19,7 @@ from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
 from collavo_kernels._rows_triton import sum_rows
+from collavo_kernels._triton import constants
 from collavo_kernels.ops.qlora_linear import cpu
 from collavo_kernels.ops.qlora_linear.inputs import (
     PANELS_DECLINE,
@@ -33,15 +34,18 @@ from collavo_kernels.ops.qlora_linear.triton.backward import (
     factor_kernel,
     grad_x_kernel,
 )
-from collavo_kernels.ops.qlora_linear.triton.forward import linear_kernel, sum_kernel
+from collavo_kernels.ops.qlora_linear.triton.forward import Epilogue, linear_kernel, sum_kernel
 from collavo_kernels.ops.qlora_linear.triton.hidden import prepare_kernel
 
 _MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
-# Constants and options of kernels whose tiles do not depend on the call.
-SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-PREPARE = {"BLOCK_P": 128, "num_warps": 4, "num_stages": 3}
-FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
+# Constants of kernels whose tiles do not depend on the call, and options of their launches.
 LINEAR = {"BLOCK_R": 16, "GROUP": 8}
+SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16}
+SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
+PREPARE = {"BLOCK_P": 128}
+PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
+FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64}
+FACTOR_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
 class Hidden(NamedTuple):
@@ -54,14 +58,6 @@ class Hidden(NamedTuple):
 
     values: Tensor
     splits: int
-
-
-class _Epilogue(NamedTuple):
-    """What the kernels that store the output take beside the sum, in their parameters' order."""
-
-    tensors: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    flags: dict[str, int | bool]
 
 
 unavailable = triton_reason
@@ -92,38 +88,29 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
     split = shares > 1 or launch.must_split(tiles)
     target = x.new_empty((shares, m, n), dtype=torch.float32) if split else out
     with device_of(out):
-        epilogue = _epilogue(inputs, x, _hidden(inputs, x, inputs.a, halves))
+        epilogue, present = _epilogue(inputs, x, _hidden(inputs, x, inputs.a, halves))
+        known = launch.facts_of(inputs) | tiles.blocks
         linear_kernel[(grid, shares)](
             halves,
-            *launch.weight_of(inputs),
-            *epilogue.tensors,
+            launch.weight_of(inputs),
+            epilogue,
             target,
             m,
             n,
             launch.units_of(inputs),
-            *epilogue.sizes,
             steps,
-            **launch.facts_of(inputs),
-            **epilogue.flags,
-            **LINEAR,
-            SPLIT=split,
-            BLOCK_M=tiles.tokens,
-            BLOCK_N=tiles.rows,
-            CHUNKS=tiles.chunks,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            constants(**known, **present, **LINEAR, SPLIT=split),
+            **tiles.options,
         )
         if split:
             sum_kernel[(triton.cdiv(m, SUM["BLOCK_M"]), triton.cdiv(n, SUM["BLOCK_N"]))](
                 target,
-                *epilogue.tensors,
+                epilogue,
                 out,
                 m,
                 n,
-                *epilogue.sizes,
-                **epilogue.flags,
-                **SUM,
-                SPLITS=shares,
+                constants(**present, **SUM, SPLITS=shares),
+                **SUM_OPTIONS,
             )
     return QLoRAResult(out)
 
@@ -182,44 +169,40 @@ def _hidden(
     work = rank_tiles * splits
     work += 0 if halves is None else triton.cdiv(k // 2, PREPARE["BLOCK_P"])
     if work:
-        first, second = launch.two(factors, x)
+        pair = launch.two(factors, x)
+        blocks = {"BLOCK_M": tokens, "BLOCK_R": ranks, "BLOCK_K": columns, **PREPARE}
         prepare_kernel[(triton.cdiv(m, tokens), work)](
             x,
             x if halves is None else halves,
-            first,
-            second,
+            pair,
+            tuple((each.stride(0), each.stride(1)) for each in pair),
+            launch.two(counts, 0),
+            launch.two(inputs.scaling, 0.0),
             values,
             x if mask is None else mask.contiguous(),
             m,
             k,
-            *launch.two(counts, 0),
-            first.stride(0),
-            second.stride(0),
-            first.stride(1),
-            second.stride(1),
-            *launch.two(inputs.scaling, 0.0),
             splits,
             steps,
-            HAS_MASK=mask is not None,
-            BLOCK_M=tokens,
-            BLOCK_R=ranks,
-            BLOCK_K=columns,
-            **PREPARE,
+            constants(HAS_MASK=mask is not None, **blocks),
+            **PREPARE_OPTIONS,
         )
     return Hidden(values, splits) if joined is None else Hidden(joined, 1)
 
 
-def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> _Epilogue:
+def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> tuple[Epilogue, dict[str, int]]:
+    """Return what is added to the product, and the constants that say which of it there is."""
     factors, ranks = launch.beside(inputs.b, 1, x)
-    table, index, bias = inputs.row_table, inputs.row_index, inputs.bias
-    rest = [x if each is None else each.contiguous() for each in (table, index, bias)]
-    flags = {
-        "HAS_TABLE": table is not None,
-        "HAS_BIAS": bias is not None,
+    given = inputs.row_table, inputs.row_index, inputs.bias
+    table, index, bias = (x if each is None else each.contiguous() for each in given)
+    rows = 0 if inputs.row_table is None else table.shape[0]
+    errors = error_word(x.device)
+    present = {
+        "HAS_TABLE": inputs.row_table is not None,
+        "HAS_BIAS": inputs.bias is not None,
         "HIDDEN_SPLITS": hidden.splits,
     }
-    rows = 0 if table is None else table.shape[0]
-    return _Epilogue((hidden.values, *factors, *rest, error_word(x.device)), (*ranks, rows), flags)
+    return Epilogue(hidden.values, factors, table, index, bias, errors, ranks, rows), present
 
 
 def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
@@ -230,21 +213,16 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
     grid = triton.cdiv(m, tiles.tokens) * triton.cdiv(k // 2, tiles.pairs)
     grad_x_kernel[(grid,)](
         grad,
-        *launch.weight_of(inputs),
+        launch.weight_of(inputs),
         upstream.values,
-        *factors,
+        factors,
+        ranks,
         out,
         m,
         n,
         launch.units_of(inputs),
-        *ranks,
-        **launch.facts_of(inputs),
-        **LINEAR,
-        BLOCK_M=tiles.tokens,
-        BLOCK_N=tiles.rows,
-        BLOCK_P=tiles.pairs,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        constants(**launch.facts_of(inputs), **LINEAR, **tiles.blocks),
+        **tiles.options,
     )
     return out
 
@@ -263,15 +241,14 @@ def _grad_factor(
         value,
         value if mask is None else mask.contiguous(),
         out,
+        out.stride(),
         m,
         columns,
         ranks[adapter],
         sum(ranks[:adapter]),
         sum(ranks),
-        *out.stride(),
-        BIT=adapter,
-        HAS_MASK=mask is not None,
-        **FACTOR,
+        constants(BIT=adapter, HAS_MASK=mask is not None, **FACTOR),
+        **FACTOR_OPTIONS,
     )
 
 
