@@ -132,7 +132,7 @@ def test_heads_are_shared_out_where_programs_are_few(monkeypatch: pytest.MonkeyP
 def test_what_a_launch_cannot_hold_is_declined_or_copied() -> None:
     """Heads of all samples, or blocks of tokens, are a launch's second dimension, which ends at
     65535; offsets of a block are int32."""
-    case = AttentionCase("big", "", 2, 1, heads=32, groups=32, size=2, images=())
+    case = AttentionCase("big", "", 2, 1, heads=32, kv_heads=32, head_dim=2, images=())
     inputs = case.make(torch.float32)
     many = inputs.q.to("meta").expand(2, 1, 32, 2).repeat(1024, 1, 1, 1)
     assert launch.declines(inputs) is None
@@ -140,7 +140,7 @@ def test_what_a_launch_cannot_hold_is_declined_or_copied() -> None:
     long = inputs.q.to("meta").expand(2, 1, 32, 2)[:, :, :1].expand(2, 2**20, 1, 2)
     assert "1048560 tokens" in (launch.declines(inputs._replace(q=long)) or "")
     assert "float64" in (launch.declines(case.make(torch.float64)) or "")
-    wide = AttentionCase("wide", "", 1, 1, heads=1, groups=1, size=258, images=())
+    wide = AttentionCase("wide", "", 1, 1, heads=1, kv_heads=1, head_dim=258, images=())
     assert "256" in (launch.declines(wide.make(torch.float32)) or "")
     far_heads = torch.empty_strided((1, 2, 4, 8), (2**33, 8, 2**30, 1), device="meta")
     far_tokens = torch.empty_strided((1, 2, 4, 8), (2**33, 2**25, 8, 1), device="meta")
@@ -150,7 +150,7 @@ def test_what_a_launch_cannot_hold_is_declined_or_copied() -> None:
 
 
 def test_a_window_that_hides_nothing_is_none() -> None:
-    case = AttentionCase("window", "", length=8, size=2, images=(), window=7)
+    case = AttentionCase("window", "", length=8, head_dim=2, images=(), window=7)
     inputs = case.make(torch.float32)
     assert launch.readable(inputs).window == 7
     for window in (8, 2**40):

@@ -29,7 +29,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAResult,
     Wanted,
 )
-from collavo_kernels.ops.qlora_linear.triton import tiles as launch
+from collavo_kernels.ops.qlora_linear.triton import tiles
 from collavo_kernels.ops.qlora_linear.triton.backward import (
     factor_kernel,
     grad_x_kernel,
@@ -79,28 +79,28 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
     m, half = x.shape[0], x.shape[1] // 2
     out = x.new_empty((m, n))
     halves = x.new_empty((2, m, half))
-    tiles = launch.tiles_for(inputs)
-    grid = launch.grid_of(tiles, m, n)
-    wanted = launch.processors(x.device) * tiles.resident // grid
-    most = _MOST_SHARES if launch.may_split(tiles) else 1
-    steps = triton.cdiv(half, tiles.chunks * launch.CHUNK)
-    shares, steps = launch.shares_of(steps, min(most, wanted))
-    split = shares > 1 or launch.must_split(tiles)
+    chosen = tiles.tiles_for(inputs)
+    grid = tiles.grid_of(chosen, m, n)
+    wanted = tiles.processors(x.device) * chosen.resident // grid
+    most = _MOST_SHARES if tiles.may_split(chosen) else 1
+    steps = triton.cdiv(half, chosen.chunks * tiles.CHUNK)
+    shares, steps = tiles.shares_of(steps, min(most, wanted))
+    split = shares > 1 or tiles.must_split(chosen)
     target = x.new_empty((shares, m, n), dtype=torch.float32) if split else out
     with device_of(out):
         epilogue, present = _epilogue(inputs, x, _hidden(inputs, x, inputs.a, halves))
-        known = launch.facts_of(inputs) | tiles.blocks
+        known = tiles.facts_of(inputs) | chosen.blocks
         linear_kernel[(grid, shares)](
             halves,
-            launch.weight_of(inputs),
+            tiles.weight_of(inputs),
             epilogue,
             target,
             m,
             n,
-            launch.units_of(inputs),
+            tiles.units_of(inputs),
             steps,
             constants(**known, **present, **LINEAR, SPLIT=split),
-            **tiles.options,
+            **chosen.options,
         )
         if split:
             sum_kernel[(triton.cdiv(m, SUM["BLOCK_M"]), triton.cdiv(n, SUM["BLOCK_N"]))](
@@ -153,31 +153,31 @@ def _hidden(
     """Multiply x by every factor ``[R, K]`` of any strides; take x apart into ``halves``."""
     (m, k), mask = x.shape, inputs.adapter_mask
     joined = None
-    if len(factors) > launch.READ_IN_PLACE:
+    if len(factors) > tiles.READ_IN_PLACE:
         products = [F.linear(x, each.to(x.dtype)) for each in factors]
-        gated = [launch.gate(inputs, i, each) for i, each in enumerate(products)]
+        gated = [tiles.gate(inputs, i, each) for i, each in enumerate(products)]
         joined, factors = torch.cat(gated, dim=1), ()
-    tokens, ranks, columns = launch.hidden_tiles(m, x.dtype)
+    tokens, ranks, columns = tiles.hidden_tiles(m, x.dtype)
     counts = [each.shape[0] for each in factors]
     rank_tiles = sum(triton.cdiv(count, ranks) for count in counts)
-    wanted = launch.processors(x.device) // max(1, rank_tiles * triton.cdiv(m, tokens))
+    wanted = tiles.processors(x.device) // max(1, rank_tiles * triton.cdiv(m, tokens))
     # The backward has many tokens, and readers that should not add shares.
     most = 1 if halves is None else _MOST_HIDDEN_SHARES
-    splits, steps = launch.shares_of(triton.cdiv(k, columns), min(most, wanted))
+    splits, steps = tiles.shares_of(triton.cdiv(k, columns), min(most, wanted))
     kind = torch.float32 if splits > 1 else x.dtype
     values = x.new_empty((splits, m, sum(counts)), dtype=kind)
     work = rank_tiles * splits
     work += 0 if halves is None else triton.cdiv(k // 2, PREPARE["BLOCK_P"])
     if work:
-        pair = launch.two(factors, x)
+        pair = tiles.two(factors, x)
         blocks = {"BLOCK_M": tokens, "BLOCK_R": ranks, "BLOCK_K": columns, **PREPARE}
         prepare_kernel[(triton.cdiv(m, tokens), work)](
             x,
             x if halves is None else halves,
             pair,
             tuple((each.stride(0), each.stride(1)) for each in pair),
-            launch.two(counts, 0),
-            launch.two(inputs.scaling, 0.0),
+            tiles.two(counts, 0),
+            tiles.two(inputs.scaling, 0.0),
             values,
             x if mask is None else mask.contiguous(),
             m,
@@ -192,7 +192,7 @@ def _hidden(
 
 def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> tuple[Epilogue, dict[str, int]]:
     """Return what is added to the product, and the constants that say which of it there is."""
-    factors, ranks = launch.beside(inputs.b, 1, x)
+    factors, ranks = tiles.beside(inputs.b, 1, x)
     given = inputs.row_table, inputs.row_index, inputs.bias
     table, index, bias = (x if each is None else each.contiguous() for each in given)
     rows = 0 if inputs.row_table is None else table.shape[0]
@@ -208,21 +208,21 @@ def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> tuple[Epilogue,
 def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
     (n, k), m = inputs.shape, grad.shape[0]
     out = grad.new_empty((m, k))
-    factors, ranks = launch.beside(inputs.a, 0, grad)
-    tiles = launch.gradient_tiles_for(inputs)
-    grid = triton.cdiv(m, tiles.tokens) * triton.cdiv(k // 2, tiles.pairs)
+    factors, ranks = tiles.beside(inputs.a, 0, grad)
+    chosen = tiles.gradient_tiles_for(inputs)
+    grid = triton.cdiv(m, chosen.tokens) * triton.cdiv(k // 2, chosen.pairs)
     grad_x_kernel[(grid,)](
         grad,
-        launch.weight_of(inputs),
+        tiles.weight_of(inputs),
         upstream.values,
         factors,
         ranks,
         out,
         m,
         n,
-        launch.units_of(inputs),
-        constants(**launch.facts_of(inputs), **LINEAR, **tiles.blocks),
-        **tiles.options,
+        tiles.units_of(inputs),
+        constants(**tiles.facts_of(inputs), **LINEAR, **chosen.blocks),
+        **chosen.options,
     )
     return out
 
