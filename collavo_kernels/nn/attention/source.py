@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from collavo_kernels.ops.crayon_attention.inputs import LARGEST_HEAD_DIM
+
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The linear layers of a LLaMA-shaped attention, by the names that its checkpoints have."""
-
-MAX_HEAD_DIM = 256
-"""The largest D that every backend of ``crayon_attention`` takes."""
 
 SOURCES = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 
@@ -50,8 +49,10 @@ def refuse_config(config: Any) -> None:
             f"config.partial_rotary_factor: expected 1 (all of a head rotates), got {partial}"
         )
     dim = head_dim(config)
-    if dim % 2 or not 0 < dim <= MAX_HEAD_DIM:
-        raise ValueError(f"config.head_dim: expected an even size up to {MAX_HEAD_DIM}, got {dim}")
+    if dim % 2 or not 0 < dim <= LARGEST_HEAD_DIM:
+        raise ValueError(
+            f"config.head_dim: expected an even size up to {LARGEST_HEAD_DIM}, got {dim}"
+        )
     heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
     if heads % kv_heads:
         raise ValueError(

@@ -24,8 +24,8 @@ from collavo_kernels.nn.attention.masks import (
     read_prefill_mask,
     visible_keys,
 )
-from collavo_kernels.nn.attention.source import MAX_HEAD_DIM
 from collavo_kernels.ops.crayon_attention import crayon_attention
+from collavo_kernels.ops.crayon_attention.inputs import LARGEST_HEAD_DIM
 
 NAME = "crayon"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -209,7 +209,7 @@ def crayon_attention_forward(
 def _serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tell whether the operator takes these; the shapes of q and k fit where a model made them."""
     head_dim = query.shape[3]
-    if key.shape != value.shape or head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
+    if key.shape != value.shape or head_dim % 2 or not 0 < head_dim <= LARGEST_HEAD_DIM:
         return False
     if query.dtype not in _DTYPES:
         return False
