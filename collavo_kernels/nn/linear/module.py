@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collavo_kernels._validation import REFERENCE_DTYPES, expect_choice, expect_tensor
-from collavo_kernels.nn.linear import peft as peft_exchange
+from collavo_kernels.nn.linear import peft
 from collavo_kernels.nn.linear.frozen import NF4Base
 from collavo_kernels.ops.qlora_linear import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
 from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
@@ -347,7 +347,7 @@ class DualQLoRALinear(NF4Base):
                 lora_bias or fan_in_fan_out.
         """
         own = self.adapter(slot)
-        a, b, scaling = peft_exchange.read_factors(state, config, module_name)
+        a, b, scaling = peft.read_factors(state, config, module_name)
         if a.shape[1] != self.in_features or b.shape[0] != self.out_features:
             raise ValueError(
                 f"{module_name or 'adapter'}: expected lora_A [R, {self.in_features}] and lora_B "
@@ -363,7 +363,7 @@ class DualQLoRALinear(NF4Base):
     def peft_state_dict(self, slot: str, module_name: str = "") -> dict[str, Tensor]:
         """Return one adapter under the keys that PEFT saves."""
         own = self.adapter(slot)
-        keys = peft_exchange.factor_keys(module_name)
+        keys = peft.factor_keys(module_name)
         return dict(zip(keys, (own.a.detach(), own.b.detach()), strict=True))
 
     def extra_repr(self) -> str:
