@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.cold import COLD
+from benchmarks.caches import COLD
+from benchmarks.ops.qlora_linear_cases import FLOAT32_ADAPTERS
 from benchmarks.plot_style import COLOURS, pyplot, write
-from benchmarks.qlora_problem import FLOAT32_ADAPTERS
 
 # Bars, at most, and at least where a device's picture is to be drawn.
 MOST, LEAST = 8, 3
@@ -44,7 +44,7 @@ class Pair:
 
     def is_ours(self, provider: str) -> bool:
         """Whether this is our provider of the pair, on any backend."""
-        return re.fullmatch(f"ours(:(cpu|triton|cuda))?{self.ending}", provider) is not None
+        return re.fullmatch(f"ours(:(cpu|triton|cuda|library))?{self.ending}", provider) is not None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The packages we are measured beside: which are importable here, and why the others are not.
 
-A benchmark of a peer begins with ``peers.require("bitsandbytes")``: it returns the module, or skips
-the benchmark with the reason. The run's summary names those present and those absent.
+A provider of a peer begins with ``peers.require("bitsandbytes")``: it returns the module, or says
+why the provider is not there. The run's summary names those present and those absent.
 
 On a processor with AVX-512 BF16 bitsandbytes takes its 4-bit product from a kernel on the Hugging
 Face hub if ``kernels`` is installed and the hub answers, else from its own library; the two differ.
@@ -15,8 +15,9 @@ import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
-import pytest
 import torch
+
+from benchmarks.registry import Unavailable
 
 HUB_KERNEL = ("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward_kernel")
 
@@ -79,11 +80,11 @@ PEERS = {
 
 
 def require(name: str) -> ModuleType:
-    """Return the peer's module; skip the running benchmark, with the reason, where it is absent."""
+    """Return the peer's module; raises ``Unavailable`` with the reason where it is absent."""
     peer = PEERS[name]
     reason = peer.absent()
     if reason is not None:
-        pytest.skip(f"{name}: {reason}")
+        raise Unavailable(f"{name}: {reason}")
     return importlib.import_module(peer.module)
 
 

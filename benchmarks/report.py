@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-
-import torch
-
-from collavo_kernels.info import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 HEADERS = (
@@ -97,50 +91,6 @@ COLUMNS = tuple(field.name for field in fields(Measurement))
 LATER_COLUMNS = ("wall_ms", "timed")
 
 
-def device_name(device: torch.device) -> str:
-    """Name the device as its maker does, e.g. ``NVIDIA H200`` or ``AMD EPYC 9654``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return processor_name()
-
-
-def isa(device: torch.device | None = None) -> str:
-    """Return the widest instruction set that torch uses on the CPU; empty for a GPU."""
-    if device is not None and device.type != "cpu":
-        return ""
-    return str(torch.backends.cpu.get_cpu_capability()).lower()
-
-
-def facts(device: torch.device) -> dict[str, str | int]:
-    """Say where and with what a measurement was made."""
-    try:
-        import triton
-
-        triton_version = str(triton.__version__)
-    except ImportError:
-        triton_version = ""
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "isa": isa(device),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-        )
-    except OSError:
-        return ""
-    return result.stdout.strip()
-
-
 def format_time(milliseconds: float) -> str:
     """Return the time with the unit that reads best: us, ms or s."""
     if milliseconds < 1:
@@ -182,10 +132,15 @@ def markdown_table(rows: Sequence[Measurement]) -> str:
     """
     order = list(dict.fromkeys(row.key[:-1] for row in rows))
     ranked = sorted(rows, key=lambda row: (order.index(row.key[:-1]), row.p50_ms))
-    lines = [[*HEADERS, *HEADERS_END], *(_cells(row) for row in ranked)]
+    lines: list[list[str]] = [[*HEADERS, *HEADERS_END], *(_cells(row) for row in ranked)]
     if any(row.wall_ms is not None for row in rows):
         walls = ("" if row.wall_ms is None else format_time(row.wall_ms) for row in ranked)
         lines = [[*line, end] for line, end in zip(lines, (HEADER_GPU, *walls), strict=True)]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as a markdown table whose columns stand below each other."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
     def join(cells: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import headline, report
-from benchmarks.qlora_problem import FLOAT32_ADAPTERS
+from benchmarks.ops.qlora_linear_cases import FLOAT32_ADAPTERS
 from benchmarks.results_tables import OURS, TABLES, Rows, Table, fastest
 from collavo.demo import seeds
 from collavo.demo.report import ROWS

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks import report
-from benchmarks.cold import COLD
+from benchmarks.caches import COLD
 from benchmarks.headline import MODEL
-from benchmarks.qlora_problem import FLOAT32_ADAPTERS
+from benchmarks.ops.qlora_linear_cases import FLOAT32_ADAPTERS
 
 Rows = Sequence[report.Measurement]
-OURS = "ours(:(cpu|triton|cuda))?"
+OURS = "ours(:(cpu|triton|cuda|library))?"
 
 
 @dataclass(frozen=True)

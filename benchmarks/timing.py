@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -13,11 +14,17 @@ import torch
 # Each of the blocks of rounds that a benchmark with the argument ``turn`` is measured in.
 TURNS = 3
 SLOW = 0.5
+# Turns that this tree and the base of a comparison take; of long calls at least so many.
+BASE_TURNS, LEAST_BASE_TURNS = 10, 4
+# A comparison ends early when it has taken so many times what it may.
+OVERDRAWN = 5
 # Of calls that long so many rounds are enough.
 LONG, LONG_ROUNDS = 1.0, 3
 # Calls in one graph, or between two events: what starts and ends a graph is a fifth of a short one.
 CALLS = 20
 WALL_CALLS = 100
+# Times stretches of so many seconds; returns seconds per call.
+Stretch = Callable[[float], list[float]]
 
 
 class GpuTimes(NamedTuple):
@@ -51,7 +58,7 @@ def rounds_of(
         budget: Seconds that the rounds may take, unless ``least`` rounds take longer.
         least: Fewest rounds; one where a call takes more than half a second and ``least`` is
             below five, three where one takes more than a second.
-        before: Run before each call, outside of the time; see ``cold.py``.
+        before: Run before each call, outside of the time; see ``caches.py``.
     """
     if benchmark.disabled:
         benchmark.pedantic(fn)
@@ -105,6 +112,85 @@ def gpu_times(fn: Callable[[], object], budget: float, *, capture: bool = True) 
     return GpuTimes(
         [each / calls for each in seconds], wall, "events" if graph is None else "graph"
     )
+
+
+class Sampler:
+    """Times a call in stretches, between which another process can have the machine.
+
+    Args:
+        fn: What to time.
+        device: Where it runs.
+        capture: Whether a CUDA graph may hold it.
+        before: Runs before each call, outside of the time.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[], object],
+        device: torch.device,
+        *,
+        capture: bool = True,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self.fn, self.before, self.method = fn, before, ""
+        self.gpu = device.type == "cuda"
+        fn()
+        if not self.gpu:
+            self.once = max(_seconds(fn), 1e-7)
+            self.calls = 1 if before else max(1, math.ceil(1e-4 / self.once))
+            return
+        self.calls, self.once = CALLS, wall_seconds(fn, 3)
+        graph = _captured(fn, CALLS) if capture else None
+        self.method = "events" if graph is None else "graph"
+        self.work = self._all if graph is None else graph.replay
+
+    def _all(self) -> None:
+        for _ in range(self.calls):
+            self.fn()
+
+    def stretch(self, seconds: float) -> list[float]:
+        """Return seconds per call, of at least one round and of as many as fit into a time."""
+        if self.gpu:
+            rounds = max(1, int(seconds / (self.calls * self.once)))
+            return [each / self.calls for each in _event_seconds(self.work, rounds)]
+        if self.once < SLOW:
+            self.fn()  # the other process has had the caches
+        found: list[float] = []
+        collecting = gc.isenabled()
+        gc.disable()  # the two sides hold more and less that is to be looked through
+        end = time.perf_counter() + seconds
+        try:
+            while not found or time.perf_counter() < end:
+                if self.before:
+                    self.before()
+                found.append(_seconds(self._all) / self.calls)
+        finally:
+            if collecting:
+                gc.enable()
+        return found
+
+
+def take_turns(
+    here: Stretch, base: Stretch, budget: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Let two sides time stretches in turns, one at a time; return a list per turn of each.
+
+    Who begins alternates, so that neither always has the other's leavings in the caches.
+
+    Args:
+        here: Times this tree.
+        base: Times the other commit.
+        budget: Seconds that each side may take.
+    """
+    found: tuple[list[list[float]], list[list[float]]] = ([], [])
+    sides = list(zip((here, base), found, strict=True))
+    latest = time.perf_counter() + 2 * OVERDRAWN * budget
+    for turn in range(BASE_TURNS):
+        if turn >= LEAST_BASE_TURNS and turn % 2 == 0 and time.perf_counter() > latest:
+            break
+        for stretch, times in sides if turn % 2 == 0 else reversed(sides):
+            times.append(stretch(budget / BASE_TURNS))
+    return found
 
 
 def wall_seconds(fn: Callable[[], object], calls: int) -> float:

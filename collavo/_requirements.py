@@ -6,9 +6,11 @@ first name it lacks. Maps, drawings and prepared data (``collavo.panoptic``) nee
 
 from __future__ import annotations
 
-from collavo_kernels._requirements import TRANSFORMERS, require
+from collavo_kernels.info import OLDEST_TRANSFORMERS, require
 
-_OTHERWISE = f", or use collavo_kernels alone, which works beside transformers from {TRANSFORMERS}"
+_OTHERWISE = (
+    f", or use collavo_kernels alone, which works beside transformers from {OLDEST_TRANSFORMERS}"
+)
 
 require("transformers", "5.17", "collavo", otherwise=_OTHERWISE)
 # transformers' Trainer imports PEFT where there is one, and an older one fails at it.

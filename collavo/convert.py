@@ -1,5 +1,10 @@
 """The former place of ``collavo.model.convert``; kept for those who import it."""
 
-from collavo.model.convert import convert_state_dict
+from collavo.model.convert import (
+    IMAGE_ADAPTER,
+    convert_state_dict,
+    resize_position_embedding,
+    unpack_wqkv,
+)
 
-__all__ = ["convert_state_dict"]
+__all__ = ["IMAGE_ADAPTER", "convert_state_dict", "resize_position_embedding", "unpack_wqkv"]

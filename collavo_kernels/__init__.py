@@ -2,7 +2,8 @@
 
 from collavo_kernels._flags import check
 from collavo_kernels.ops.crayon_attention import CrayonAttentionOutput, crayon_attention
-from collavo_kernels.ops.panoptic_lookup import CrayonMap, panoptic_lookup
+from collavo_kernels.ops.panoptic_lookup import CrayonMap, decode_colours, panoptic_lookup
+from collavo_kernels.ops.panoptic_lookup.validation import MAX_SIDE as MAX_MAP_SIDE
 from collavo_kernels.ops.qlora_linear import (
     LoRAAdapter,
     NF4Weight,
@@ -13,6 +14,7 @@ from collavo_kernels.ops.qlora_linear import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "MAX_MAP_SIDE",
     "CrayonAttentionOutput",
     "CrayonMap",
     "LoRAAdapter",
@@ -20,6 +22,7 @@ __all__ = [
     "__version__",
     "check",
     "crayon_attention",
+    "decode_colours",
     "panoptic_lookup",
     "qlora_linear",
     "quantize_nf4",

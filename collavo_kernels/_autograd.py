@@ -104,6 +104,8 @@ class First(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(each is None for each in grads):
+            return (None,) * len(ctx.needs_input_grad)
         operator, pack, backend = ctx.call
         inputs, saved = operator.kept(pack.restored(ctx.saved_tensors))
         flags = list(ctx.needs_input_grad[_BEFORE_LEAVES:])

@@ -14,7 +14,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ Saved = TypeVar("Saved")
 OutputGrads = TypeVar("OutputGrads")
 Wanted = TypeVar("Wanted")
 Gradients = TypeVar("Gradients")
+_Inputs = TypeVar("_Inputs", contravariant=True)
+_Result = TypeVar("_Result", covariant=True)
+_Saved = TypeVar("_Saved", contravariant=True)
+_OutputGrads = TypeVar("_OutputGrads", contravariant=True)
+_Wanted = TypeVar("_Wanted", contravariant=True)
+_Gradients = TypeVar("_Gradients", covariant=True)
 Reason = str | None
 
 
@@ -50,24 +56,43 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 class LazyModule:
-    """A module that is imported when one of its functions is called for the first time.
+    """A backend's module that is imported when it is asked for more than why it is unavailable.
 
     Type checkers are shown the module itself::
 
         if TYPE_CHECKING:
             from package import module
         else:
-            module = LazyModule("package.module")
+            module = LazyModule("package.module", reason)
+
+    Args:
+        name: The module.
+        unavailable: Its ``unavailable``, which answers without it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unavailable: Callable[[], Reason]) -> None:
         self._name = name
+        self.unavailable = unavailable
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             return getattr(importlib.import_module(self._name), function)(*arguments)
 
         return call
+
+
+class BackendModule(Protocol[_Inputs, _Result, _Saved, _OutputGrads, _Wanted, _Gradients]):
+    """What a module has that is a backend with a derivative; ``Backend`` says what each is."""
+
+    def forward(self, inputs: _Inputs, /) -> _Result: ...
+
+    def backward(
+        self, inputs: _Inputs, saved: _Saved, grads: _OutputGrads, wanted: _Wanted, /
+    ) -> _Gradients: ...
+
+    def unavailable(self) -> Reason: ...
+
+    def declines(self, inputs: _Inputs, /) -> Reason: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,25 @@ class Backend(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
     unavailable: Callable[[], Reason] = _never
     declines: Callable[[Inputs], Reason] = _never
     opt_in: bool = False
+
+    @staticmethod
+    def of(
+        name: str,
+        module: BackendModule[Inputs, Result, Saved, OutputGrads, Wanted, Gradients],
+        *,
+        devices: tuple[str, ...],
+        opt_in: bool = False,
+    ) -> Backend[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]:
+        """Make a backend of a module that has its four functions under their names."""
+        return Backend(
+            name,
+            module.forward,
+            module.backward,
+            devices,
+            module.unavailable,
+            module.declines,
+            opt_in,
+        )
 
     def reason_against(self, device_type: str) -> Reason:
         """Why this backend does not serve a device type on this machine, or None if it does."""

@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 import sys
 
-TRANSFORMERS = "4.37"
+OLDEST_TRANSFORMERS = "4.37"
 """The oldest transformers beside which the modules of ``collavo_kernels.nn`` are tested."""
 
 

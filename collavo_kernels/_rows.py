@@ -9,11 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collavo_kernels._flags import ROW_INDEX_OUT_OF_RANGE, error_word
+from collavo_kernels._flags import (
+    CRAYON_INDEX_OUT_OF_RANGE,
+    ROW_INDEX_OUT_OF_RANGE,
+    error_word,
+)
+
+# By the argument that an index is: what has the rows, what an entry is of, the bit on a device.
+_WORDS = {
+    "row_index": ("the table", "token", ROW_INDEX_OUT_OF_RANGE),
+    "crayon_index": ("a sample", "image token", CRAYON_INDEX_OUT_OF_RANGE),
+}
 
 
-def checked_index(index: Tensor, count: int) -> Tensor:
+def checked_index(index: Tensor, count: int, argument: str = "row_index") -> Tensor:
     """Return the index with no entry outside a table of ``count`` rows.
+
+    Args:
+        index: int32 or int64 ``[B, S]`` or ``[tokens]``.
+        count: T.
+        argument: What the caller calls it: ``"row_index"`` or ``"crayon_index"``.
 
     Raises:
         ValueError: on the CPU, naming the first bad entry; elsewhere, where raising would wait for
@@ -22,18 +37,19 @@ def checked_index(index: Tensor, count: int) -> Tensor:
     """
     if index.numel() == 0:
         return index
+    owner, entry, bit = _WORDS[argument]
     bad = (index < -1) | (index >= count)
     if torch.compiler.is_compiling() or index.is_meta or type(index) is not Tensor:
         return index.masked_fill(bad, -1)
     if index.device.type != "cpu":
-        error_word(index.device).bitwise_or_(bad.any().int() * ROW_INDEX_OUT_OF_RANGE)
+        error_word(index.device).bitwise_or_(bad.any().int() * bit)
         return index.masked_fill(bad, -1)
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
-        names = ("sample", "token")[-len(place) :]
+        names = ("sample", entry)[-len(place) :]
         where = ", ".join(f"{name} {i}" for name, i in zip(names, place, strict=True))
         raise ValueError(
-            f"row_index: expected entries from -1 to {count - 1} (the table has {count} rows), "
+            f"{argument}: expected entries from -1 to {count - 1} ({owner} has {count} rows), "
             f"got {int(index[tuple(place)])} at {where}"
         )
     return index

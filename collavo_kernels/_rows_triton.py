@@ -14,7 +14,8 @@ from torch import Tensor
 from collavo_kernels._flags import ROW_INDEX_OUT_OF_RANGE, error_word
 
 _BAD_ROW = tl.constexpr(ROW_INDEX_OUT_OF_RANGE)
-TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 64, "num_warps": 8, "num_stages": 3}
+TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 64}
+OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -96,4 +97,4 @@ def sum_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
     (m, n), rows = x.shape, out.shape[0]
     # A table without rows has bad ones to report all the same.
     grid = triton.cdiv(n, TILE["BLOCK_N"]), max(1, triton.cdiv(rows, TILE["BLOCK_T"]))
-    sum_rows_kernel[grid](x, index, error_word(x.device), out, m, n, rows, **TILE)
+    sum_rows_kernel[grid](x, index, error_word(x.device), out, m, n, rows, **TILE, **OPTIONS)

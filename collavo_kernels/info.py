@@ -23,6 +23,24 @@ from collavo_kernels import __version__, ops
 from collavo_kernels._backends import ENVIRONMENT_VARIABLE, environment_choice
 from collavo_kernels._native import cuda_reason, native, native_reason
 from collavo_kernels._register import AnyBackend, AnyOperator
+from collavo_kernels._requirements import OLDEST_TRANSFORMERS, RequirementError, require
+
+__all__ = [
+    "OLDEST_TRANSFORMERS",
+    "BackendReport",
+    "OperatorReport",
+    "Report",
+    "RequirementError",
+    "add_arguments",
+    "collect",
+    "format_report",
+    "main",
+    "operator_report",
+    "operators",
+    "processor_name",
+    "require",
+    "run",
+]
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "safetensors")
 PEERS = {  # import name -> what it is called on package indexes

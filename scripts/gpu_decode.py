@@ -52,7 +52,8 @@ def prepared(layers: int, *, dry: bool) -> tuple[Any, dict[str, Any]]:
     """Return the model, in bfloat16 over 4-bit weights, and a prompt with an image."""
     import torch
 
-    from benchmarks.end_to_end_models import Case, batch, ours, stock_model
+    from benchmarks.ops.end_to_end_cases import Case, batch
+    from benchmarks.ops.end_to_end_providers import ours, stock_model
 
     torch.manual_seed(0)
     case = Case(4096, layers, 24, 32, batch=1, rank=64, head_dim=128)

@@ -145,7 +145,7 @@ def attend(backend: str, backward: bool, device: str | None) -> None:
     from collavo_kernels import crayon_attention
     from collavo_kernels.testing.cases.crayon_attention import AttentionCase
 
-    case = AttentionCase("smoke", "", batch=1, length=200, size=128, images=((3, 150),))
+    case = AttentionCase("smoke", "", batch=1, length=200, head_dim=128, images=((3, 150),))
 
     def results(with_backend: str, to, place: str = "cpu") -> list[torch.Tensor]:
         inputs = case.make(torch.bfloat16)

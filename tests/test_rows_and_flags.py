@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from collavo_kernels import _flags, check, quantize_nf4
 from collavo_kernels._rows import add_rows, checked_index, sum_rows
+from collavo_kernels.nn import checked_crayon_index
 
 INDEX = torch.tensor([[-1, 0, 2], [2, 2, -1]], dtype=torch.int32)
 
@@ -49,6 +50,26 @@ def test_a_bad_row_is_named_with_its_place() -> None:
         checked_index(INDEX, 2)
     with pytest.raises(ValueError, match="got 2 at token 3"):
         checked_index(INDEX.flatten()[[0, 1, 1, 2]], 1)
+
+
+def test_a_bad_crayon_index_is_named_as_such() -> None:
+    index = torch.tensor([[0, 1, -1], [0, 3, 0]])
+    assert checked_crayon_index(index, 4) is index
+    message = r"crayon_index: expected .* from -1 to 2 .* got 3 at sample 1, image token 1"
+    with pytest.raises(ValueError, match=message):
+        checked_crayon_index(index, 3)
+    _flags.error_word(index.device).bitwise_or_(_flags.CRAYON_INDEX_OUT_OF_RANGE)
+    with pytest.raises(ValueError, match=r"^crayon_index: an entry is no row of its sample"):
+        check()
+
+
+@pytest.mark.gpu
+def test_a_gpu_names_a_bad_crayon_index_when_asked() -> None:
+    index = torch.tensor([[0, 1, -1], [0, 3, 0]], device="cuda")
+    assert checked_crayon_index(index, 3).tolist() == [[0, 1, -1], [0, -1, 0]]
+    with pytest.raises(ValueError, match=r"^crayon_index: [^;]*$"):
+        check()
+    check()
 
 
 def test_tensors_without_values_leave_no_word() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from collavo_kernels import __version__
-from collavo_kernels._requirements import RequirementError
+from collavo_kernels.info import RequirementError
 
 DESCRIPTION = "CoLLaVO: a vision-language model that sees objects, on kernels of its own."
 COMMANDS = {

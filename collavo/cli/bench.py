@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every shape, not the quick selection")
     parser.add_argument("--save", action="store_true", help="keep tables and draw the plots")
     parser.add_argument("--device", help="device to measure (default: a GPU where there is one)")
+    parser.add_argument(
+        "--base", metavar="REF", help="our own providers alone, in turns with those of a commit"
+    )
     parser.add_argument("-k", dest="expression", help="only benchmarks that match, as pytest's -k")
 
 
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     command += ["--full"] if args.full else []
     command += ["--save-results"] if args.save else []
     command += ["--device", args.device] if args.device else []
+    command += ["--base", args.base] if args.base else []
     command += ["-k", args.expression] if args.expression else []
     status = subprocess.run(command, cwd=root, check=False).returncode
     if status == 0 and args.save:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collavo.panoptic import detections_from_map, format_objects
 from collavo.panoptic.coco import check_same_size, find_panoptic_map, read_image
-from collavo.pictures.drawing import PANELS, check_suffix, save_scene
+from collavo.pictures.drawing import VIEWS, check_suffix, save_scene
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--panels",
         nargs="+",
-        default=list(PANELS),
+        default=list(VIEWS),
         metavar="PANEL",
-        help=f"what to draw, in this order: some of {', '.join(PANELS)} (default: all)",
+        help=f"what to draw, in this order: some of {', '.join(VIEWS)} (default: all)",
     )
     parser.add_argument(
         "--panel-size",

@@ -13,7 +13,7 @@ from collavo.configuration import CollavoConfig
 from collavo.demo.language import CHAT_TEMPLATE, IMAGE, coordinate_of
 from collavo.demo.scenes import SIZE
 from collavo.model.llava import CollavoForConditionalGeneration
-from collavo.processing.processor import CollavoProcessor, make_image_processor
+from collavo.processing import CollavoProcessor, make_image_processor
 
 PATCH = 8
 GRID = SIZE // PATCH

@@ -245,10 +245,10 @@ def _convert_wqkv(
     names = ("q_proj", "k_proj", "v_proj")
 
     heads = config.text_config.num_attention_heads
-    groups = config.text_config.num_key_value_heads or heads
+    kv_heads = config.text_config.num_key_value_heads or heads
 
     def unpacked(name: str) -> tuple[Tensor, ...]:
-        return unpack_wqkv(official.take(old + name), heads, groups)
+        return unpack_wqkv(official.take(old + name), heads, kv_heads)
 
     for linear, weight in zip(names, unpacked("Plora_main.weight"), strict=True):
         state[f"{new}{linear}.weight"] = weight
@@ -263,26 +263,26 @@ def _convert_wqkv(
     state[f"{new}crayon_qkv.B.weight"] = torch.cat(unpacked("Plora_seg_B.weight"))
 
 
-def unpack_wqkv(packed: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_wqkv(packed: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Take InternLM2's packed rows apart: per key head its query heads, the key, the value.
 
     Args:
         packed: ``[(H + 2 G) D, ...]``, any dtype.
         heads: H.
-        groups: G.
+        kv_heads: G.
 
     Returns:
         The rows of q ``[H D, ...]``, k ``[G D, ...]`` and v ``[G D, ...]``.
 
     Example:
         >>> import torch
-        >>> [x.tolist() for x in unpack_wqkv(torch.arange(8), heads=4, groups=2)]
+        >>> [x.tolist() for x in unpack_wqkv(torch.arange(8), heads=4, kv_heads=2)]
         [[0, 1, 4, 5], [2, 6], [3, 7]]
     """
     if packed.numel() == 0:
         return packed, packed, packed
-    share = heads // groups
-    blocks = packed.reshape(groups, share + 2, -1, *packed.shape[1:])
+    share = heads // kv_heads
+    blocks = packed.reshape(kv_heads, share + 2, -1, *packed.shape[1:])
     q, k, v = blocks[:, :share], blocks[:, share : share + 1], blocks[:, share + 1 :]
     flat = [x.reshape(-1, *packed.shape[1:]).contiguous() for x in (q, k, v)]
     return flat[0], flat[1], flat[2]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from collavo.model.layer import BRANCHES
-from collavo.model.rows import flatten_rows, is_packed, new_images, repeat_images
-from collavo_kernels.nn import CrayonPrompt
-from collavo_kernels.nn.attention.inputs import CrayonInputs
-from collavo_kernels.nn.attention.masks import (
+from collavo.model.rows import flatten_rows
+from collavo.model.turns import is_packed, new_images, repeat_images
+from collavo_kernels.nn import (
+    CrayonInputs,
+    CrayonPrompt,
     interval_range,
     is_prefill_mask,
     read_prefill_mask,

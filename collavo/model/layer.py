@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -11,134 +10,24 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from collavo.configuration import CollavoTextConfig
-from collavo_kernels.nn import register_attention
-from collavo_kernels.nn.attention.inputs import CrayonInputs
-from collavo_kernels.nn.attention.module import CrayonAttention
-from collavo_kernels.nn.attention.source import PROJECTIONS
-from collavo_kernels.nn.crayon_branch import CrayonBranch
-from collavo_kernels.nn.linear.module import DualQLoRALinear, LoRAFactor
-from collavo_kernels.ops.qlora_linear import quantize_nf4
+from collavo.model.linear import CollavoLinear
+from collavo_kernels.nn import (
+    ATTENTION_PROJECTIONS,
+    CrayonAttention,
+    CrayonBranch,
+    CrayonInputs,
+    register_attention,
+)
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MLP_BRANCHES = ("crayon_gate", "crayon_up")
 BRANCHES = ("crayon_qkv", "crayon_o", *MLP_BRANCHES)
 
 register_attention()
-
-
-class CollavoLinear(DualQLoRALinear):
-    """A linear layer that takes its mask and row table from the decoder layer around it.
-
-    transformers' MLP calls its linear layers with one argument. The decoder layer sets ``call``
-    before and clears it after, inside its own forward, so that activation checkpointing repeats
-    both.
-    """
-
-    call: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-
-    def add_adapter(self, name: str, rank: int, alpha: float, dtype: torch.dtype) -> None:
-        """Put one more adapter beside those that are there; its B is zero.
-
-        Args:
-            name: Its name.
-            rank: R.
-            alpha: Its scaling is ``alpha / rank``.
-            dtype: dtype of its A and B.
-        """
-        device = self.weight.device
-        self.lora_A[name] = LoRAFactor(rank, self.in_features, device, dtype)
-        self.lora_B[name] = LoRAFactor(self.out_features, rank, device, dtype)
-        self.adapter_names = (*self.adapter_names, name)
-        self.scaling[name] = alpha / rank
-        for factor, zero in ((self.lora_A[name], False), (self.lora_B[name], True)):
-            cast(Any, factor).starts_at_zero = zero
-            if device.type != "meta":
-                init_leaf(factor)
-
-    def quantize(self, block_size: int, double_quant: bool) -> None:
-        """Replace the dense weight by its NF4 bytes.
-
-        Args:
-            block_size: Weights per scale.
-            double_quant: Whether to quantise the scales too.
-        """
-        if self.weight.is_meta:
-            self.block_size, self.double_quant, self.quantized = block_size, double_quant, True
-            self._make_base(self.bias is not None, "meta")
-            return
-        self._take(quantize_nf4(self.weight.detach(), block_size, double_quant))
-        self.quantized = True
-
-    def draw_base(self, std: float) -> None:
-        """Draw the base from a normal distribution, unless a checkpoint brought it.
-
-        Args:
-            std: Its standard deviation.
-        """
-        if self.weight_scales is None:
-            init.normal_(self.weight, mean=0.0, std=std)
-        elif not getattr(self.weight, "_is_hf_initialized", False):
-            shape = (self.out_features, self.in_features)
-            dense = torch.randn(shape, dtype=self.base_dtype, device=self.weight.device) * std
-            drawn = quantize_nf4(dense, self.block_size, self.double_quant)
-            self.unpack()
-            self.weight.data.copy_(drawn.packed)
-            self.weight_scales.data.copy_(drawn.scales)
-        if self.bias is not None:
-            init.zeros_(self.bias)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        # transformers plans a load from the state dict of a model on "meta". Without bytes there is
-        # no bitsandbytes layout: the parameters themselves stand for it, and the loader
-        # (collavo.loading) brings the file to them.
-        if self.weight.is_meta:
-            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        else:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def forward(
-        self,
-        x: Tensor,
-        adapter_mask: Tensor | None = None,
-        row_table: Tensor | None = None,
-        row_index: Tensor | None = None,
-    ) -> Tensor:
-        """Return ``[..., out_features]``; as ``DualQLoRALinear``, with defaults from ``call``."""
-        mask, table, index = self.call
-        if adapter_mask is None:
-            adapter_mask = mask
-        if row_table is None:
-            row_table, row_index = table, index
-        return super().forward(x, adapter_mask, row_table, row_index)
-
-
-def init_leaf(module: nn.Module, std: float = 0.02) -> bool:
-    """Draw a module of this package that has parameters of its own; tell whether it was one.
-
-    What is marked ``starts_at_zero`` does: an adapter's B and, of each crayon path, exactly one
-    factor.
-
-    Args:
-        module: Any module.
-        std: Standard deviation of what starts at random.
-    """
-    if isinstance(module, CollavoLinear):
-        module.draw_base(std)
-    elif getattr(module, "starts_at_zero", False):
-        for parameter in module.parameters(recurse=False):
-            init.zeros_(parameter)
-    elif isinstance(module, LoRAFactor):
-        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    else:
-        return False
-    return True
 
 
 class CollavoAttention(CrayonAttention):
@@ -174,46 +63,114 @@ class CollavoAttention(CrayonAttention):
         return cast(Tensor, mixed), cast("Tensor | None", weights)
 
 
-class CrayonLayerMixin:
-    """Put before a decoder-layer class: hands the crayon to the MLP's linear layers."""
+class CrayonMLPMixin:
+    """Put before a LLaMA-shaped MLP class: its linear layers are told of the image tokens.
 
+    transformers' own forward calls them with one argument, which has no room for that.
+    """
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def forward(self, x: Tensor, crayon: CrayonInputs | None = None) -> Tensor:
+        """Return ``down(act(gate(x)) * up(x))``, in projection mode with rows for gate and up.
+
+        Args:
+            x: ``[B, S, hidden_size]``.
+            crayon: The forward pass's crayon, or None.
+        """
+        crayon = CrayonInputs() if crayon is None else crayon
+        gate, up = (
+            linear(x, crayon.adapter_mask, *self._rows(branch, crayon))
+            for linear, branch in zip((self.gate_proj, self.up_proj), MLP_BRANCHES, strict=True)
+        )
+        return cast(Tensor, self.down_proj(self.act_fn(gate) * up, crayon.adapter_mask))
+
+    def _rows(self, branch: str, crayon: CrayonInputs) -> tuple[Tensor | None, Tensor | None]:
+        """Return a branch's table ``[T, intermediate_size]`` and the row index, or None twice."""
+        if crayon.table is None or not hasattr(self, branch):
+            return None, None
+        return cast(Tensor, getattr(self, branch)(crayon.table)), crayon.row_index
+
+
+class CrayonLayerMixin:
+    """Put before a LLaMA-shaped decoder-layer class: hands the crayon to attention and MLP.
+
+    The forward is LLaMA's, Mistral's and Qwen2's line by line, but for the MLP's argument: theirs
+    sends the crayon to the attention alone.
+    """
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
     mlp: nn.Module
 
-    def forward(
-        self, hidden_states: Tensor, *args: Any, crayon: CrayonInputs | None = None, **kwargs: Any
+    def __call__(
+        self, hidden_states: Tensor, *, crayon: CrayonInputs | None = None, **kwargs: Any
     ) -> Any:
-        """Run the layer of the class behind this one.
+        """Run ``forward``, the crayon's table beside the hidden states.
+
+        Re-entrant checkpointing takes gradients to tensors among the positional arguments alone.
+        """
+        table = None if crayon is None else crayon.table
+        if crayon is not None:
+            crayon = _with_table(crayon, None)
+        return super().__call__(hidden_states, table, crayon=crayon, **kwargs)  # type: ignore[misc]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        crayon_table: Tensor | None = None,
+        attention_mask: Any | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        crayon: CrayonInputs | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the layer's output ``[B, S, hidden_size]``.
 
         Args:
             hidden_states: ``[B, S, hidden_size]``.
-            *args: As the decoder layer's.
+            crayon_table: ``[T, hidden_size]``: the crayon's table where ``crayon`` is without it.
+            attention_mask: As the decoder layer's, like all that are not described.
+            position_ids: int64 ``[B, S]``.
+            past_key_values: The cache, or None.
+            use_cache: Passed on.
+            position_embeddings: cos and sin.
             crayon: The forward pass's crayon, or None.
-            **kwargs: As the decoder layer's.
+            **kwargs: Passed on to the attention.
         """
-        forward = cast(Callable[..., Any], super().forward)  # type: ignore[misc]
-        if crayon is None:
-            return forward(hidden_states, *args, **kwargs)
-        layers = [cast(CollavoLinear, getattr(self.mlp, name)) for name in MLP_PROJECTIONS]
-        tables = (*mlp_tables(self.mlp, crayon), None)
-        try:
-            for layer, table in zip(layers, tables, strict=True):
-                layer.call = (
-                    crayon.adapter_mask,
-                    table,
-                    crayon.row_index if table is not None else None,
-                )
-            return forward(hidden_states, *args, crayon=crayon, **kwargs)
-        finally:
-            for layer in layers:
-                layer.call = (None, None, None)
+        if crayon is not None and crayon_table is not None:
+            crayon = _with_table(crayon, crayon_table)
+        mixed, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            crayon=crayon,
+            **kwargs,
+        )
+        hidden_states = hidden_states + mixed
+        normed = self.post_attention_layernorm(hidden_states)
+        return cast(Tensor, hidden_states + self.mlp(normed, crayon=crayon))
 
 
-def mlp_tables(mlp: nn.Module, crayon: CrayonInputs) -> tuple[Tensor | None, Tensor | None]:
-    """Return the tables of gate and up, each ``[T, intermediate_size]``, or None twice."""
-    if crayon.table is None or not hasattr(mlp, MLP_BRANCHES[0]):
-        return None, None
-    gate, up = (cast(Tensor, getattr(mlp, name)(crayon.table)) for name in MLP_BRANCHES)
-    return gate, up
+def _with_table(crayon: CrayonInputs, table: Tensor | None) -> CrayonInputs:
+    # Field by field: torch 2.6 compiles neither _replace nor a slice of a named tuple.
+    return CrayonInputs(
+        table,
+        crayon.row_index,
+        crayon.adapter_mask,
+        crayon.row_mask,
+        crayon.key_range,
+        crayon.fused,
+    )
 
 
 @dataclass(frozen=True)
@@ -260,7 +217,8 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
     """Replace a decoder layer's attention and linear layers, keeping their parameters.
 
     Args:
-        layer: A LLaMA-shaped decoder layer.
+        layer: A LLaMA-shaped decoder layer. Its MLP and itself are given the two mixins by whoever
+            calls this, since a class swap is theirs to undo.
         config: Its configuration.
         settings: What to make of it.
 
@@ -269,7 +227,10 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
             the configuration.
     """
     attention, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
-    made = {name: convert_linear(getattr(attention, name), settings, name) for name in PROJECTIONS}
+    made = {
+        name: convert_linear(getattr(attention, name), settings, name)
+        for name in ATTENTION_PROJECTIONS
+    }
     layer.self_attn = CollavoAttention.from_attention(
         attention,
         crayon_mode=settings.crayon_mode,
@@ -321,7 +282,7 @@ def freeze_linears(layer: nn.Module) -> None:
 
 def decoder_linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield the seven linear layers of a decoder layer, each as (parent, name)."""
-    for name in PROJECTIONS:
+    for name in ATTENTION_PROJECTIONS:
         yield cast(nn.Module, layer.self_attn), name
     for name in MLP_PROJECTIONS:
         yield cast(nn.Module, layer.mlp), name

@@ -27,13 +27,8 @@ from collavo.loading import (
 )
 from collavo.model import text as _registers_text_model  # noqa: F401
 from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
-from collavo.model.layer import (
-    CollavoLinear,
-    LayerSettings,
-    adapt_layer,
-    init_leaf,
-    trainable_dtype,
-)
+from collavo.model.layer import LayerSettings, adapt_layer, trainable_dtype
+from collavo.model.linear import CollavoLinear, init_leaf
 from collavo_kernels.nn import CrayonPrompt
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, cast
@@ -19,6 +20,7 @@ from collavo.model.layer import (
     MLP_BRANCHES,
     MLP_PROJECTIONS,
     CrayonLayerMixin,
+    CrayonMLPMixin,
     LayerSettings,
     build_layer,
     freeze_linears,
@@ -26,6 +28,9 @@ from collavo.model.layer import (
 from collavo_kernels.nn import CrayonPrompt
 
 DECODERS = ("llama", "mistral", "qwen2")
+# By the class that wrote their forward: layers and MLPs that compute what the mixins do.
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 
 
 class LlavaHandle:
@@ -123,7 +128,7 @@ def apply_to_llava(
     has ``crayon_parameters()`` and ``adapter_parameters(name)``. A fresh crayon and fresh adapters
     have no effect until they are trained. The handle keeps the linear layers that were there for
     ``undo``: dense ones where weights are quantised, and bitsandbytes' codes, which the new layers
-    share until CPU kernels bring their own into panels. Who will not undo lets the handle go.
+    share until CPU kernels bring their own into panels. Drop it if you will not undo.
 
     Args:
         model: With a LLaMA, Mistral or Qwen2 decoder; linear layers plain, or bitsandbytes' NF4.
@@ -201,6 +206,7 @@ def _apply_to_layers(handle: LlavaHandle) -> None:
         for name in MLP_PROJECTIONS:
             handle._keep(layer.mlp, name)
         build_layer(layer, decoder.config, handle.settings)
+        handle._reclass(layer.mlp, CrayonMLPMixin)
         handle._reclass(layer, CrayonLayerMixin)
         if handle.settings.adapters:
             freeze_linears(layer)
@@ -224,6 +230,9 @@ def _check_model(model: Any) -> None:
     if kind not in DECODERS:
         raise ValueError(f"model: expected a decoder of type {', '.join(DECODERS)}, got {kind!r}")
     decoder = cast(Any, model.model).language_model
+    for layer in decoder.layers:
+        _check_forward(layer, LAYERS)
+        _check_forward(layer.mlp, MLPS)
     layers = [part for layer in decoder.layers for part in (layer, layer.self_attn, layer.mlp)]
     for module in (model, model.model, *layers):
         if "forward" in vars(module):
@@ -231,3 +240,16 @@ def _check_model(model: Any) -> None:
                 f"model: {type(module).__name__} has a forward of its own instance (a device map's "
                 "hooks, or another patch), which the crayon would bypass; take it off first"
             )
+
+
+def _check_forward(module: nn.Module, known: tuple[str, ...]) -> None:
+    """Raise unless a module's forward is one that the mixins write anew."""
+    # transformers and FSDP wrap the forward of every subclass; what counts is who wrote it.
+    forward = inspect.unwrap(type(module).forward)
+    owner = f"{forward.__module__}.{forward.__qualname__}"
+    name = forward.__qualname__.removesuffix(".forward")
+    if name not in known or not forward.__module__.startswith("transformers."):
+        raise ValueError(
+            f"model: expected the forward of transformers' {', '.join(known)}, got {owner}, which "
+            "the crayon would replace; load the model without the package that patches it"
+        )

@@ -7,18 +7,25 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 import torch
 from torch import nn
 from transformers import AutoModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from collavo.configuration import CollavoTextConfig
-from collavo.model.layer import CrayonLayerMixin, LayerSettings, build_layer, init_leaf
-from collavo_kernels.nn.attention.module import CrayonAttention
+from collavo.model.layer import CrayonLayerMixin, CrayonMLPMixin, LayerSettings, build_layer
+from collavo.model.linear import init_leaf
+from collavo_kernels.nn import CrayonAttention
+
+
+class CollavoMLP(CrayonMLPMixin, LlamaMLP):  # type: ignore[misc]
+    """A LLaMA MLP with ``CollavoLinear`` inside."""
 
 
 class CollavoDecoderLayer(CrayonLayerMixin, LlamaDecoderLayer):  # type: ignore[misc]
-    """A LLaMA decoder layer with ``CollavoAttention`` and ``CollavoLinear`` inside."""
+    """A LLaMA decoder layer with ``CollavoAttention`` and ``CollavoMLP`` inside."""
 
     def __init__(self, config: CollavoTextConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        # LLaMA's constructor made it; making it again would draw its weights twice.
+        self.mlp.__class__ = CollavoMLP
         build_layer(self, config, LayerSettings.from_config(config))
 
 

@@ -1,4 +1,13 @@
-"""Panoptic maps and what is made from them: objects as text, instructions and pictures."""
+"""Panoptic maps, what they are read from or drawn by, and what is said of them in words.
+
+Pictures of maps (``collavo.pictures``) and prepared data sets (``collavo.prepared``) stand on this
+package. Their public names are answered here too, loaded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from collavo.panoptic.categories import (
     CATEGORY_IDS,
@@ -58,11 +67,19 @@ from collavo.panoptic.text import (
     parse_objects,
     split_prefix,
 )
-from collavo.pictures.drawing import draw_scene, save_scene
-from collavo.prepared.read import PreparedDataset, PreparedSample
-from collavo.prepared.shards import PrepareSettings
-from collavo.prepared.streaming import SampleStream, SkipLog
-from collavo.prepared.write import PrepareReport, prepare_folder
+
+# Names that lived here before their packages did, and where they are now.
+_MOVED = {
+    "PrepareReport": "collavo.prepared",
+    "PrepareSettings": "collavo.prepared",
+    "PreparedDataset": "collavo.prepared",
+    "PreparedSample": "collavo.prepared",
+    "SampleStream": "collavo.prepared",
+    "SkipLog": "collavo.prepared",
+    "draw_scene": "collavo.pictures",
+    "prepare_folder": "collavo.prepared",
+    "save_scene": "collavo.pictures",
+}
 
 __all__ = [
     "CATEGORY_IDS",
@@ -81,13 +98,7 @@ __all__ = [
     "PanopticMap",
     "PanopticSample",
     "ParsedInstruction",
-    "PrepareReport",
-    "PrepareSettings",
-    "PreparedDataset",
-    "PreparedSample",
-    "SampleStream",
     "ScribblePrompt",
-    "SkipLog",
     "Skipped",
     "TransformersSegmenter",
     "VisualPrompt",
@@ -101,7 +112,6 @@ __all__ = [
     "detections_from_map",
     "display_name",
     "draw_instruction",
-    "draw_scene",
     "find_coco_folder",
     "find_panoptic_map",
     "format_box",
@@ -113,12 +123,20 @@ __all__ = [
     "parse_instruction",
     "parse_names",
     "parse_objects",
-    "prepare_folder",
     "rasterize_prompts",
     "read_image",
     "read_panoptic_colours",
     "read_panoptic_png",
-    "save_scene",
     "split_prefix",
     "write_panoptic_png",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MOVED[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MOVED})

@@ -16,9 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from collavo.panoptic.categories import CATEGORY_TO_INDEX, NUM_CLASSES, class_index
-from collavo_kernels import CrayonMap
-from collavo_kernels.ops.panoptic_lookup import decode_colours
-from collavo_kernels.ops.panoptic_lookup.validation import MAX_SIDE
+from collavo_kernels import MAX_MAP_SIDE, CrayonMap, decode_colours
 
 PathLike = str | Path
 
@@ -95,9 +93,10 @@ def _check_png_header(path: Path, head: bytes) -> None:
         )
     if not (width and height):
         raise ValueError(f"{path}: expected a map with pixels, got {width}x{height}")
-    if max(width, height) > MAX_SIDE:
+    if max(width, height) > MAX_MAP_SIDE:
         raise ValueError(
-            f"{path}: expected a map of at most {MAX_SIDE} pixels per side, got {width}x{height}"
+            f"{path}: expected a map of at most {MAX_MAP_SIDE} pixels per side, "
+            f"got {width}x{height}"
         )
 
 

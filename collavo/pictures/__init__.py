@@ -1,1 +1,5 @@
-"""Pictures of panoptic maps and crayons, drawn as PNG or SVG by one code."""
+"""Pictures of what the model is told about an image: segments, boxes, crayon rows, a legend."""
+
+from collavo.pictures.drawing import draw_scene, save_scene
+
+__all__ = ["draw_scene", "save_scene"]

@@ -1,4 +1,4 @@
-"""The panel of the crayon grid: every cell in its row's colour, every region with its label."""
+"""The view of the crayon grid: every cell in its row's colour, every region with its label."""
 
 from __future__ import annotations
 

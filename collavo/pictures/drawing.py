@@ -19,11 +19,11 @@ from collavo.pictures.canvas import (
     text_width,
 )
 from collavo.pictures.crayon_grid import draw_grid
-from collavo.pictures.panels import draw_boxes, draw_legend, draw_overlay
 from collavo.pictures.scene import SceneRows
+from collavo.pictures.views import draw_boxes, draw_legend, draw_overlay
 
-PANELS = ("overlay", "boxes", "grid", "legend")
-"""The panels of a picture, in their order."""
+VIEWS = ("overlay", "boxes", "grid", "legend")
+"""The views in a picture, in their order; options and arguments call them its panels."""
 
 SUFFIXES = (".png", ".svg")
 """The kinds of files that a picture can be saved as."""
@@ -32,7 +32,7 @@ _MARGIN, _TOP = 20, 34
 _HEADING = 26
 _HEADING_FONT, _TITLE_FONT = 15, 18
 _SMALLEST = 240
-# A sheet may be this wide, however small its panels are.
+# A sheet may be this wide, however small its views are.
 _SCREEN = 900
 # A legend is never set in more columns than this.
 _MOST_COLUMNS = 4
@@ -46,7 +46,7 @@ def draw_scene(
     max_number: int = 20,
     panel: int = 760,
     title: str = "",
-    panels: Sequence[str] = PANELS,
+    panels: Sequence[str] = VIEWS,
 ) -> Image.Image:
     """Draw an image's segments, numbered boxes, crayon grid and a legend into one picture.
 
@@ -60,11 +60,11 @@ def draw_scene(
         max_number: Largest instance number.
         panel: Longer side of the drawn image in pixels, at least 240.
         title: Stands over the picture.
-        panels: Which panels, in this order: some of ``"overlay"``, ``"boxes"``, ``"grid"`` and
+        panels: Which views, in this order: some of ``"overlay"``, ``"boxes"``, ``"grid"`` and
             ``"legend"``.
 
     Returns:
-        An RGB picture of the panels, side by side as there is room.
+        An RGB picture of the views, side by side as there is room.
 
     Raises:
         ValueError: if the image is empty, the grid or the panel is too small, or the panels are
@@ -93,7 +93,7 @@ def save_scene(
     max_number: int = 20,
     panel: int = 760,
     title: str = "",
-    panels: Sequence[str] = PANELS,
+    panels: Sequence[str] = VIEWS,
 ) -> None:
     """Draw the picture of :func:`draw_scene` into a PNG, or with vectors into an SVG.
 
@@ -108,7 +108,7 @@ def save_scene(
         max_number: Largest instance number.
         panel: Longer side of the drawn image in pixels.
         title: Stands over the picture.
-        panels: Which panels, in this order.
+        panels: Which views, in this order.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -158,9 +158,9 @@ def _check(image: Image.Image, panel: int, panels: Sequence[str]) -> None:
         raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
     if panel < _SMALLEST:
         raise ValueError(f"panel: expected at least {_SMALLEST} pixels, got {panel}")
-    known = not isinstance(panels, str) and set(panels) <= set(PANELS)
+    known = not isinstance(panels, str) and set(panels) <= set(VIEWS)
     if not known or not panels or len(set(panels)) < len(panels):
-        raise ValueError(f"panels: expected some of {list(PANELS)}, each once, got {panels!r}")
+        raise ValueError(f"panels: expected some of {list(VIEWS)}, each once, got {panels!r}")
 
 
 def _compose(
@@ -171,7 +171,7 @@ def _compose(
     title: str,
     panels: Sequence[str],
 ) -> AnyCanvas:
-    """Draw the panels and put them on the sheet that needs the least paper."""
+    """Draw the views and put them on the sheet that needs the least paper."""
     scale = panel / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     smooth = Image.Resampling.LANCZOS if scale < 4 else Image.Resampling.NEAREST
@@ -197,7 +197,7 @@ def _compose(
 def _piece(
     new: NewCanvas[AnyCanvas], name: str, photo: Image.Image, scene: SceneRows
 ) -> tuple[str, AnyCanvas]:
-    """Draw one panel; return its heading and its canvas."""
+    """Draw one view; return its heading and its canvas."""
     if name == "overlay":
         return f"Segments ({len(scene.rows)})", draw_overlay(new, photo, scene)
     if name == "boxes":

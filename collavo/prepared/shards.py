@@ -35,8 +35,7 @@ from torch import Tensor
 
 from collavo.panoptic.coco_index import Skipped
 from collavo.panoptic.instructions import TEMPLATES, Instruction, check_templates
-from collavo_kernels import CrayonMap
-from collavo_kernels.ops.panoptic_lookup.validation import MAX_SIDE
+from collavo_kernels import MAX_MAP_SIDE, CrayonMap
 
 try:
     import fcntl
@@ -83,8 +82,10 @@ class PrepareSettings:
         check_templates(self.templates)
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid: expected a positive height and width, got {self.grid}")
-        if max(self.grid) > MAX_SIDE:
-            raise ValueError(f"grid: expected at most {MAX_SIDE} cells per side, got {self.grid}")
+        if max(self.grid) > MAX_MAP_SIDE:
+            raise ValueError(
+                f"grid: expected at most {MAX_MAP_SIDE} cells per side, got {self.grid}"
+            )
         if self.reduce not in ("majority", "nearest"):
             raise ValueError(f"reduce: expected majority or nearest, got {self.reduce!r}")
         limit = 1 if self.limit is None else self.limit

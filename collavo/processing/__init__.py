@@ -1,6 +1,6 @@
 """From images, maps and conversations to the model's inputs."""
 
-from collavo.processing.inputs import make_image_processor
-from collavo.processing.processor import CollavoProcessor
+from collavo.processing.processor import IGNORE_INDEX, CollavoProcessor
+from collavo.processing.region import make_image_processor
 
-__all__ = ["CollavoProcessor", "make_image_processor"]
+__all__ = ["IGNORE_INDEX", "CollavoProcessor", "make_image_processor"]

@@ -20,20 +20,18 @@ from collavo.configuration import CollavoConfig
 from collavo.panoptic.coco import read_image
 from collavo.panoptic.maps import MapInput, PanopticMap
 from collavo.panoptic.text import detections_by_image, object_prefix
-from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, OBJECTS_MARKER
-from collavo.processing.inputs import (
+from collavo.processing.batch import (
     Conversation,
     ImageInput,
     Piece,
     answer_labels,
     batch_crayon,
     check_crayon,
-    crop_map,
     flatten_images,
     images_per_prompt,
-    make_image_processor,
-    visible_region,
 )
+from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, OBJECTS_MARKER
+from collavo.processing.region import crop_map, make_image_processor, visible_region
 from collavo_kernels import CrayonMap, panoptic_lookup
 
 __all__ = ["IGNORE_INDEX", "CollavoProcessor", "make_image_processor"]

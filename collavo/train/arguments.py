@@ -9,7 +9,7 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 from transformers import TrainingArguments
 
-from collavo_kernels._requirements import require
+from collavo_kernels.info import require
 
 STAGES = ("cpt", "cit")
 LEARNING_RATES = {"cpt": 1e-4, "cit": 1e-5}
@@ -94,7 +94,8 @@ class CollavoTrainingArguments(TrainingArguments):
             raise ValueError("accelerator_config: split_batches is not supported; leave it False")
 
     def _choose_checkpointing(self) -> None:
-        # Re-entrant checkpointing does not work here. transformers renamed the option in 5.2x.
+        # The kind without re-entry: the other gives nothing to parameters behind an input that
+        # requires no gradient. transformers renamed the option in 5.2x.
         named = ("activation_checkpointing", "gradient_checkpointing")
         present = [name for name in named if hasattr(self, name)]
         wanted = any(getattr(self, name) for name in present)

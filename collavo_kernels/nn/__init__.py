@@ -1,20 +1,38 @@
 """Modules that are dropped into LLaVA-family models."""
 
-from collavo_kernels.nn.attention.inputs import CrayonInputs
-from collavo_kernels.nn.attention.interface import register_attention
-from collavo_kernels.nn.attention.module import CrayonAttention
+from collavo_kernels.nn.attention import (
+    ATTENTION_PROJECTIONS,
+    CrayonAttention,
+    CrayonInputs,
+    interval_range,
+    is_prefill_mask,
+    prefill_mask,
+    read_prefill_mask,
+    register_attention,
+)
 from collavo_kernels.nn.crayon_branch import CrayonBranch
-from collavo_kernels.nn.crayon_prompt import CrayonPrompt
-from collavo_kernels.nn.linear.module import DualQLoRALinear
-from collavo_kernels.nn.linear.peft import load_peft_adapter, save_peft_adapter
+from collavo_kernels.nn.crayon_prompt import CrayonPrompt, checked_crayon_index
+from collavo_kernels.nn.linear import (
+    DualQLoRALinear,
+    LoRAFactor,
+    load_peft_adapter,
+    save_peft_adapter,
+)
 
 __all__ = [
+    "ATTENTION_PROJECTIONS",
     "CrayonAttention",
     "CrayonBranch",
     "CrayonInputs",
     "CrayonPrompt",
     "DualQLoRALinear",
+    "LoRAFactor",
+    "checked_crayon_index",
+    "interval_range",
+    "is_prefill_mask",
     "load_peft_adapter",
+    "prefill_mask",
+    "read_prefill_mask",
     "register_attention",
     "save_peft_adapter",
 ]

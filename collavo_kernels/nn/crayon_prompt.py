@@ -1,10 +1,11 @@
-"""CrayonPrompt: the learned queries of classes and instance numbers, and their MLP."""
+"""CrayonPrompt: the learned queries of classes and numbers, and their MLP; a check of its index."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from collavo_kernels._rows import checked_index
 from collavo_kernels._validation import expect_int, expect_tensor
 from collavo_kernels.ops.panoptic_lookup import CrayonMap
 
@@ -139,3 +140,28 @@ def _check_range(name: str, values: Tensor, last: int) -> None:
     bad = values[(values < 0) | (values > last)]
     if len(bad):
         raise ValueError(f"{name}: expected values from 0 to {last}, got {int(bad[0])}")
+
+
+def checked_crayon_index(crayon_index: Tensor, rows: int) -> Tensor:
+    """Return a batch's crayon index with no entry that is no row of its sample.
+
+    Args:
+        crayon_index: int32 or int64 ``[B, P]``: per image token the row, local to its sample; -1 =
+            none.
+        rows: How many rows each sample has, padding included.
+
+    Returns:
+        ``[B, P]``: the index itself where all is well.
+
+    Raises:
+        ValueError: on the CPU, naming the first bad entry; elsewhere, where raising would wait for
+            the device, a bad entry becomes -1 and ``collavo_kernels.check()`` reports it.
+
+    Example:
+        >>> import torch
+        >>> checked_crayon_index(torch.tensor([[0, 1, 5]]), 2)
+        Traceback (most recent call last):
+            ...
+        ValueError: crayon_index: expected entries from -1 to 1 (a sample has 2 rows), got 5 at ...
+    """
+    return checked_index(crayon_index, rows, "crayon_index")

@@ -11,12 +11,15 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+# The type of a kernel's argument, or of each element of one that is a tuple.
+ArgumentType: TypeAlias = "str | tuple[ArgumentType, ...]"
 
 # Bytes of shared memory a block can have; Triton does not check them at compile time.
 SHARED_LIMITS = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
@@ -46,7 +49,7 @@ class CompiledKernel:
 
 def compile_ahead(
     kernel: Any,
-    signature: Mapping[str, str],
+    signature: Mapping[str, ArgumentType],
     constexprs: Mapping[str, object],
     target: str,
     *,
@@ -59,7 +62,8 @@ def compile_ahead(
         kernel: The ``@triton.jit`` function.
         signature: Every run-time argument's type by name, such as ``"*fp16"``, ``"i32"`` or
             ``"fp32"``; pointers are taken to be 16-byte aligned, as torch's allocations are. A
-            suffix, ``"i32:16"``, says that a number is a multiple of 16, as strides often are.
+            suffix, ``"i32:16"``, says that a number is a multiple of 16, as strides often are. A
+            tuple, named or not, has a type for each element.
         constexprs: Every compile-time argument's value by name.
         target: One of ``TARGETS``.
         num_warps: Warps per block.
@@ -85,10 +89,10 @@ def compile_ahead(
     if missing:
         raise ValueError(f"signature: no type or value for {', '.join(missing)}")
     given = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
-    types = {n: text.removesuffix(":16") for n, text in given.items()}
+    types = {n: _plain(each) for n, each in given.items()}
     aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, text in enumerate(given.values())
+        path: [["tt.divisibility", 16]]
+        for path, text in _leaves(tuple(given.values()))
         if text.startswith("*") or text.endswith(":16")
     }
     vendor, _, arch = target.partition(":")
@@ -114,6 +118,25 @@ def assembler_warnings(ptx: str) -> tuple[str, ...]:
         return ()
     said = _nvidia_tool("ptxas", "-v", ptx.encode(), "--gpu-name=sm_90a", "-o", os.devnull)
     return tuple(line for line in said.splitlines() if "Performance Loss" in line)
+
+
+def _plain(given: ArgumentType) -> ArgumentType:
+    """Return a type without what its suffix says; named tuples stay such."""
+    if isinstance(given, str):
+        return given.removesuffix(":16")
+    elements = map(_plain, given)
+    return type(given)(*elements) if hasattr(given, "_fields") else tuple(elements)
+
+
+def _leaves(
+    given: ArgumentType, path: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield every type inside a tuple with the path of indices that leads to it."""
+    if isinstance(given, str):
+        yield path, given
+    else:
+        for i, each in enumerate(given):
+            yield from _leaves(each, (*path, i))
 
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int]:

@@ -10,19 +10,19 @@ from collavo_kernels.ops.qlora_linear.nf4.format import packed_bytes, scale_byte
 _LOW = torch.bfloat16
 
 
-def attend(tokens: int, groups: int, *, backend: str = "triton", device: str = "cpu") -> None:
+def attend(tokens: int, kv_heads: int, *, backend: str = "triton", device: str = "cpu") -> None:
     """Attend forward and backward as a 7B LLaMA trains on one image: 32 heads of 128.
 
     Args:
         tokens: S.
-        groups: Key/value heads.
+        kv_heads: Key/value heads.
         backend: Who serves.
         device: Where the tensors are.
     """
     q, k, v, *tables = leaves = [
         torch.zeros(*size, heads, 128, dtype=_LOW, device=device).requires_grad_()
         for size in ((1, tokens), (12,))
-        for heads in (32, groups, groups)
+        for heads in (32, kv_heads, kv_heads)
     ]
     angles = torch.zeros(1, tokens, 128, dtype=_LOW, device=device)
     row_index = torch.zeros(1, tokens, dtype=torch.int32, device=device)

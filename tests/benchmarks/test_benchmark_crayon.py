@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import goals, machine, report
+from benchmarks.ops import crayon_attention_cases as cases
+from benchmarks.ops import crayon_attention_providers as providers
+from benchmarks.ops.crayon_attention_cases import SHAPES, Shape, names
 from collavo_kernels._native import native
 from collavo_kernels.testing import relative_error
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import bench_crayon_attention as bench  # noqa: E402
-from benchmarks import crayon_problem, goals, report  # noqa: E402
-from benchmarks.crayon_problem import SHAPES, Shape  # noqa: E402
-from benchmarks.crayon_providers import attention, is_alone, names  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 24, 4, 2, 16, 12, 3, torch.float32)
@@ -30,8 +24,8 @@ TINY = Shape(2, 24, 4, 2, 16, 12, 3, torch.float32)
 def _tiny_case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(SHAPES, "tiny", TINY._replace(padded=request.param))
     yield
-    crayon_problem.make.cache_clear()
-    crayon_problem.exact.cache_clear()
+    cases.make.cache_clear()
+    cases.exact.cache_clear()
 
 
 @pytest.mark.parametrize("provider", [n for n in names("cpu") if not n.startswith("compile")])
@@ -39,29 +33,27 @@ def test_a_provider_computes_what_it_is_held_against(provider: str) -> None:
     """Outputs and gradients in float32 against float64, of the operator or of attention alone."""
     if provider.endswith(":cpu") and native() is None:
         pytest.skip("the cpu backend does not serve here")
-    inputs, call = crayon_problem.make("tiny", CPU), attention(provider)
-    given = bench.alone(inputs) if is_alone(provider) else inputs
+    inputs, call = cases.make("tiny", CPU), providers.PROVIDERS[provider]
+    given = cases.alone(inputs) if providers.is_alone(provider) else inputs
     out = call(inputs)
-    gradients = torch.autograd.grad(
-        out, crayon_problem.leaves(given), crayon_problem.upstream(inputs)
-    )
-    assert bench.error_of(out, "tiny", provider, CPU) < 1e-5
-    assert bench.error_of(gradients, "tiny", provider, CPU) < 1e-4
+    gradients = torch.autograd.grad(out, cases.leaves(given), cases.upstream(inputs))
+    assert providers.error_of(out, "tiny", provider, CPU) < 1e-5
+    assert providers.error_of(gradients, "tiny", provider, CPU) < 1e-4
 
 
 def test_the_float64_results_are_the_operators() -> None:
-    inputs = crayon_problem.make("tiny", CPU)
+    inputs = cases.make("tiny", CPU)
     wide = inputs._replace(
         **{
             n: x.detach().double().requires_grad_(n not in ("cos", "sin"))
-            for n in inputs._fields[:8]
+            for n in (*cases.LEAVES, "cos", "sin")
             if (x := getattr(inputs, n)) is not None
         }
     )
-    out = attention("reference")(wide)
-    grad = crayon_problem.upstream(inputs).double()
-    gradients = torch.autograd.grad(out, crayon_problem.leaves(wide), grad)
-    exact = crayon_problem.exact("tiny", CPU, crayon=True, gradients=True)
+    out = providers.PROVIDERS["reference"](wide)
+    grad = cases.upstream(inputs).double()
+    gradients = torch.autograd.grad(out, cases.leaves(wide), grad)
+    exact = cases.exact("tiny", CPU, crayon=True, gradients=True)
     assert relative_error(out, exact.out) < 1e-12
     for found, wanted in zip(gradients, exact.gradients, strict=True):
         assert relative_error(found, wanted) < 1e-12
@@ -69,10 +61,10 @@ def test_the_float64_results_are_the_operators() -> None:
 
 def test_the_work_is_that_of_the_causal_half() -> None:
     """q k^T and p v, two operations each, over half of the square; a backward has five more."""
-    square = TINY.batch * TINY.heads * TINY.length**2 * TINY.size
+    square = TINY.batch * TINY.heads * TINY.length**2 * TINY.head_dim
     assert TINY.flops("fwd") == 2 * 2 * square / 2
     assert TINY.flops("fwd+bwd") == 7 * 2 * square / 2
-    moved = 2 * TINY.batch * TINY.length * (TINY.heads + 2 * TINY.groups) * TINY.size * 2
+    moved = 2 * TINY.batch * TINY.length * (TINY.heads + 2 * TINY.kv_heads) * TINY.head_dim * 2
     assert TINY.bytes("fwd", 2) == moved
 
 
@@ -92,7 +84,7 @@ def row(provider: str, milliseconds: float, **changes: Any) -> report.Measuremen
         peak_mb=10.0,
         error=1e-3,
         config_json="{}",
-        **report.facts(CPU),  # type: ignore[arg-type]
+        **machine.facts(CPU),  # type: ignore[arg-type]
     )
     return dataclasses.replace(made, **{"isa": "avx512", "threads": 1, **changes})
 

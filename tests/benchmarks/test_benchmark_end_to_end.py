@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.ops import end_to_end_providers as bench
+from benchmarks.ops.end_to_end_cases import MODES, Case
 from collavo_kernels.testing import relative_error
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import bench_end_to_end as bench  # noqa: E402
-from benchmarks.end_to_end_models import Case  # noqa: E402
 
 CPU = torch.device("cpu")
 # The peer multiplies in bfloat16 whatever the model's dtype: five of its roundings. What is left
@@ -32,7 +26,7 @@ def _nothing_kept() -> Iterator[None]:
     bench.LOGITS.clear()
 
 
-@pytest.mark.parametrize("mode", bench.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("provider", bench.PROVIDERS)
 def test_both_sides_give_the_logits_of_float64(provider: str, mode: str) -> None:
     """A crayon or an adapter left out would be beyond the bound; the next test sees to that."""

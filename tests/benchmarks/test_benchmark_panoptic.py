@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import goals, report
+from benchmarks.ops import panoptic_lookup_providers as bench
 from collavo_kernels import panoptic_lookup
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import goals, report  # noqa: E402
-from benchmarks import panoptic_providers as bench  # noqa: E402
 
 # Where a grid divides the map no cells share a pixel, so that cutting them is the same.
 DIVIDING = "480x640/s15/b1/g20"

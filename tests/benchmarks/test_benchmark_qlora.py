@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import caches, goals, machine, report
+from benchmarks.ops import qlora_linear_cases as cases
+from benchmarks.ops import qlora_linear_providers as bench
+from benchmarks.ops.qlora_linear_cases import Case
 from collavo_kernels import LoRAAdapter, qlora_linear
 from collavo_kernels.testing import relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import bench_qlora_linear as bench  # noqa: E402
-from benchmarks import goals, memory, qlora_problem, report  # noqa: E402
-from benchmarks.qlora_problem import Case  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = Case(k=128, n=96, m=3, rank=16)
@@ -41,7 +40,7 @@ def row(provider: str, **changes: Any) -> report.Measurement:
         peak_mb=10.0,
         error=1e-3,
         config_json="{}",
-        **report.facts(CPU),  # type: ignore[arg-type]
+        **machine.facts(CPU),  # type: ignore[arg-type]
     )
     return dataclasses.replace(made, **{"isa": "avx512", "threads": 1, **changes})
 
@@ -61,8 +60,8 @@ def test_the_work_is_the_least_that_the_operator_needs() -> None:
 
 
 def test_the_float64_results_are_the_operators() -> None:
-    x, grad = (each.double() for each in qlora_problem.tokens(SMALL, CPU))
-    given = qlora_problem.weights(SMALL.k, SMALL.n, SMALL.rank, CPU)
+    x, grad = (each.double() for each in cases.tokens(SMALL, CPU))
+    given = cases.weights(SMALL.k, SMALL.n, SMALL.rank, CPU)
     adapters = [
         LoRAAdapter(a.double().requires_grad_(), b.double().requires_grad_(), scaling)
         for a, b, scaling in given.adapters
@@ -71,7 +70,7 @@ def test_the_float64_results_are_the_operators() -> None:
     y = qlora_linear(x, given.nf4, adapters, backend="reference")
     leaves = [x, *(factor for a, b, _ in adapters for factor in (a, b))]
     gradients = torch.autograd.grad(y, leaves, grad)
-    exact = qlora_problem.exact(SMALL, CPU, dense=False, adapted=True, gradients=True)
+    exact = cases.exact(SMALL, CPU, dense=False, adapted=True, gradients=True)
     for found, wanted in zip(
         (y.detach(), *gradients), (exact.y, *exact.dx, *exact.factors), strict=True
     ):
@@ -100,16 +99,23 @@ def test_every_provider_computes_what_its_error_is_measured_against(
     if provider.startswith(("bitsandbytes", "peft", "dequantize+lora")):
         pytest.importorskip("bitsandbytes")
         pytest.importorskip("peft")
-    monkeypatch.setattr(memory, "copies_past_cache", lambda size, device: 2)
+    monkeypatch.setattr(caches, "copies_past_cache", lambda size, device: 2)
     training = mode != "fwd"
-    x, grad = qlora_problem.tokens(SMALL, CPU)
+    x, grad = cases.tokens(SMALL, CPU)
     x = x.detach().requires_grad_(training)
     with torch.set_grad_enabled(training):
         copies = bench.layers(SMALL, provider, training, x)
-        for call in bench.calls(mode, provider, copies, x, grad):
+        for call in bench.calls(mode, copies, x, grad):
             assert bench.error_of(call(), mode, provider, SMALL, CPU) < 0.05
     wide = provider.endswith("-fp32-adapters")
     assert {leaf.dtype for leaf in copies[0].leaves} <= {torch.float32 if wide else torch.bfloat16}
+
+
+def test_what_is_compiled_is_the_reference() -> None:
+    given = cases.weights(SMALL.k, SMALL.n, SMALL.rank, CPU)
+    x, _ = cases.tokens(SMALL, CPU)
+    plain = bench.reference_forward(x, given.nf4, given.adapters)
+    assert torch.equal(plain, qlora_linear(x, given.nf4, given.adapters, backend="reference"))
 
 
 def test_goals_are_read_from_the_rows_of_one_thread_and_instruction_set() -> None:

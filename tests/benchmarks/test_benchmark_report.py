@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import caches, machine, peers, plots, report, timing
+from benchmarks.roofline import Roof
+from benchmarks.timing import percentiles
 from collavo.cli import main
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import cold, memory, peers, plots, report, timing  # noqa: E402
-from benchmarks.roofline import Roof  # noqa: E402
-from benchmarks.timing import percentiles  # noqa: E402
 
 
 def measurement(**changes: Any) -> report.Measurement:
@@ -39,7 +33,7 @@ def measurement(**changes: Any) -> report.Measurement:
         peak_mb=None,
         error=1e-3,
         config_json=report.config_json({"m": 1}),
-        **report.facts(torch.device("cpu")),  # type: ignore[arg-type]
+        **machine.facts(torch.device("cpu")),  # type: ignore[arg-type]
     )
     return dataclasses.replace(row, **changes)
 
@@ -157,18 +151,9 @@ def test_the_last_level_cache_counts_each_instance_once(tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
                 (folder / name).write_text(text + "\n")
-    assert memory.last_level_cache(torch.device("cpu"), tmp_path) == 32 << 20
-    assert memory.last_level_cache(torch.device("cpu"), tmp_path / "none") == memory.UNKNOWN_CACHE
-    assert memory.copies_past_cache(1 << 40, torch.device("cpu")) == 2
-
-
-def test_peak_memory_on_a_cpu_is_what_lives_at_once() -> None:
-    """Two temporaries that live together count twice, one after the other once."""
-    x = torch.ones(1 << 20)
-    together = memory.peak_megabytes(lambda: (x + 1) * (x + 2), torch.device("cpu"))
-    in_turn = memory.peak_megabytes(lambda: [(x + 1).sum(), (x + 2).sum()], torch.device("cpu"))
-    assert together == pytest.approx(3 * x.nbytes / 1e6, rel=0.01)
-    assert in_turn == pytest.approx(x.nbytes / 1e6, rel=0.01)
+    assert caches.last_level_cache(torch.device("cpu"), tmp_path) == 32 << 20
+    assert caches.last_level_cache(torch.device("cpu"), tmp_path / "none") == caches.UNKNOWN_CACHE
+    assert caches.copies_past_cache(1 << 40, torch.device("cpu")) == 2
 
 
 def test_other_work_comes_before_every_timed_call_and_is_not_timed() -> None:
@@ -192,8 +177,8 @@ def test_other_work_comes_before_every_timed_call_and_is_not_timed() -> None:
 
 
 def test_other_work_reads_more_than_the_caches_hold() -> None:
-    work = cold.OtherWork()
-    assert work.buffer.nbytes >= 2 * memory.last_level_cache(torch.device("cpu"))
+    work = caches.OtherWork()
+    assert work.buffer.nbytes >= 2 * caches.last_level_cache(torch.device("cpu"))
     assert work() is None  # or pytest-benchmark would take it for arguments
 
 
@@ -216,50 +201,6 @@ def test_absent_peers_are_named() -> None:
     assert peers.Peer("none", "no_such_module_here", ()).absent() == "not installed"
 
 
-def test_the_fixture_measures_and_the_table_is_printed(tmp_path: Path) -> None:
-    """One benchmark file through pytest itself: quick selection, --full, and the summary."""
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    for name in ("__init__", "conftest", "memory", "peers", "report", "roofline", "timing"):
-        text = (ROOT / "benchmarks" / f"{name}.py").read_text()
-        text = text.replace("1 << 28", "1 << 20").replace("(512, 1024, 2048)", "(64,)")
-        (folder / f"{name}.py").write_text(text)
-    (folder / "bench_sum.py").write_text(
-        "import pytest, torch\n"
-        "@pytest.mark.parametrize('n', [8, pytest.param(16, marks=pytest.mark.full)])\n"
-        "def bench_sum(measure, n):\n"
-        "    x = torch.ones(n)\n"
-        "    row = measure(x.sum, op='sum', provider='ours', case=f'n={n}', bytes=4 * n)\n"
-        "    assert row is None or row.p20_ms <= row.p50_ms <= row.p80_ms\n"
-        "def pytest_generate_tests(metafunc):\n"
-        "    from benchmarks.conftest import turns\n"
-        "    if 'turn' in metafunc.fixturenames:\n"
-        "        metafunc.parametrize('turn', turns(metafunc.config))\n"
-        "def bench_turns(measure, turn):\n"
-        "    measure(torch.ones(8).sum, op='turns', provider='ours', case='c', in_turns=True)\n"
-    )
-    (tmp_path / "pytest.ini").write_text(
-        "[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n"
-    )
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--full"]
-    result = subprocess.run(
-        [*command, "--device=cpu", "--threads=1", "--save-results", "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "sum on " in result.stdout and "roof: read" in result.stdout
-    (saved,) = (folder / "results").glob("*/sum.csv")
-    rows = report.read_csv(saved)
-    assert [(row.case, row.threads) for row in rows] == [("n=8", 1), ("n=16", 1)]
-    assert rows[0].peak_mb is not None and rows[0].peak_mb < 1e-3
-    # Turns are blocks of one measurement: one row.
-    (turned,) = (folder / "results").glob("*/turns.csv")
-    assert len(report.read_csv(turned)) == 1
-
-
 def test_bench_says_where_the_benchmarks_are_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,3 +210,18 @@ def test_bench_says_where_the_benchmarks_are_not(
     monkeypatch.chdir(tmp_path)
     assert main(["bench"]) == 2
     assert "part of the source checkout" in capsys.readouterr().err
+
+
+def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collavo.cli import bench
+
+    given: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        given.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert main(["bench", "--base", "main", "--full", "-k", "qlora"]) == 0
+    (command,) = given
+    assert command[-5:] == ["--full", "--base", "main", "-k", "qlora"]

@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from collavo.panoptic import DISPLAY_NAMES, TEMPLATES
+from collavo.processing import CollavoProcessor, make_image_processor
 from collavo.processing.chat_templates import SYSTEM
-from collavo.processing.processor import CollavoProcessor, make_image_processor
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 # A blank stays with the word after it, so that decoding gives the text back.

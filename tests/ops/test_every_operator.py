@@ -381,6 +381,16 @@ def test_a_written_argument_is_seen_by_autograd_and_by_the_compiler() -> None:
     assert buffer.tolist() == [[0, 0], [1, 1], [1, 1]]
 
 
+@differentiable
+def test_undefined_gradients_give_none(sample: Sample) -> None:
+    """As autograd has them where nothing depends on a result."""
+    inputs, leaves = with_gradients(sample)
+    found = [x for x in outputs(sample.operator, inputs) if x.requires_grad]
+    undefined = torch._C._functions.UndefinedGrad()(found[0])
+    grads = torch.autograd.grad(undefined, leaves, torch.ones_like(found[0]), allow_unused=True)
+    assert all(each is None for each in grads)
+
+
 def test_results_without_a_user_give_zeros_or_none() -> None:
     """Of two results only one is used: the gradient of the other is zeros, or None if it may be."""
     x = torch.randn(2, 3, requires_grad=True)

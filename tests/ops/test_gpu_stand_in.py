@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
@@ -20,6 +24,21 @@ from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
 from collavo_kernels.testing.gpu_stand_in import gpu_stand_in
 
 CPU = torch.device("cpu")
+
+
+class Strides(NamedTuple):
+    outer: Any
+    inner: Any
+
+
+@triton.jit(do_not_specialize=["length"])
+def together(x, strides, length):  # type: ignore[no-untyped-def]
+    tl.store(x + strides.outer + strides.inner, length)
+
+
+@triton.jit(do_not_specialize=["length"])
+def apart(x, outer, inner, length):  # type: ignore[no-untyped-def]
+    tl.store(x + outer + inner, length)
 
 
 def look_up() -> None:
@@ -82,3 +101,23 @@ def test_the_interpreter_is_refused() -> None:
         check=False,
     )
     assert "RuntimeError: gpu_stand_in: TRITON_INTERPRET is set" in done.stderr
+
+
+@pytest.mark.parametrize("strides", [(64, 1), (1, 17), (32, 3), (0, 2**33)])
+def test_a_tuple_is_specialised_as_its_elements_are(strides: tuple[int, int]) -> None:
+    """The kernels take strides as tuples: what is 1 or a multiple of 16 must be known there too."""
+    x = torch.zeros(64, dtype=torch.int64)
+    with gpu_stand_in():
+        found = [together[(1,)](x, Strides(*strides), 16), apart[(1,)](x, *strides, 16)]
+    one, other = (list(facts(each.src, tuple(each.src.signature.values()))) for each in found)
+    assert one == other
+    assert one[3] == ("i32", [], None), "the length would compile anew"
+
+
+def facts(source: Any, types: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Each argument's type, what is known of its alignment, and its value where that is known."""
+    if isinstance(types, tuple):
+        for i, each in enumerate(types):
+            yield from facts(source, each, (*path, i))
+    else:
+        yield types, source.attrs.get(path) or [], source.constants.get(path)

@@ -20,8 +20,8 @@ def compiled() -> StandIn:
     with gpu_stand_in() as gpu:
         for tokens in (1, 16, 128, 1024, 2048):
             multiply(tokens)
-        for groups in (8, 32):
-            attend(1325, groups)
+        for kv_heads in (8, 32):
+            attend(1325, kv_heads)
     return gpu
 
 

@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from collavo_kernels._requirements import RequirementError, installed_version, shortfall
 from collavo_kernels._sdpa import grouped_attention
-from collavo_kernels.nn.attention.inputs import CrayonInputs
 from collavo_kernels.nn.attention.masks import (
     cache_offsets,
     is_prefill_mask,
     read_prefill_mask,
     visible_keys,
 )
-from collavo_kernels.nn.attention.projections import project, project_with_rows
+from collavo_kernels.nn.attention.projections import (
+    CrayonInputs,
+    project,
+    project_tokens_and_rows,
+)
 from collavo_kernels.nn.attention.source import (
-    PROJECTIONS,
+    ATTENTION_PROJECTIONS,
     check_projections,
     check_source,
     head_dim,
@@ -77,7 +80,7 @@ class CrayonAttention(nn.Module):
 
     Raises:
         ValueError: if the configuration asks for what the operator lacks (soft-capped scores,
-            partial rotary, an odd head size or one above 256), the heads cannot be grouped, or a
+            partial rotary, a head dim that is odd or above 256), the heads cannot be grouped, or a
             projection has other sizes.
 
     Source: arXiv 2402.11248, section 3 and figure 6.
@@ -128,17 +131,17 @@ class CrayonAttention(nn.Module):
         if projections is None:
             projections = new_projections(config)
         check_projections(projections, config)
-        for name in PROJECTIONS:
+        for name in ATTENTION_PROJECTIONS:
             self.add_module(name, projections[name])
         if crayon_mode == "projection":
-            sizes = {
+            outputs = {
                 "qkv": (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim,
                 "o": config.hidden_size,
             }
-            for name, size in sizes.items():
+            for name, out_features in outputs.items():
                 branch = CrayonBranch(
                     config.hidden_size,
-                    size,
+                    out_features,
                     rank=crayon_rank,
                     scaling=crayon_scaling,
                     dropout=crayon_dropout,
@@ -193,7 +196,7 @@ class CrayonAttention(nn.Module):
         """
         check_source(attention)
         source: Any = attention
-        taken = {name: getattr(source, name) for name in PROJECTIONS}
+        taken = {name: getattr(source, name) for name in ATTENTION_PROJECTIONS}
         made = cls(
             source.config,
             source.layer_idx,
@@ -360,45 +363,17 @@ class CrayonAttention(nn.Module):
     def _project(self, hidden: Tensor, crayon: CrayonInputs) -> _Projected:
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if self.crayon_mode == "attention" and crayon.table is not None:
-            return self._project_with_rows(layers, hidden, crayon.table, crayon)
+            states, tables = project_tokens_and_rows(layers, hidden, crayon, crayon.table)
+            q, k, v = (self._heads(x) for x in states)
+            tq, tk, tv = (self._heads(x) for x in tables)
+            return _Projected((q, k, v), (tq, tk, tv))
         q, k, v = (self._heads(project(layer, hidden, crayon.adapter_mask)) for layer in layers)
         if not self._has_branch(crayon):
             return _Projected((q, k, v), (None, None, None))
         table = self._heads(self.crayon_qkv(crayon.table).to(hidden.dtype))
-        groups = self.num_key_value_heads
-        tq, tk, tv = torch.split(table, [self.num_heads, groups, groups], dim=-2)
+        kv_heads = self.num_key_value_heads
+        tq, tk, tv = torch.split(table, [self.num_heads, kv_heads, kv_heads], dim=-2)
         return _Projected((q, k, v), (tq, tk, tv))
-
-    def _project_with_rows(
-        self,
-        layers: tuple[nn.Module, ...],
-        hidden: Tensor,
-        table: Tensor,
-        crayon: CrayonInputs,
-    ) -> _Projected:
-        """Send the crayon's rows through the projections behind the tokens: one pass per weight."""
-        if table.shape[-1] != hidden.shape[-1]:
-            raise ValueError(
-                f"crayon.table: expected [T, {hidden.shape[-1]}], a vector of the hidden size per "
-                f"row, got {list(table.shape)}"
-            )
-        tokens = hidden.shape[0] * hidden.shape[1]
-        x = torch.cat([hidden.flatten(0, 1), table.to(hidden.dtype)])
-        mask = None
-        if crayon.adapter_mask is not None and crayon.row_mask is not None:
-            mask = torch.cat([crayon.adapter_mask.flatten(), crayon.row_mask])
-        elif crayon.adapter_mask is not None or crayon.row_mask is not None:
-            missing = "row_mask" if crayon.row_mask is None else "adapter_mask"
-            raise ValueError(
-                f"crayon.{missing}: expected a mask beside the other one, got None; "
-                "a row takes the adapters of its tokens"
-            )
-        states, tables = [], []
-        for layer in layers:
-            y = self._heads(project_with_rows(layer, x, mask, tokens))
-            states.append(y[:tokens].view(*hidden.shape[:2], *y.shape[1:]))
-            tables.append(y[tokens:])
-        return _Projected((states[0], states[1], states[2]), (tables[0], tables[1], tables[2]))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)

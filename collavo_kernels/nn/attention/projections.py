@@ -1,14 +1,38 @@
-"""Calls of an attention's linear layers: adapters masked, table rows added, rows without bias."""
+"""What a forward pass knows of its image tokens, and the calls of linear layers that heed it."""
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Sequence
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from collavo_kernels._rows import add_rows, checked_index
 from collavo_kernels.nn.linear.module import DualQLoRALinear
 from collavo_kernels.ops.qlora_linear import qlora_linear
+
+
+class CrayonInputs(NamedTuple):
+    """What a forward pass knows about its image tokens, computed once and handed to every layer.
+
+    Attributes:
+        table: The crayon, ``[T, hidden_size]``, one row per segment; None without crayon.
+        row_index: int32 ``[B, S]``: the token's row, -1 where it has none; None without crayon.
+        adapter_mask: uint8 ``[B, S]``: bit i set = adapter i acts on the token; None = all act.
+        row_mask: uint8 ``[T]``: the same for the rows, equal to that of the rows' tokens; None =
+            all act.
+        key_range: int32 ``[B, 2]``: first and one-past-last valid key of each sample; None = all.
+        fused: Whether the cache is empty and the mask is one interval per sample, so that
+            ``crayon_attention`` applies; None = each layer decides, from its mask and cache.
+    """
+
+    table: Tensor | None = None
+    row_index: Tensor | None = None
+    adapter_mask: Tensor | None = None
+    row_mask: Tensor | None = None
+    key_range: Tensor | None = None
+    fused: bool | None = None
 
 
 def project(
@@ -81,6 +105,45 @@ def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 def _with_rows(x: Tensor, table: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         raise ValueError("row_index: expected a tensor beside row_table, got None")
-    rows = index.long()
-    added = table.to(x.dtype)[rows.clamp_min(0)]
-    return x + torch.where((rows >= 0)[..., None], added, torch.zeros_like(added))
+    return add_rows(x, table, checked_index(index, table.shape[0]))
+
+
+def project_tokens_and_rows(
+    layers: Sequence[nn.Module], hidden: Tensor, crayon: CrayonInputs, table: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Call projections on tokens with the crayon's rows behind them: one pass per weight.
+
+    Args:
+        layers: As in ``project``, each with outputs of its own.
+        hidden: ``[B, S, K]``.
+        crayon: Its masks are read.
+        table: ``[T, K]``: its rows.
+
+    Returns:
+        Per layer the tokens' outputs ``[B, S, N]`` and the rows' ``[T, N]``, without bias.
+
+    Raises:
+        ValueError: if the table has another width, or one of the two masks is missing.
+    """
+    if table.shape[-1] != hidden.shape[-1]:
+        raise ValueError(
+            f"crayon.table: expected [T, {hidden.shape[-1]}], a vector of the hidden size per "
+            f"row, got {list(table.shape)}"
+        )
+    tokens = hidden.shape[0] * hidden.shape[1]
+    x = torch.cat([hidden.flatten(0, 1), table.to(hidden.dtype)])
+    mask = None
+    if crayon.adapter_mask is not None and crayon.row_mask is not None:
+        mask = torch.cat([crayon.adapter_mask.flatten(), crayon.row_mask])
+    elif crayon.adapter_mask is not None or crayon.row_mask is not None:
+        missing = "row_mask" if crayon.row_mask is None else "adapter_mask"
+        raise ValueError(
+            f"crayon.{missing}: expected a mask beside the other one, got None; "
+            "a row takes the adapters of its tokens"
+        )
+    states, tables = [], []
+    for layer in layers:
+        y = project_with_rows(layer, x, mask, tokens)
+        states.append(y[:tokens].view(*hidden.shape[:2], y.shape[-1]))
+        tables.append(y[tokens:])
+    return states, tables

@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import nn
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+from collavo_kernels.ops.crayon_attention.inputs import LARGEST_HEAD_DIM
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The linear layers of a LLaMA-shaped attention, by the names that its checkpoints have."""
+
 SOURCES = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
-_LARGEST_HEAD = 256
 
 
 def head_dim(config: Any) -> int:
@@ -45,24 +48,24 @@ def refuse_config(config: Any) -> None:
         raise ValueError(
             f"config.partial_rotary_factor: expected 1 (all of a head rotates), got {partial}"
         )
-    size = head_dim(config)
-    if size % 2 or not 0 < size <= _LARGEST_HEAD:
+    dim = head_dim(config)
+    if dim % 2 or not 0 < dim <= LARGEST_HEAD_DIM:
         raise ValueError(
-            f"config.head_dim: expected an even size up to {_LARGEST_HEAD}, got {size}"
+            f"config.head_dim: expected an even size up to {LARGEST_HEAD_DIM}, got {dim}"
         )
-    heads, groups = int(config.num_attention_heads), int(config.num_key_value_heads)
-    if heads % groups:
+    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+    if heads % kv_heads:
         raise ValueError(
-            f"config.num_key_value_heads: expected a divisor of {heads} heads, got {groups}"
+            f"config.num_key_value_heads: expected a divisor of {heads} heads, got {kv_heads}"
         )
 
 
 def projection_sizes(config: Any) -> dict[str, tuple[int, int]]:
     """Return the inputs and outputs of the four projections, by name."""
-    size = head_dim(config)
-    query, group = config.num_attention_heads * size, config.num_key_value_heads * size
+    dim = head_dim(config)
+    query, key = config.num_attention_heads * dim, config.num_key_value_heads * dim
     hidden = config.hidden_size
-    outputs = {"q_proj": query, "k_proj": group, "v_proj": group}
+    outputs = {"q_proj": query, "k_proj": key, "v_proj": key}
     return {name: (hidden, n) for name, n in outputs.items()} | {"o_proj": (query, hidden)}
 
 
@@ -91,7 +94,7 @@ def check_source(attention: Any) -> None:
         raise TypeError(f"attention: expected a module, got {type(attention).__name__}")
     kind = type(attention).__name__
     own = [n for n, _ in (*attention.named_children(), *attention.named_parameters(recurse=False))]
-    extra = [name for name in own if name not in PROJECTIONS]
+    extra = [name for name in own if name not in ATTENTION_PROJECTIONS]
     if extra:
         raise ValueError(
             f"attention.{extra[0]}: not supported, got a {kind} that has it (CrayonAttention has "

@@ -25,10 +25,10 @@ from collavo_kernels.nn.attention.masks import (
     visible_keys,
 )
 from collavo_kernels.ops.crayon_attention import crayon_attention
+from collavo_kernels.ops.crayon_attention.inputs import LARGEST_HEAD_DIM
 
 NAME = "crayon"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_HEAD = 256
 # transformers' SDPA function ignores some of these, or fails on them without naming the cure.
 _UNSERVED = ("softcap", "s_aux", "head_mask")
 
@@ -208,8 +208,8 @@ def crayon_attention_forward(
 
 def _serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Tell whether the operator takes these; the shapes of q and k fit where a model made them."""
-    size = query.shape[3]
-    if key.shape != value.shape or size % 2 or not 0 < size <= _LARGEST_HEAD:
+    head_dim = query.shape[3]
+    if key.shape != value.shape or head_dim % 2 or not 0 < head_dim <= LARGEST_HEAD_DIM:
         return False
     if query.dtype not in _DTYPES:
         return False

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from collavo_kernels.nn.linear import packing as panels
-from collavo_kernels.nn.linear import state as nf4_state
+from collavo_kernels._native import native
 from collavo_kernels.ops.qlora_linear import NF4Weight
 from collavo_kernels.ops.qlora_linear.nf4.format import packed_bytes, scale_bytes
+from collavo_kernels.ops.qlora_linear.nf4.interop import SCALE_KEYS
+from collavo_kernels.ops.qlora_linear.nf4.panels import cannot_pack
+
+_REORDERING = threading.Lock()
+"""Held while any layer changes its order: one copy at a time, and one packing of a layer."""
 
 
 class NF4Base(nn.Module):
     """A module whose ``weight`` and ``weight_scales`` are the bytes of an ``NF4Weight``.
 
     The bytes lie in bitsandbytes' order or, for CPU kernels, in panels; never in both. Whatever
-    leaves the module (state dicts, pickles, moves to a device) is in bitsandbytes' order.
+    leaves the module (state dicts, pickles, moves to a device) is in bitsandbytes' order, which is
+    also the one that is sharded and traced; panels are for calls that run now, on the CPU, in a
+    process that owns its weights.
     """
 
     in_features: int
@@ -66,7 +73,7 @@ class NF4Base(nn.Module):
             >>> list(layer.weight.shape), list(layer.unpack().weight.shape)
             ([2, 1, 576], [1024, 1])
         """
-        return self._order(in_panels=True)
+        return self._reorder(in_panels=True)
 
     def unpack(self) -> Self:
         """Bring the 4-bit codes back into bitsandbytes' order, bit for bit.
@@ -79,12 +86,12 @@ class NF4Base(nn.Module):
         Raises:
             ValueError: if the panels are sharded.
         """
-        return self._order(in_panels=False) if self._in_panels() else self
+        return self._reorder(in_panels=False) if self._in_panels() else self
 
-    def _order(self, in_panels: bool) -> Self:
-        with panels.PACKING:
+    def _reorder(self, in_panels: bool) -> Self:
+        with _REORDERING:
             base = self.base()
-            reason = panels.refusal(base)
+            reason = _cannot_reorder(base)
             if reason is not None or not isinstance(base, NF4Weight):
                 action = "lie in panels" if in_panels else "leave its panels"
                 raise ValueError(f"weight: cannot {action}: {reason}")
@@ -101,7 +108,7 @@ class NF4Base(nn.Module):
         if self._in_panels() or torch.compiler.is_compiling() or self.weight_scales is None:
             return
         shape = (self.out_features, self.in_features)
-        if panels.waits(self.weight, shape, self.block_size) is None:
+        if _cannot_pack_now(self.weight, shape, self.block_size) is None:
             self.pack()
 
     def _in_panels(self) -> bool:
@@ -113,7 +120,7 @@ class NF4Base(nn.Module):
         made.__dict__.update(self.weight.__dict__)
         return made
 
-    def _take(self, weight: NF4Weight) -> None:
+    def _set_weight(self, weight: NF4Weight) -> None:
         self.block_size, self.double_quant = weight.block_size, weight.double_quant
         self.base_dtype = weight.dtype
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
@@ -151,7 +158,7 @@ class NF4Base(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Panels are for the CPU. Those of a shard keep their order: no process has them all.
-        if self._in_panels() and panels.is_plain(self.weight):
+        if self._in_panels() and _is_plain(self.weight):
             self.unpack()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -160,7 +167,7 @@ class NF4Base(nn.Module):
         """Return what pickle stores: bitsandbytes' order, without the room around the panels."""
         state = self.__dict__.copy()
         base = self.base()
-        if isinstance(base, NF4Weight) and base.in_panels and panels.is_plain(self.weight):
+        if isinstance(base, NF4Weight) and base.in_panels and _is_plain(self.weight):
             rows = self._like_weight(base.to_rows().packed)
             state["_parameters"] = {**self._parameters, "weight": rows}
         return state
@@ -180,7 +187,7 @@ class NF4Base(nn.Module):
             return
         del destination[prefix + "weight_scales"]
         shape = (self.out_features, self.in_features)
-        parts = (nf4_state.whole(self.weight), nf4_state.whole(self.weight_scales))
+        parts = (_gathered(self.weight), _gathered(self.weight_scales))
         weight = NF4Weight(*parts, shape, self.block_size, self.double_quant, self.base_dtype)
         destination.update(weight.state_dict(prefix + "weight"))
 
@@ -197,11 +204,11 @@ class NF4Base(nn.Module):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         if self.weight_scales is not None:
             try:
-                loaded = nf4_state.take(own, prefix + "weight")
+                loaded = _pop_weight(own, prefix + "weight")
                 if loaded is not None:
                     self._adopt_format(loaded, prefix)
-                    own[prefix + "weight"] = nf4_state.like(loaded.packed, self.weight)
-                    scales = nf4_state.like(loaded.scales, self.weight_scales)
+                    own[prefix + "weight"] = _sharded_like(loaded.packed, self.weight)
+                    scales = _sharded_like(loaded.scales, self.weight_scales)
                     own[prefix + "weight_scales"] = scales
             except ValueError as error:
                 error_msgs.append(str(error))
@@ -225,3 +232,76 @@ class NF4Base(nn.Module):
         if not same and self.weight_scales is not None:
             empty = torch.empty_like(loaded.scales, device=self.weight_scales.device)
             self.weight_scales = nn.Parameter(empty, requires_grad=False)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Tell whether a weight is an ordinary parameter: no shard, no fake, no stand-in."""
+    return type(weight) is nn.Parameter
+
+
+def _cannot_reorder(base: NF4Weight | Tensor) -> str | None:
+    """Say why a base cannot change its order, or None."""
+    if not isinstance(base, NF4Weight):
+        return "it is dense"
+    if not _is_plain(base.packed):
+        return f"it is a {type(base.packed).__name__}; change its order before it is sharded"
+    return None
+
+
+def _cannot_pack_now(weight: Tensor, shape: tuple[int, int], block_size: int) -> str | None:
+    """Say why a forward leaves a weight in bitsandbytes' order, or None."""
+    # The first two answer for most layers that never pack, so they stay cheap.
+    if weight.device.type != "cpu" or not _is_plain(weight):
+        return "it is not an ordinary parameter on the CPU"
+    reason = cannot_pack(shape, block_size)
+    if reason is None and native() is None:
+        reason = "the compiled kernels are not there"
+    return reason or _watched() or _managed(weight)
+
+
+def _watched() -> str | None:
+    traced = torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    if traced or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a trace, a mode or a transform is watching"
+    return None
+
+
+def _managed(weight: Tensor) -> str | None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "torch.distributed is initialised: FSDP and DDP manage parameters themselves"
+    if cast(Any, weight).is_shared():
+        return "other processes share the memory"
+    return None
+
+
+def _pop_weight(entries: dict[str, Tensor], name: str) -> NF4Weight | None:
+    """Take an NF4 weight's entries out of a state dict; None if it has none of them.
+
+    Raises:
+        ValueError: if the entries are incomplete or corrupt; the entry is named.
+    """
+    names = [name, *(f"{name}.{key}" for key in SCALE_KEYS)]
+    if not any(each in entries for each in names):
+        return None
+    weight = NF4Weight.from_state_dict(entries, name)
+    for each in names:
+        entries.pop(each, None)
+    return weight
+
+
+def _gathered(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's bytes; a sharded one is gathered, so all processes have to take part."""
+    plain: Any = parameter.detach()
+    whole: Tensor = plain.full_tensor() if hasattr(plain, "full_tensor") else plain
+    return whole
+
+
+def _sharded_like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a value laid out as a parameter is: sharded alike if that is sharded."""
+    sharded: Any = parameter.detach()
+    if not hasattr(sharded, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return distribute_tensor(value.to(sharded.device), mesh, placements)

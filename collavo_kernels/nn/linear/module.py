@@ -10,15 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collavo_kernels._validation import expect_choice
-from collavo_kernels.nn.linear import checks as layer_checks
-from collavo_kernels.nn.linear import peft as peft_exchange
+from collavo_kernels._validation import REFERENCE_DTYPES, expect_choice, expect_tensor
+from collavo_kernels.nn.linear import peft
 from collavo_kernels.nn.linear.frozen import NF4Base
 from collavo_kernels.ops.qlora_linear import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
+from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
 
 
 class LoRAFactor(nn.Module):
-    """One factor of an adapter: a weight under PEFT's name (``lora_A.<adapter>.weight``)."""
+    """One factor of an adapter: a weight under PEFT's name (``lora_A.<adapter>.weight``).
+
+    Args:
+        rows: R for A, N for B.
+        columns: K for A, R for B.
+        device: Where the weight is made.
+        dtype: Its dtype.
+
+    Attributes:
+        weight: ``[rows, columns]``, not drawn yet: the layer around it does that.
+
+    Example:
+        >>> LoRAFactor(4, 64, "cpu", torch.float32).weight.shape
+        torch.Size([4, 64])
+    """
 
     def __init__(
         self, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype
@@ -92,11 +106,11 @@ class DualQLoRALinear(NF4Base):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        layer_checks.check_options(adapters, rank, dropout)
+        _check_options(adapters, rank, dropout)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if adapter_dtype is None:
             adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        layer_checks.check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
+        _check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
         self.in_features, self.out_features = in_features, out_features
         self.quantized, self.block_size, self.double_quant = quantized, block_size, double_quant
         self.base_dtype = dtype
@@ -131,14 +145,14 @@ class DualQLoRALinear(NF4Base):
             >>> layer.bias is not None, layer.scaling
             (True, {'image': 2.0, 'vl': 2.0})
         """
-        layer_checks.check_linear(linear)
-        layer = cls._shell(linear.in_features, linear.out_features, linear.weight, options)
+        _check_linear(linear)
+        layer = cls._without_base(linear.in_features, linear.out_features, linear.weight, options)
         if not layer.quantized:
             layer.weight = nn.Parameter(linear.weight, linear.weight.requires_grad)
         elif linear.weight.is_meta:
             layer._make_base(bias=False, device="meta")
         else:
-            layer._take(quantize_nf4(linear.weight, layer.block_size, layer.double_quant))
+            layer._set_weight(quantize_nf4(linear.weight, layer.block_size, layer.double_quant))
         layer.bias = linear.bias
         return layer
 
@@ -163,20 +177,21 @@ class DualQLoRALinear(NF4Base):
             )
         weight = NF4Weight.from_bitsandbytes(base.weight)
         options |= {"block_size": weight.block_size, "double_quant": weight.double_quant}
-        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        layer = cls._shell(weight.shape[1], weight.shape[0], like, options)
-        layer._take(weight)
+        example = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        layer = cls._without_base(weight.shape[1], weight.shape[0], example, options)
+        layer._set_weight(weight)
         layer.bias = base.bias
         return layer
 
     @classmethod
-    def _shell(
-        cls, in_features: int, out_features: int, like: Tensor, options: dict[str, Any]
+    def _without_base(
+        cls, in_features: int, out_features: int, example: Tensor, options: dict[str, Any]
     ) -> DualQLoRALinear:
         # The base comes later: made on "meta" it costs nothing.
-        layer = cls(in_features, out_features, device="meta", **({"dtype": like.dtype} | options))
+        options = {"dtype": example.dtype} | options
+        layer = cls(in_features, out_features, device="meta", **options)
         for factors in (layer.lora_A, layer.lora_B):
-            factors.to_empty(device=like.device)
+            factors.to_empty(device=example.device)
         layer._reset_adapters()
         return layer
 
@@ -188,7 +203,7 @@ class DualQLoRALinear(NF4Base):
             dense = torch.empty(shape, dtype=self.base_dtype, device=self.weight.device)
             nn.init.uniform_(dense, -bound, bound)
             if self.quantized:
-                self._take(quantize_nf4(dense, self.block_size, self.double_quant))
+                self._set_weight(quantize_nf4(dense, self.block_size, self.double_quant))
             else:
                 self.weight.data.copy_(dense)
         if self.bias is not None:
@@ -259,7 +274,7 @@ class DualQLoRALinear(NF4Base):
     def _add_branches(
         self, out: Tensor, x: Tensor, adapters: list[LoRAAdapter], adapter_mask: Tensor | None
     ) -> Tensor:
-        layer_checks.check_branches(x, adapters, adapter_mask, self.out_features)
+        _check_branches(x, adapters, adapter_mask, self.out_features)
         # Each adapter sees a dropout mask of its own, as in PEFT.
         for i, (a, b, scaling) in enumerate(adapters):
             dropped = F.dropout(x, self.dropout)
@@ -332,7 +347,7 @@ class DualQLoRALinear(NF4Base):
                 lora_bias or fan_in_fan_out.
         """
         own = self.adapter(slot)
-        a, b, scaling = peft_exchange.read_factors(state, config, module_name)
+        a, b, scaling = peft.read_factors(state, config, module_name)
         if a.shape[1] != self.in_features or b.shape[0] != self.out_features:
             raise ValueError(
                 f"{module_name or 'adapter'}: expected lora_A [R, {self.in_features}] and lora_B "
@@ -348,7 +363,7 @@ class DualQLoRALinear(NF4Base):
     def peft_state_dict(self, slot: str, module_name: str = "") -> dict[str, Tensor]:
         """Return one adapter under the keys that PEFT saves."""
         own = self.adapter(slot)
-        keys = peft_exchange.factor_keys(module_name)
+        keys = peft.factor_keys(module_name)
         return dict(zip(keys, (own.a.detach(), own.b.detach()), strict=True))
 
     def extra_repr(self) -> str:
@@ -363,3 +378,51 @@ class DualQLoRALinear(NF4Base):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.merged_weight = None
         super()._load_from_state_dict(*arguments)
+
+
+def _check_options(adapters: Sequence[str], rank: int, dropout: float) -> None:
+    """Check what a layer with adapters is made with."""
+    if isinstance(adapters, str) or len(set(adapters)) != len(adapters):
+        raise ValueError(f"adapters: expected a tuple of distinct names, got {adapters!r}")
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+
+
+def _check_dtypes(**dtypes: torch.dtype) -> None:
+    """Check that each is floating; the keyword is the argument's name."""
+    for name, dtype in dtypes.items():
+        if dtype not in REFERENCE_DTYPES:
+            names = ", ".join(str(each).removeprefix("torch.") for each in REFERENCE_DTYPES)
+            raise TypeError(f"{name}: expected one of {names}, got {dtype}")
+
+
+def _check_linear(linear: nn.Module) -> None:
+    """Check that a module is a dense linear layer."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
+    expect_tensor(
+        "linear.weight",
+        linear.weight,
+        shape=(linear.out_features, linear.in_features),
+        dtypes=REFERENCE_DTYPES,
+        hint="from_bitsandbytes() takes a 4-bit layer",
+    )
+
+
+def _check_branches(
+    x: Tensor, adapters: list[LoRAAdapter], mask: Tensor | None, out_features: int
+) -> None:
+    """Check what the fused operator checks where the branches run beside it."""
+    for i, (a, b, _) in enumerate(adapters):
+        expect_tensor(f"adapters[{i}].a", a, shape=("R", x.shape[-1]), device=x.device)
+        expect_tensor(f"adapters[{i}].b", b, shape=(out_features, a.shape[0]), device=x.device)
+    if mask is None:
+        return
+    expect_tensor("adapter_mask", mask, shape=x.shape[:-1], dtypes=(torch.uint8,), device=x.device)
+    if len(adapters) > MAX_MASKED_ADAPTERS:
+        raise ValueError(
+            f"adapters: expected at most {MAX_MASKED_ADAPTERS} beside adapter_mask (a bit each), "
+            f"got {len(adapters)}"
+        )

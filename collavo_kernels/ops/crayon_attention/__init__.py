@@ -129,12 +129,12 @@ def prepare(
     k: Tensor,
     v: Tensor,
     *,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    row_index: Tensor | None = None,
     crayon_q: Tensor | None = None,
     crayon_k: Tensor | None = None,
     crayon_v: Tensor | None = None,
-    row_index: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v with the crayon added and q, k rotated, in plain differentiable PyTorch.
 
@@ -168,18 +168,8 @@ def prepare(
         >>> prepare(q, k, v, cos=zero, sin=zero + 1)[0].flatten().tolist()
         [-1.0, 1.0]
     """
-    inputs = AttentionInputs(
-        q=q,
-        k=k,
-        v=v,
-        cos=cos,
-        sin=sin,
-        crayon_q=crayon_q,
-        crayon_k=crayon_k,
-        crayon_v=crayon_v,
-        row_index=row_index,
-        key_range=None,
-    )
+    tables = (crayon_q, crayon_k, crayon_v)
+    inputs = AttentionInputs(q, k, v, cos, sin, *tables, row_index, key_range=None)
     validate(inputs)
     rows = checked_rows(inputs)
     query = prepared(q, crayon_q, rows, cos, sin)

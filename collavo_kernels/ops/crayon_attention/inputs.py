@@ -11,6 +11,7 @@ from torch import Tensor
 from collavo_kernels._validation import lowered
 
 T = TypeVar("T")
+LARGEST_HEAD_DIM = 256  # that every backend takes; the C++ kernels' own is ``kLargestHeadDim``
 
 
 class AttentionInputs(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels.ops.crayon_attention.inputs import (
+    LARGEST_HEAD_DIM,
     AttentionInputs,
     AttentionOutputGrads,
     AttentionResult,
@@ -26,7 +27,7 @@ from collavo_kernels.ops.crayon_attention.inputs import (
 )
 
 _ALIGNED = 8  # elements of 16 bits that make the 16 bytes which both libraries load at a time
-_LARGEST_HEAD_DIM = {"cudnn": 128, "flash": 256}
+_LARGEST_HEAD_DIM = {"cudnn": 128, "flash": LARGEST_HEAD_DIM}
 _FIRST_CUDNN = 90000
 _OPERATORS = {
     "cudnn": "_scaled_dot_product_cudnn_attention",

@@ -24,7 +24,7 @@ from collavo_kernels.ops.crayon_attention.validation import validate, validate_b
 if TYPE_CHECKING:
     from collavo_kernels.ops.crayon_attention.triton import launch as triton
 else:
-    triton = LazyModule("collavo_kernels.ops.crayon_attention.triton.launch")
+    triton = LazyModule("collavo_kernels.ops.crayon_attention.triton.launch", triton_reason)
 
 
 OPERATOR = Operator(
@@ -32,31 +32,9 @@ OPERATOR = Operator(
     inputs=AttentionInputs,
     result=AttentionResult,
     backends=(
-        Backend(
-            "cpu",
-            cpu.forward,
-            cpu.backward,
-            devices=("cpu",),
-            unavailable=cpu.unavailable,
-            declines=cpu.declines,
-        ),
-        Backend(
-            "library",
-            library.forward,
-            library.backward,
-            devices=("cuda",),
-            unavailable=library.unavailable,
-            declines=library.declines,
-            opt_in=True,
-        ),
-        Backend(
-            "triton",
-            triton.forward,
-            triton.backward,
-            devices=("cuda",),
-            unavailable=triton_reason,
-            declines=triton.declines,
-        ),
+        Backend.of("cpu", cpu, devices=("cpu",)),
+        Backend.of("library", library, devices=("cuda",), opt_in=True),
+        Backend.of("triton", triton, devices=("cuda",)),
         Backend("reference", reference.forward, reference.backward),
     ),
     validate=validate,

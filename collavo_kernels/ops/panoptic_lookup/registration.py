@@ -13,7 +13,7 @@ from collavo_kernels.ops.panoptic_lookup.validation import validate
 if TYPE_CHECKING:
     from collavo_kernels.ops.panoptic_lookup.triton import launch as triton
 else:
-    triton = LazyModule("collavo_kernels.ops.panoptic_lookup.triton.launch")
+    triton = LazyModule("collavo_kernels.ops.panoptic_lookup.triton.launch", triton_reason)
 
 _Backend = ForwardOnly[LookupInputs, LookupResult]
 

@@ -29,7 +29,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     active,
     gated,
 )
-from collavo_kernels.ops.qlora_linear.nf4 import panels as nf4_panels
+from collavo_kernels.ops.qlora_linear.nf4 import panels
 from collavo_kernels.ops.qlora_linear.nf4.format import dequantize_rows
 
 _STRIP_ELEMENTS = 1 << 22
@@ -114,7 +114,7 @@ def _weight_strips(inputs: QLoRAInputs) -> Iterator[tuple[int, int, Tensor]]:
     if inputs.scales is None:
         yield 0, n, inputs.weight.to(inputs.x.dtype)
         return
-    packed = nf4_panels.to_rows(inputs.weight, n) if inputs.in_panels else inputs.weight
+    packed = panels.to_rows(inputs.weight, n) if inputs.in_panels else inputs.weight
     step = max(1, _STRIP_ELEMENTS // max(k, 1))
     for start in range(0, n, step):
         stop = min(n, start + step)

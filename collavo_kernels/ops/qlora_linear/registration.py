@@ -24,7 +24,7 @@ from collavo_kernels.ops.qlora_linear.validation import validate, validate_backw
 if TYPE_CHECKING:
     from collavo_kernels.ops.qlora_linear.triton import launch as triton
 else:
-    triton = LazyModule("collavo_kernels.ops.qlora_linear.triton.launch")
+    triton = LazyModule("collavo_kernels.ops.qlora_linear.triton.launch", triton_reason)
 
 
 def _choose(inputs: QLoRAInputs, requested: str) -> str:
@@ -42,31 +42,9 @@ OPERATOR = Operator(
     inputs=QLoRAInputs,
     result=QLoRAResult,
     backends=on_tokens(
-        Backend(
-            "cpu",
-            cpu.forward,
-            cpu.backward,
-            devices=("cpu",),
-            unavailable=cpu.unavailable,
-            declines=cpu.declines,
-        ),
-        Backend(
-            "cuda",
-            cuda.forward,
-            cuda.backward,
-            devices=("cuda",),
-            unavailable=cuda.unavailable,
-            declines=cuda.declines,
-            opt_in=True,
-        ),
-        Backend(
-            "triton",
-            triton.forward,
-            triton.backward,
-            devices=("cuda",),
-            unavailable=triton_reason,
-            declines=triton.declines,
-        ),
+        Backend.of("cpu", cpu, devices=("cpu",)),
+        Backend.of("cuda", cuda, devices=("cuda",), opt_in=True),
+        Backend.of("triton", triton, devices=("cuda",)),
         Backend("reference", reference.forward, reference.backward),
     ),
     validate=validate,

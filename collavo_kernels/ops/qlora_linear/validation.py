@@ -16,7 +16,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAOutputGrads,
     Wanted,
 )
-from collavo_kernels.ops.qlora_linear.nf4 import panels as nf4_panels
+from collavo_kernels.ops.qlora_linear.nf4 import panels
 from collavo_kernels.ops.qlora_linear.nf4.format import BLOCK_SIZES, packed_bytes, scale_bytes
 
 
@@ -70,12 +70,12 @@ def _validate_bytes(inputs: QLoRAInputs, scales: Tensor) -> None:
         choices = ", ".join(map(str, BLOCK_SIZES))
         raise ValueError(f"block_size: expected one of {choices}, got {block_size}")
     if packed.dim() == 3:
-        reason = nf4_panels.cannot_pack(shape, block_size)
+        reason = panels.cannot_pack(shape, block_size)
         if reason is None and packed.device.type not in ("cpu", "meta"):
             reason = f"it is on {packed.device}, and panels are for CPU kernels; use to_rows()"
         if reason is not None:
             raise ValueError(f"weight: cannot lie in panels: {reason}")
-        expect_tensor("weight", packed, shape=nf4_panels.panels_shape(shape))
+        expect_tensor("weight", packed, shape=panels.panels_shape(shape))
     codes = packed.numel() if packed.dim() == 3 else packed_bytes(shape)
     sizes = (codes, scale_bytes(shape, block_size, double_quant))
     for name, value, size in zip(("weight", "scales"), (packed, scales), sizes, strict=True):

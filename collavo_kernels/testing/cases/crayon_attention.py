@@ -21,8 +21,8 @@ class AttentionCase:
         batch: B.
         length: S.
         heads: H.
-        groups: G.
-        size: D.
+        kv_heads: G.
+        head_dim: D.
         rows: T; the last row is never used where there are two or more.
         images: ``(start, stop)`` token spans that belong to images.
         ranges: Key range of each sample, or None.
@@ -39,8 +39,8 @@ class AttentionCase:
     batch: int = 2
     length: int = 37
     heads: int = 4
-    groups: int = 2
-    size: int = 16
+    kv_heads: int = 2
+    head_dim: int = 16
     rows: int = 4
     images: tuple[tuple[int, int], ...] = ((3, 20),)
     ranges: tuple[tuple[int, int], ...] | None = None
@@ -67,11 +67,11 @@ class AttentionCase:
             values = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
             return values.requires_grad_(gradients)
 
-        b, s, d = self.batch, self.length, self.size
-        q, k, v = (normal(b, s, n, d) for n in (self.heads, self.groups, self.groups))
+        b, s, d = self.batch, self.length, self.head_dim
+        q, k, v = (normal(b, s, n, d) for n in (self.heads, self.kv_heads, self.kv_heads))
         crayon_q, crayon_k, crayon_v = (
             normal(self.rows, n, d) if name in self.tables else None
-            for name, n in (("q", self.heads), ("k", self.groups), ("v", self.groups))
+            for name, n in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
         )
         angles = torch.rand(b if self.own_angles else 1, s, d // 2, generator=generator)
         angles = torch.cat((angles, angles), -1).double() * 6.0
@@ -101,16 +101,18 @@ class AttentionCase:
 
 
 CASES = (
-    AttentionCase("plain", "odd S, grouped heads, all tables, one row unused", size=64),
-    AttentionCase("head_dim_2", "the smallest head dim: halves of one element", size=2),
-    AttentionCase("head_dim_6", "halves that are no multiple of any vector", size=6),
-    AttentionCase("head_dim_80", "halves of 40: a register and a tail", size=80, heads=2, groups=1),
-    AttentionCase("head_dim_96", "no power of two", size=96, heads=2, groups=1),
-    AttentionCase("head_dim_128", "LLaMA's", size=128, heads=2, groups=2),
-    AttentionCase("head_dim_256", "the largest", size=256, heads=2, groups=1, batch=1),
-    AttentionCase("one_group", "multi-query: one key head for all", groups=1),
-    AttentionCase("group_per_head", "no grouping", groups=4),
-    AttentionCase("uneven_groups", "three query heads per key head", heads=6, groups=2),
+    AttentionCase("plain", "odd S, grouped heads, all tables, one row unused", head_dim=64),
+    AttentionCase("head_dim_2", "the smallest head dim: halves of one element", head_dim=2),
+    AttentionCase("head_dim_6", "halves that are no multiple of any vector", head_dim=6),
+    AttentionCase(
+        "head_dim_80", "halves of 40: a register and a tail", head_dim=80, heads=2, kv_heads=1
+    ),
+    AttentionCase("head_dim_96", "no power of two", head_dim=96, heads=2, kv_heads=1),
+    AttentionCase("head_dim_128", "LLaMA's", head_dim=128, heads=2, kv_heads=2),
+    AttentionCase("head_dim_256", "the largest", head_dim=256, heads=2, kv_heads=1, batch=1),
+    AttentionCase("one_group", "multi-query: one key head for all", kv_heads=1),
+    AttentionCase("group_per_head", "no grouping", kv_heads=4),
+    AttentionCase("uneven_groups", "three query heads per key head", heads=6, kv_heads=2),
     AttentionCase("not_causal", "every key is visible", causal=False),
     AttentionCase("long", "several blocks of queries and keys", length=197, batch=1),
     AttentionCase("window", "a band narrower than a block", window=5),
@@ -155,8 +157,8 @@ _LONG = AttentionCase(
     batch=1,
     length=1325,
     heads=8,
-    groups=2,
-    size=128,
+    kv_heads=2,
+    head_dim=128,
     rows=40,
     images=((20, 1245),),
 )
@@ -166,7 +168,7 @@ LONG_CASES = (
     replace(_LONG, name="padded", ranges=((130, 1300),)),
     replace(_LONG, name="window", window=300),
     replace(_LONG, name="both_directions", causal=False),
-    replace(_LONG, name="head_dim_64", size=64),
+    replace(_LONG, name="head_dim_64", head_dim=64),
 )
 
 

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_crayon_model import IMAGE, PAD, make_batch, make_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-from collavo.model.layer import CollavoLinear
 
 MODES = ("attention", "projection")
 
@@ -127,22 +125,27 @@ def test_crayon_gets_gradients_within_two_steps(mode: str) -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in crayon)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradient_checkpointing_changes_nothing(mode: str) -> None:
+def test_gradient_checkpointing_changes_nothing(mode: str, reentrant: bool) -> None:
     """Two forwards before a backward: state kept on modules would mix the two up silently."""
     grads = []
     for checkpointing in (False, True):
         model = make_model(crayon_mode=mode, adapters=("image", "vl")).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
         batch = make_batch()
         other = {**batch, "crayon_class": batch["crayon_class"].clamp_max(3)}
         losses = [model(**b, labels=b["input_ids"]).loss for b in (batch, other)]
         (losses[0] + 2 * losses[1]).backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
+    # The crayon's gradient is a sum over layers and projections, which re-entry groups by layer:
+    # each of its few additions rounds once.
+    slack = 8 * torch.finfo(torch.float32).eps if reentrant else 0.0
     for name, grad in grads[0].items():
-        assert torch.equal(grad, grads[1][name]), name
+        assert (grad - grads[1][name]).abs().max() <= slack * grad.abs().max(), name
 
 
 @pytest.mark.parametrize("mode", (*MODES, "none"))
@@ -261,24 +264,6 @@ def test_decoder_layer_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_stock_linear_state_is_cleared_after_an_error() -> None:
-    model, batch = make_model(), make_batch()
-    layer = model.model.language_model.layers[0]
-    hook = layer.mlp.register_forward_pre_hook(_fail)
-    with pytest.raises(RuntimeError, match="stop"):
-        model(**batch)
-    hook.remove()
-    assert all(
-        linear.call == (None, None, None)
-        for linear in layer.mlp.children()
-        if hasattr(linear, "call")
-    )
-
-
-def _fail(module: nn.Module, args: Any) -> None:
-    raise RuntimeError("stop")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -293,24 +278,6 @@ def _fail(module: nn.Module, args: Any) -> None:
 def test_bad_crayon_inputs_are_named(change: dict[str, Tensor | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model()(**{**make_batch(), **change})
-
-
-def test_a_failed_forward_leaves_nothing_behind() -> None:
-    """Mask and rows of a batch stand in the linear layers while a layer runs, and not longer."""
-    options: dict[str, Any] = {"adapters": ("image",), "image_adapters": ("image",)}
-    model, batch = make_model(crayon_mode="projection", **options), make_batch()
-    expected = model(**batch).logits
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    hook = model.model.language_model.layers[1].mlp.down_proj.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        model(**batch)
-    hook.remove()
-    layers = [module for module in model.modules() if isinstance(module, CollavoLinear)]
-    assert layers and all(layer.call == (None, None, None) for layer in layers)
-    assert torch.equal(model(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from collavo import apply_to_llava, load_pretrained
-from collavo.model.layer import CollavoLinear, decoder_linears
+from collavo.model.layer import decoder_linears
+from collavo.model.linear import CollavoLinear
 from collavo_kernels import NF4Weight
 from collavo_kernels._native import native
 

@@ -19,8 +19,8 @@ from collavo.panoptic import (
     object_prefix,
     parse_objects,
 )
+from collavo.processing import CollavoProcessor, make_image_processor
 from collavo.processing.chat_templates import CHAT_TEMPLATES, OBJECTS_MARKER
-from collavo.processing.processor import CollavoProcessor, make_image_processor
 from collavo_kernels import panoptic_lookup
 
 # The official code handles these as it means to.

@@ -24,8 +24,8 @@ from collavo.pictures.canvas import (
 )
 from collavo.pictures.crayon_grid import draw_grid
 from collavo.pictures.labels import regions, roomy_block, touches
-from collavo.pictures.panels import draw_boxes, draw_legend, draw_overlay
 from collavo.pictures.scene import SceneRows
+from collavo.pictures.views import draw_boxes, draw_legend, draw_overlay
 
 SVG = "{http://www.w3.org/2000/svg}"
 

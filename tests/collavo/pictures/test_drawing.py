@@ -21,7 +21,7 @@ from collavo.panoptic import (
     parse_objects,
     save_scene,
 )
-from collavo.pictures.drawing import PANELS
+from collavo.pictures.drawing import VIEWS
 from collavo.pictures.labels import inner_points, place, touches
 from collavo.pictures.palette import row_colours
 from collavo_kernels import panoptic_lookup
@@ -83,7 +83,7 @@ def test_odd_maps_are_drawn(panoptic, tmp_path):
 @pytest.mark.parametrize(
     "size", [(3, 900), (900, 3), (1, 1), (90, 30)], ids=["thin", "flat", "one pixel", "low"]
 )
-@pytest.mark.parametrize("panels", [PANELS, *([name] for name in PANELS)])
+@pytest.mark.parametrize("panels", [VIEWS, *([name] for name in VIEWS)])
 def test_images_of_any_shape_give_panels_of_any_choice(scene, tmp_path, size, panels):
     image, panoptic = Image.new("RGB", size), panoptic_of(scene)
     options = {"grid": (35, 35), "panel": 240, "panels": panels, "title": "a long title " * 30}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from collavo_kernels import NF4Weight
 from collavo_kernels._native import native
 from collavo_kernels.nn import DualQLoRALinear
-from collavo_kernels.nn.linear import packing as panels
+from collavo_kernels.nn.linear import frozen
 from collavo_kernels.testing import relative_error
 
 needs_kernels = pytest.mark.skipif(native() is None, reason="needs the compiled CPU kernels")
@@ -118,7 +118,7 @@ def test_what_cannot_be_packed_says_so_and_works(
 def change(layer: DualQLoRALinear) -> None:
     """Alter every byte and factor, so that a load has something to bring back."""
     base = DualQLoRALinear.from_linear(nn.Linear(K, N)).base()
-    layer._take(base)  # type: ignore[arg-type]
+    layer._set_weight(base)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in layer.parameters():
             if parameter.is_floating_point():
@@ -290,7 +290,7 @@ def _functional(layer: DualQLoRALinear, x: Tensor) -> None:
 
 
 def _transformed(layer: DualQLoRALinear, x: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="functorch"):
+    with pytest.raises(RuntimeError, match=r"torch\.func's derivatives are not supported"):
         torch.func.grad(lambda x: layer(x).sum())(x)
 
 
@@ -355,7 +355,7 @@ def run_together(calls: list[Callable[[], Any]]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not panels.PACKING.locked()
+    assert not frozen._REORDERING.locked()
 
 
 @needs_kernels

@@ -102,7 +102,7 @@ def test_within_budget(case: AttentionCase, backend: str, dtype: torch.dtype) ->
 def test_other_instruction_sets_within_budget(
     name: str, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors of other lengths cut panels, strips and tiles at other places."""
+    """Vectors of other lengths cut blocks and slabs at other places."""
     module = native()
     if module is None or isa not in module.isas():
         pytest.skip(f"no {isa} kernels here: {native_reason() or 'not built or not supported'}")

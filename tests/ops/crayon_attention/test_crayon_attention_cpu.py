@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import peak_megabytes
 from collavo_kernels import crayon_attention
 from collavo_kernels._native import ISA_CODES, native
 from collavo_kernels.ops.crayon_attention import OPERATOR, cpu, reference
 from collavo_kernels.ops.crayon_attention.inputs import AttentionInputs
-from collavo_kernels.testing import assert_within_budget, backward_arguments, poisoned_empty
+from collavo_kernels.testing import (
+    assert_within_budget,
+    backward_arguments,
+    peak_megabytes,
+    poisoned_empty,
+)
 from collavo_kernels.testing.cases.crayon_attention import AttentionCase
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the compiled module is not there")
@@ -20,22 +24,22 @@ LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
 LONG = (
     AttentionCase(
         "ragged",
-        "blocks, groups and panels that begin and end anywhere; a query head per item",
+        "blocks and key heads that begin and end anywhere; a query head per item",
         length=531,
         heads=4,
-        groups=2,
-        size=48,
+        kv_heads=2,
+        head_dim=48,
         images=((3, 400),),
         rows=9,
         ranges=((37, 531), (0, 402)),
     ),
     AttentionCase(
         "ragged band",
-        "a window that begins within a block, rows of it that a part of a panel sees",
+        "a window that begins within a block, rows of it that a part of a block sees",
         length=531,
         heads=2,
-        groups=1,
-        size=80,
+        kv_heads=1,
+        head_dim=80,
         images=((0, 531),),
         rows=3,
         ranges=((129, 531), (5, 389)),
@@ -46,7 +50,7 @@ LONG = (
         "every key, and a last block that is not whole",
         length=301,
         heads=2,
-        groups=2,
+        kv_heads=2,
         batch=1,
         causal=False,
         images=((5, 250),),
@@ -56,7 +60,7 @@ LONG = (
         "keys behind the query as well",
         length=301,
         heads=2,
-        groups=1,
+        kv_heads=1,
         batch=1,
         causal=False,
         window=40,
@@ -68,7 +72,7 @@ LONG = (
         batch=1,
         length=140,
         heads=32,
-        groups=8,
+        kv_heads=8,
         images=((3, 100),),
     ),
     AttentionCase(
@@ -77,7 +81,7 @@ LONG = (
         batch=3,
         length=140,
         heads=15,
-        groups=3,
+        kv_heads=3,
         images=((3, 100),),
     ),
     AttentionCase(
@@ -86,7 +90,7 @@ LONG = (
         batch=1,
         length=140,
         heads=32,
-        groups=1,
+        kv_heads=1,
         images=((3, 100),),
     ),
     AttentionCase(
@@ -95,7 +99,7 @@ LONG = (
         batch=9,
         length=140,
         heads=4,
-        groups=2,
+        kv_heads=2,
         images=((3, 100),),
     ),
 )
@@ -180,7 +184,9 @@ def peak(inputs: AttentionInputs, backward: bool) -> float:
 
 
 def long_case(length: int, *, backward: bool = False) -> AttentionInputs:
-    case = AttentionCase("long", "", 1, length, heads=8, groups=2, size=64, images=((5, length),))
+    case = AttentionCase(
+        "long", "", 1, length, heads=8, kv_heads=2, head_dim=64, images=((5, length),)
+    )
     return case.make(torch.bfloat16, gradients=backward)
 
 
@@ -219,7 +225,9 @@ def test_what_is_no_number_stays_visible(
     reach a row of its block, there as here.
     """
     monkeypatch.setattr(cpu, "BEST_ISA", ISA_CODES[isa])
-    case = AttentionCase("odd", "", 1, 40, heads=1, groups=1, size=16, tables="", rotated=False)
+    case = AttentionCase(
+        "odd", "", 1, 40, heads=1, kv_heads=1, head_dim=16, tables="", rotated=False
+    )
     inputs = case.make(dtype)
     getattr(inputs, where)[0, 7, 0, 3] = value
     expected, found = reference.forward(inputs).out[0], cpu.forward(inputs).out[0]
@@ -248,7 +256,7 @@ def test_sixteen_thousand_tokens(dtype: torch.dtype) -> None:
         1,
         16384,
         heads=1,
-        groups=1,
+        kv_heads=1,
         images=((5, 1230), (9000, 9600)),
         ranges=((3, 16380),),
     )
@@ -269,7 +277,7 @@ def test_sixteen_thousand_tokens(dtype: torch.dtype) -> None:
 
 def test_more_threads_than_items() -> None:
     """Work for fourteen, and two items in the backward: five of seven threads get none."""
-    case = AttentionCase("few", "", 1, 700, heads=2, groups=1, images=((0, 690),))
+    case = AttentionCase("few", "", 1, 700, heads=2, kv_heads=1, images=((0, 690),))
     inputs = case.make(torch.float32)
     grad = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(1))
     threads = torch.get_num_threads()
@@ -287,7 +295,7 @@ def test_more_threads_than_items() -> None:
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 0.0])
 def test_any_finite_scale(scale: float) -> None:
     """The largest score's value, or the mean: differences are taken before they are scaled."""
-    case = AttentionCase("steep", "", 1, 60, heads=1, groups=1, tables="", scale=scale)
+    case = AttentionCase("steep", "", 1, 60, heads=1, kv_heads=1, tables="", scale=scale)
     inputs = case.make(torch.float32)
     assert_within_budget(
         cpu.forward(inputs).out,
@@ -297,7 +305,7 @@ def test_any_finite_scale(scale: float) -> None:
 
 
 def test_head_dims_above_the_largest_go_to_the_reference() -> None:
-    inputs = AttentionCase("wide", "", 1, 3, heads=1, groups=1, size=258, tables="").make(
+    inputs = AttentionCase("wide", "", 1, 3, heads=1, kv_heads=1, head_dim=258, tables="").make(
         torch.float32
     )
     assert "256" in (cpu.declines(inputs) or "")

@@ -40,8 +40,8 @@ def moved(inputs: AttentionInputs, to: Any) -> AttentionInputs:
 def weights_of(case: AttentionCase, dtype: torch.dtype) -> list[Tensor]:
     """The gradients of out, key and value in a linear loss."""
     generator = torch.Generator().manual_seed(1)
-    heads = (case.heads, case.groups, case.groups)
-    shapes = [(case.batch, case.length, n, case.size) for n in heads]
+    heads = (case.heads, case.kv_heads, case.kv_heads)
+    shapes = [(case.batch, case.length, n, case.head_dim) for n in heads]
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
 
 

@@ -20,21 +20,31 @@ BACKENDS = ["reference"] + (["cpu"] if native() is not None else [])
 LEAVES = ("q", "k", "v", "crayon_q", "crayon_k", "crayon_v")
 SMALL = (
     AttentionCase(
-        "all", "every table", batch=1, length=6, heads=2, groups=1, size=2, rows=3, images=((1, 5),)
+        "all",
+        "every table",
+        batch=1,
+        length=6,
+        heads=2,
+        kv_heads=1,
+        head_dim=2,
+        rows=3,
+        images=((1, 5),),
     ),
     AttentionCase(
         "padded band",
         "range, band and no value table: value is v itself",
         length=6,
         heads=2,
-        groups=2,
-        size=2,
+        kv_heads=2,
+        head_dim=2,
         images=((0, 4),),
         ranges=((2, 6), (0, 5)),
         window=2,
         tables="qk",
     ),
-    AttentionCase("bare", "both directions, no table", length=5, size=2, causal=False, tables=""),
+    AttentionCase(
+        "bare", "both directions, no table", length=5, head_dim=2, causal=False, tables=""
+    ),
 )
 
 

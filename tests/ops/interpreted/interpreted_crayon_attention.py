@@ -123,7 +123,7 @@ def test_the_longest_programs_come_first(monkeypatch: pytest.MonkeyPatch) -> Non
     watch(triton_forward, "keys_of")
     watch(triton_backward, "queries_of")
     watch(triton_backward_query, "keys_of")
-    case = AttentionCase("order", "", 2, 300, heads=4, groups=2, size=16, images=())
+    case = AttentionCase("order", "", 2, 300, heads=4, kv_heads=2, head_dim=16, images=())
     run(case.make(torch.float32))
     assert len(jobs) == 3
     for name, of_program in jobs.items():

@@ -44,8 +44,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def stand_in(library: str, seen: list[tuple[Tensor, ...]]) -> Callable[..., Any]:
-    real = library.operator_of(library)
+def stand_in(name: str, seen: list[tuple[Tensor, ...]]) -> Callable[..., Any]:
+    real = library.operator_of(name)
 
     def call(*arguments: Any, **options: Any) -> list[Any]:
         tensors = arguments[:3]
@@ -57,7 +57,7 @@ def stand_in(library: str, seen: list[tuple[Tensor, ...]]) -> Callable[..., Any]
         names = [a.name for a in real._schema.arguments]
         given = dict(zip(names, arguments, strict=False)) | options
         assert given["dropout_p"] == 0.0 and given["return_debug_mask"] is False
-        assert library == "flash" or (
+        assert name == "flash" or (
             given["attn_bias"] is None and given["compute_log_sumexp"] is True
         )
         out = torch.empty_strided(meta[0].shape, meta[0].stride(), dtype=meta[0].dtype)
@@ -76,7 +76,7 @@ def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> lis
     calls: list[Any] = []
     replacement = stand_in(request.param, calls)
     monkeypatch.setattr(library, "libraries", lambda device: (request.param,))
-    monkeypatch.setattr(library, "operator_of", lambda library: replacement)
+    monkeypatch.setattr(library, "operator_of", lambda name: replacement)
     return calls
 
 

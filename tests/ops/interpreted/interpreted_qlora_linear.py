@@ -16,8 +16,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAInputs,
     QLoRAResult,
 )
-from collavo_kernels.ops.qlora_linear.triton import launch
-from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
+from collavo_kernels.ops.qlora_linear.triton import launch, tiles
 from collavo_kernels.testing import (
     assert_within_budget,
     backward_arguments,
@@ -80,17 +79,17 @@ def test_shares_give_the_same_bits_again_and_the_same_sums(
 ) -> None:
     inputs = make_call(case).inputs()
     launched: list[int] = []
-    shares = triton_launch.shares_of
+    shares = tiles.shares_of
 
     def recorded(steps: int, wanted: int) -> tuple[int, int]:
         launched.append(shares(steps, wanted)[0])
         return shares(steps, wanted)
 
-    monkeypatch.setattr(triton_launch, "shares_of", recorded)
+    monkeypatch.setattr(tiles, "shares_of", recorded)
     split = launch.forward(inputs).out
     assert launched[-1] > 1, "the case does not share anything out"
     assert torch.equal(launch.forward(inputs).out, split)
-    monkeypatch.setattr(triton_launch, "processors", lambda device: 0)
+    monkeypatch.setattr(tiles, "processors", lambda device: 0)
     launched.clear()
     whole = launch.forward(inputs).out
     assert max(launched) == 1

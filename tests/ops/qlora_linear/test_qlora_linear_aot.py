@@ -17,45 +17,56 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from collavo_kernels import _rows_triton
+from collavo_kernels._triton import constants
 from collavo_kernels.ops.qlora_linear import quantize_nf4
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
 from collavo_kernels.ops.qlora_linear.nf4.format import NF4_CODE
 from collavo_kernels.ops.qlora_linear.triton import launch
 from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
-from collavo_kernels.ops.qlora_linear.triton.weight import permutations
-from collavo_kernels.testing.aot import TARGETS, compile_ahead
+from collavo_kernels.ops.qlora_linear.triton.forward import Epilogue
+from collavo_kernels.ops.qlora_linear.triton.weight import Weight, permutations
+from collavo_kernels.testing.aot import TARGETS, ArgumentType, compile_ahead
 
 KINDS = dict(zip(TARGETS, ("ampere", "hopper", "blackwell", "portable"), strict=True))
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-_SIZES = (
-    "m n k units ranks ranks_0 ranks_1 table_rows steps splits rank_stride rank_stride_0 columns "
-    "rank_stride_1 column_stride column_stride_0 column_stride_1 place width rows"
-)
-EPILOGUE = {"HAS_TABLE": True, "HAS_BIAS": True, "HIDDEN_SPLITS": 1}
+PRESENT = {"HAS_TABLE": True, "HAS_BIAS": True, "HIDDEN_SPLITS": 1}
 MASKED = {"HAS_MASK": True}
 
 
-def types(dtype: torch.dtype, nested: bool = True) -> dict[str, str]:
-    """A type for every run-time argument of every kernel."""
+def types(
+    dtype: torch.dtype, *, nested: bool = True, hidden: str = "", rank: str = "i32"
+) -> dict[str, ArgumentType]:
+    """A type for every run-time argument of every kernel; ``hidden`` where it is not dtype's."""
     half = TYPES[dtype]
-    same = ("x", "halves", "code", "hidden", "table", "bias", "out", "grad", "upstream", "value")
-    scales = ("nested_absmax", "nested_code", "offset", "shares")
+    hidden = hidden or half
+    # Adapters that are wider than x are cast as they are loaded, which takes registers.
+    factors, ranks = ("*fp32", "*fp32"), (rank, rank)
+    absmax = "*u8" if nested else "*fp32"
     return {
-        **dict.fromkeys(same, half),
-        # Adapters that are wider than x are cast as they are loaded, which takes registers.
-        **dict.fromkeys(("factor_0", "factor_1", "b_0", "b_1", "a_0", "a_1"), "*fp32"),
-        **dict.fromkeys(scales, "*fp32"),
-        **dict.fromkeys(("packed", "mask"), "*u8"),
+        **dict.fromkeys(("x", "halves", "out", "grad", "upstream", "value"), half),
+        **dict.fromkeys(("factors", "a"), factors),
         **dict.fromkeys(("row_index", "errors"), "*i32"),
-        **dict.fromkeys(_SIZES.split(), "i32"),
-        **dict.fromkeys(("scaling_0", "scaling_1"), "fp32"),
-        "absmax": "*u8" if nested else "*fp32",
+        **dict.fromkeys(
+            ["m", "n", "k", "units", "steps", "splits", "columns", "place", "width", "rows"], "i32"
+        ),
+        "hidden": hidden,
+        "mask": "*u8",
+        "shares": "*fp32",
+        "ranks": ranks,
+        "scaling": ("fp32", "fp32"),
+        "weight": Weight("*u8", absmax, "*fp32", "*fp32", "*fp32", half),
+        "epilogue": Epilogue(hidden, factors, half, "*i32", half, "*i32", ranks, "i32"),
     }
 
 
-def compiles(kernel: Any, signature: dict[str, str], target: str, **values: Any) -> None:
+def compiles(
+    kernel: Any,
+    signature: dict[str, ArgumentType],
+    target: str,
+    values: dict[str, Any],
+    options: dict[str, int],
+) -> None:
     """Compile for a target; fail where registers spill or shared memory does not suffice."""
-    options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
     signature = {name: signature[name] for name in kernel.arg_names if name not in values}
     found = compile_ahead(kernel, signature, values, target, **options)
     facts = f"{kernel.__name__} {values} {options} {found}"
@@ -63,6 +74,11 @@ def compiles(kernel: Any, signature: dict[str, str], target: str, **values: Any)
     assert found.shared_bytes <= found.shared_limit, facts
     # A kernel that wants more tensor memory than there is compiles to a trap and little else.
     assert found.registers > 24, facts
+
+
+def known(*parts: dict[str, Any]) -> dict[str, Any]:
+    """A kernel's constants as its argument."""
+    return {"CONST": constants(**{name: value for part in parts for name, value in part.items()})}
 
 
 def facts_of(dtype: torch.dtype, target: str, nested: bool, aligned: bool) -> dict[str, Any]:
@@ -90,29 +106,30 @@ def test_forward(target: str, nested: bool) -> None:
         splits = {True} if triton_launch.must_split(tiles) else {False}
         splits |= {True} if triton_launch.may_split(tiles) else set()
         for split in splits:
-            signature = types(dtype, nested) | ({"out": "*fp32"} if split else {})
-            values = facts_of(dtype, target, nested, aligned) | EPILOGUE | launch.LINEAR
-            values |= {"SPLIT": split, "BLOCK_M": tiles.tokens, "BLOCK_N": tiles.rows}
-            values |= {"CHUNKS": tiles.chunks}
-            if tiles.tokens > 128:
-                # It is chosen where the epilogue takes few registers.
-                values |= {"HAS_TABLE": False}
-                signature |= {"ranks_0": "i32:16", "ranks_1": "i32:16"}
-            options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-            compiles(launch.linear_kernel, signature, target, **values, **options)
+            # The widest tile is chosen where the epilogue takes few registers.
+            wide = tiles.tokens > 128
+            signature = types(dtype, nested=nested, rank="i32:16" if wide else "i32")
+            if split:
+                signature["out"] = "*fp32"
+            facts = facts_of(dtype, target, nested, aligned)
+            added = PRESENT | {"HAS_TABLE": not wide, "SPLIT": split}
+            values = known(facts, added, launch.LINEAR, tiles.blocks)
+            compiles(launch.linear_kernel, signature, target, values, tiles.options)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_hidden_values_and_the_sum_of_shares(target: str, dtype: torch.dtype) -> None:
     # Shares of hidden values are float32.
-    for tokens, signature in ((1, types(dtype) | {"hidden": "*fp32"}), (2048, types(dtype))):
-        values = dict(zip("MRK", triton_launch.hidden_tiles(tokens, dtype), strict=True))
-        values = {f"BLOCK_{name}": size for name, size in values.items()}
-        options = values | launch.PREPARE | MASKED
-        compiles(launch.prepare_kernel, signature, target, **options)
-    values = EPILOGUE | {"HIDDEN_SPLITS": 8, "SPLITS": 16} | launch.SUM
-    compiles(launch.sum_kernel, types(dtype) | {"hidden": "*fp32"}, target, **values)
+    wide = types(dtype, hidden="*fp32")
+    for tokens, signature in ((1, wide), (2048, types(dtype))):
+        sizes = dict(zip("MRK", triton_launch.hidden_tiles(tokens, dtype), strict=True))
+        blocks = {f"BLOCK_{name}": size for name, size in sizes.items()}
+        signature["strides"] = (("i32", "i32"), ("i32", "i32"))
+        values = known(blocks, launch.PREPARE, MASKED)
+        compiles(launch.prepare_kernel, signature, target, values, launch.PREPARE_OPTIONS)
+    values = known(PRESENT, launch.SUM, {"HIDDEN_SPLITS": 8, "SPLITS": 16})
+    compiles(launch.sum_kernel, wide, target, values, launch.SUM_OPTIONS)
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
@@ -129,19 +146,19 @@ def test_gradient_of_x(target: str, nested: bool) -> None:
     ):
         if not nested and (dtype == wide or not aligned):
             continue
-        values = facts_of(dtype, target, nested, aligned) | launch.LINEAR
-        values |= {"BLOCK_M": tiles.tokens, "BLOCK_N": tiles.rows, "BLOCK_P": tiles.pairs}
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        kernel = launch.grad_x_kernel
-        compiles(kernel, types(dtype, nested), target, **values, **options)
+        values = known(facts_of(dtype, target, nested, aligned), launch.LINEAR, tiles.blocks)
+        signature = types(dtype, nested=nested)
+        compiles(launch.grad_x_kernel, signature, target, values, tiles.options)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradients_of_factors_and_rows(target: str, dtype: torch.dtype) -> None:
-    values = {"BIT": 1} | MASKED | launch.FACTOR
-    compiles(launch.factor_kernel, types(dtype), target, **values)
-    compiles(_rows_triton.sum_rows_kernel, types(dtype), target, **_rows_triton.TILE)
+    signature: dict[str, ArgumentType] = types(dtype) | {"ranks": "i32", "strides": ("i32", "i32")}
+    values = known({"BIT": 1}, MASKED, launch.FACTOR)
+    compiles(launch.factor_kernel, signature, target, values, launch.FACTOR_OPTIONS)
+    tile = _rows_triton.TILE
+    compiles(_rows_triton.sum_rows_kernel, signature, target, tile, _rows_triton.OPTIONS)
 
 
 @pytest.mark.parametrize("kind", triton_launch.TILES)

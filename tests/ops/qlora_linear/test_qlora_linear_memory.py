@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.memory import peak_megabytes
 from collavo_kernels import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
 from collavo_kernels._native import native
+from collavo_kernels.testing import peak_megabytes
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the compiled module is not there")
 SIZE = 4096

@@ -7,17 +7,20 @@ of each query, then computes the gradients of keys and values, of queries, and o
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from collavo_kernels._backends import device_of
+from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels._flags import error_word
 from collavo_kernels._gpu import kind_of
 from collavo_kernels._rows_triton import sum_rows
+from collavo_kernels._triton import constants
 from collavo_kernels.ops.crayon_attention.inputs import (
+    LARGEST_HEAD_DIM,
     AttentionInputs,
     AttentionOutputGrads,
     AttentionResult,
@@ -32,11 +35,11 @@ from collavo_kernels.ops.crayon_attention.triton.backward import (
 )
 from collavo_kernels.ops.crayon_attention.triton.backward_query import query_gradients_kernel
 from collavo_kernels.ops.crayon_attention.triton.forward import attend_kernel
+from collavo_kernels.ops.crayon_attention.triton.parts import Angles, Heads
 from collavo_kernels.ops.crayon_attention.triton.prepare import prepare_kernel
 
-_LARGEST_HEAD_DIM = 256
 _LARGEST_GRID = 65535  # a launch's second dimension: heads while preparing, then blocks of tokens
-_LOG2_E = 1.4426950408889634
+_LOG2_E = math.log2(math.e)
 _CONTIGUOUS = ("cos", "sin", "crayon_q", "crayon_k", "crayon_v", "row_index", "key_range")
 
 
@@ -67,12 +70,15 @@ class Statistics(NamedTuple):
     delta: Tensor
 
 
+unavailable = triton_reason
+
+
 def declines(inputs: AttentionInputs) -> str | None:
     """Say why these inputs are not taken, or None."""
     if inputs.q.dtype == torch.float64:
         return "takes float32, bfloat16 and float16; float64 is the reference's"
-    if inputs.q.shape[-1] > _LARGEST_HEAD_DIM:
-        return f"takes head dims up to {_LARGEST_HEAD_DIM}"
+    if inputs.q.shape[-1] > LARGEST_HEAD_DIM:
+        return f"takes head dims up to {LARGEST_HEAD_DIM}"
     if inputs.q.shape[0] * (inputs.q.shape[2] + 2 * inputs.k.shape[2]) > _LARGEST_GRID:
         return f"takes up to {_LARGEST_GRID} heads of q, k and v of all samples together"
     if inputs.q.shape[1] > _LARGEST_GRID * tiles.SMALLEST_BLOCK:
@@ -178,33 +184,18 @@ def _launch_prepare(
     results: tuple[Tensor, ...] = (),
     statistics: Statistics | None = None,
 ) -> None:
-    q, k = inputs.q, inputs.k
-    batch, length, heads, size = q.shape
-    groups = k.shape[2]
+    q, k, v = inputs[:3]
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
     slots = heads if switches["Q"] or statistics is not None else 0
-    slots += groups * (switches["K"] + switches["V"])
+    slots += kv_heads * (switches["K"] + switches["V"])
     if not slots or not q.numel():
         return
-    options = tiles.preparation(size)
-    grid = triton.cdiv(length, options["TOKENS"]), batch * triton.cdiv(slots, options["HEADS"])
-    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
-    prepare_kernel[grid](
-        *inputs[:3],
-        *_or(q, inputs.cos, inputs.sin, *tables, inputs.row_index, inputs.key_range),
-        *(results or (q, q, q)),
-        *ready,
-        *(statistics or (q, q)),
-        error_word(q.device),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *inputs.v.stride()[:3],
-        _angle_stride(inputs),
-        length,
-        heads,
-        groups,
-        _row_count(inputs),
-        **_head(size),
-        **options,
+    sizes = tiles.preparation(head_dim)
+    grid = triton.cdiv(length, sizes["TOKENS"]), batch * triton.cdiv(slots, sizes["HEADS"])
+    const = constants(
+        **tiles.padded(head_dim),
+        **sizes,
         **switches,
         STATISTICS=statistics is not None,
         ROTATE=inputs.cos is not None,
@@ -213,35 +204,48 @@ def _launch_prepare(
         ADD_V=switches["V"],
         HAS_RANGE=inputs.key_range is not None,
     )
+    prepare_kernel[grid](
+        *(_heads(x) for x in (q, k, v)),
+        _angles(inputs),
+        _or(q, *inputs.tables),
+        *_or(q, inputs.row_index, inputs.key_range),
+        *(results or (q, q, q)),
+        ready,
+        statistics or (q, q),
+        error_word(q.device),
+        length,
+        heads,
+        kv_heads,
+        inputs.table_rows or 0,
+        const,
+    )
 
 
 def _launch_attend(inputs: AttentionInputs, ready: Prepared, out: Tensor, lse: Tensor) -> None:
     q = inputs.q
-    batch, length, heads, size = q.shape
+    batch, length, heads, head_dim = q.shape
     plan = _plan(q).attend
+    const = constants(
+        **tiles.padded(head_dim),
+        **plan.blocks,
+        ADD_Q=inputs.crayon_q is not None,
+        **_switches(inputs),
+    )
     attend_kernel[(batch * heads, triton.cdiv(length, plan.queries))](
-        q,
-        *_or(q, inputs.cos, inputs.sin, inputs.crayon_q, inputs.row_index),
-        ready.key,
-        ready.value,
-        *_or(q, inputs.key_range),
+        *(_heads(x) for x in (q, ready.key, ready.value)),
+        _angles(inputs),
+        *_or(q, inputs.crayon_q, inputs.row_index, inputs.key_range),
         out,
         lse,
         error_word(q.device),
-        *q.stride()[:3],
-        *ready.key.stride()[:3],
-        *ready.value.stride()[:3],
-        _angle_stride(inputs),
         length,
         heads,
         ready.key.shape[2],
-        _row_count(inputs),
+        inputs.table_rows or 0,
         inputs.window or 0,
         inputs.softmax_scale * _LOG2_E,
-        **_head(size),
+        const,
         **plan.options,
-        ADD_Q=inputs.crayon_q is not None,
-        **_switches(inputs),
     )
 
 
@@ -254,48 +258,43 @@ def _launch_key_gradients(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    batch, length, groups, size = saved.key.shape
+    batch, length, kv_heads, head_dim = saved.key.shape
     plan, switches = _plan(query).key_gradients, _switches(inputs)
     blocks = triton.cdiv(length, plan.keys)
-    members = inputs.q.shape[2] // groups
-    shares = tiles.shares_of(members, blocks * batch * groups, query.device)
+    members = inputs.q.shape[2] // kv_heads
+    shares = tiles.shares_of(members, blocks * batch * kv_heads, query.device)
     parts: tuple[Tensor, ...] = (dk, dv)
     if shares > 1:
         parts = query.new_empty((2, shares, *dk.shape), dtype=torch.float32).unbind()
-    extra = _or(query, grads.key, grads.value, inputs.cos, inputs.sin)
+    extra = _or(query, grads.key, grads.value)
+    angles, padded = _angles(inputs), tiles.padded(head_dim)
     added = {"ADD_KEY": grads.key is not None, "ADD_VALUE": grads.value is not None}
-    key_gradients_kernel[(batch * groups * shares, blocks)](
+    key_gradients_kernel[(batch * kv_heads * shares, blocks)](
         query,
-        saved.key,
-        saved.value,
+        _heads(saved.key),
+        _heads(saved.value),
         grads.out,
-        *statistics,
-        *extra,
+        statistics,
+        extra,
+        angles,
         *_or(query, inputs.key_range),
-        *parts,
+        parts,
         *_common(inputs),
         shares,
-        **_head(size),
+        constants(**padded, **plan.blocks, **added, **switches, SHARED=shares > 1),
         **plan.options,
-        **added,
-        **switches,
-        SHARED=shares > 1,
     )
     if shares > 1:
-        tokens = tiles.preparation(size)["TOKENS"]
-        sum_shares_kernel[(triton.cdiv(length, tokens), batch * groups)](
-            *parts,
-            *extra,
-            dk,
-            dv,
-            _angle_stride(inputs),
+        tokens = tiles.preparation(head_dim)["TOKENS"]
+        sum_shares_kernel[(triton.cdiv(length, tokens), batch * kv_heads)](
+            parts,
+            extra,
+            angles,
+            (dk, dv),
             length,
-            groups,
+            kv_heads,
             shares,
-            **_head(size),
-            **added,
-            TOKENS=tokens,
-            ROTATE=switches["ROTATE"],
+            constants(**padded, **added, TOKENS=tokens, ROTATE=switches["ROTATE"]),
         )
 
 
@@ -307,20 +306,20 @@ def _launch_query_gradients(
     statistics: Statistics,
     dq: Tensor,
 ) -> None:
-    batch, length, heads, size = query.shape
+    batch, length, heads, head_dim = query.shape
     plan = _plan(query).query_gradients
     query_gradients_kernel[(batch * heads, triton.cdiv(length, plan.queries))](
         query,
-        saved.key,
-        saved.value,
+        _heads(saved.key),
+        _heads(saved.value),
         grads.out,
-        *statistics,
-        *_or(query, inputs.cos, inputs.sin, inputs.key_range),
+        statistics,
+        _angles(inputs),
+        *_or(query, inputs.key_range),
         dq,
         *_common(inputs),
-        **_head(size),
+        constants(**tiles.padded(head_dim), **plan.blocks, **_switches(inputs)),
         **plan.options,
-        **_switches(inputs),
     )
 
 
@@ -336,13 +335,10 @@ def _table_gradient(inputs: AttentionInputs, table: Tensor | None, dense: Tensor
 
 
 def _common(inputs: AttentionInputs) -> tuple[Any, ...]:
-    """Return the arguments that end the two kernels of gradients."""
+    """Return the arguments from flags on that both kernels of gradients take."""
     scale = inputs.softmax_scale
     return (
         error_word(inputs.q.device),
-        *inputs.k.stride()[:3],
-        *inputs.v.stride()[:3],
-        _angle_stride(inputs),
         inputs.q.shape[1],
         inputs.q.shape[2],
         inputs.k.shape[2],
@@ -366,18 +362,19 @@ def _plan(x: Tensor) -> tiles.Plan:
     return tiles.plan_for(x.shape[-1], x.element_size(), kind_of(x.device))
 
 
-def _head(size: int) -> dict[str, int]:
-    return {"D": size, "HALF": tiles.half_of(size)}
+def _heads(x: Tensor) -> Heads:
+    return Heads(x, *x.stride()[:3])
 
 
-def _row_count(inputs: AttentionInputs) -> int:
-    tables = (inputs.crayon_q, inputs.crayon_k, inputs.crayon_v)
-    return next((t.shape[0] for t in tables if t is not None), 0)
+def _angles(inputs: AttentionInputs) -> Angles:
+    cos, sin = _or(inputs.q, inputs.cos, inputs.sin)
+    stride = 0 if inputs.cos is None or cos.shape[0] == 1 else cos.stride(0)
+    return Angles(cos, sin, stride)
 
 
-def _or(instead: Tensor, *given: Tensor | None) -> list[Tensor]:
+def _or(instead: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
     """Return tensors as they are, or another one's address where the kernel will not look."""
-    return [instead if x is None else x.contiguous() for x in given]
+    return tuple(instead if x is None else x.contiguous() for x in given)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -389,7 +386,3 @@ def _dense(x: Tensor) -> Tensor:
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _angle_stride(inputs: AttentionInputs) -> int:
-    return 0 if inputs.cos is None or inputs.cos.shape[0] == 1 else inputs.cos.stride(0)

@@ -26,10 +26,14 @@ class Tiles(NamedTuple):
     stages: int
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constants."""
+        return {"QUERIES": self.queries, "KEYS": self.keys}
+
+    @property
     def options(self) -> dict[str, int]:
-        """The kernel's constants and launch options."""
-        names = ("QUERIES", "KEYS", "num_warps", "num_stages")
-        return dict(zip(names, self, strict=True))
+        """The launch's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Plan(NamedTuple):
@@ -76,22 +80,27 @@ _FLOAT32_PORTABLE = {
 }
 
 
-def plan_for(size: int, element_bytes: int, kind: str) -> Plan:
+def plan_for(head_dim: int, element_bytes: int, kind: str) -> Plan:
     """Return the tiles for a head dim, the bytes of an element, and a kind of GPU."""
     plans = PLANS[kind]
     if element_bytes == 4:
         plans = _FLOAT32_PORTABLE if kind == "portable" else _FLOAT32
-    return plans[max(64, 2 * half_of(size))]
+    return plans[max(64, 2 * half_of(head_dim))]
 
 
-def half_of(size: int) -> int:
+def half_of(head_dim: int) -> int:
     """Return half a head dim, padded to what a matrix product takes."""
-    return max(8, int(triton.next_power_of_2(size // 2)))
+    return max(8, int(triton.next_power_of_2(head_dim // 2)))
 
 
-def preparation(size: int) -> dict[str, int]:
+def padded(head_dim: int) -> dict[str, int]:
+    """Return the constants by which every kernel knows the head dim."""
+    return {"D": head_dim, "HALF": half_of(head_dim)}
+
+
+def preparation(head_dim: int) -> dict[str, int]:
     """Return constants of ``prepare_kernel``: tokens of a program, and heads that it prepares."""
-    return {"TOKENS": 1024 // max(32, half_of(size)), "HEADS": 4}
+    return {"TOKENS": 1024 // max(32, half_of(head_dim)), "HEADS": 4}
 
 
 def shares_of(members: int, programs: int, device: torch.device) -> int:

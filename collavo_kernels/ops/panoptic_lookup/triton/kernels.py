@@ -16,6 +16,8 @@ import triton.language as tl
 from collavo_kernels.ops.panoptic_lookup.inputs import IMAGE_FIELDS
 
 NO_ID = tl.constexpr(2**31 - 1)
+# Of a row: area, then the distances of the box's edges from the opposite sides.
+FACTS = tl.constexpr(5)
 # Where a map's facts stand in its line of the image table.
 FIELDS = tl.constexpr(len(IMAGE_FIELDS))
 MAP = tl.constexpr(IMAGE_FIELDS.index("map"))
@@ -99,7 +101,7 @@ def lookup_cells(
     first_row = tl.load(entry + FIRST_ROW)
     rows = tl.load(entry + IMAGE_ROWS).to(tl.int32)
     ids_here = row_ids + first_row
-    facts_here = facts + first_row * 5
+    facts_here = facts + first_row * FACTS
 
     top = i * height // grid_h
     left = j * width // grid_w
@@ -136,7 +138,7 @@ def lookup_cells(
     owned_total = (owned_bottom - top) * (owned_right - left)
     if smallest == largest:
         best_row = _row_of(ids_here, smallest, rows, STEPS)
-        fact = facts_here + best_row * 5
+        fact = facts_here + best_row * FACTS
         _add_facts(fact, owned_total, width - left, height - top, owned_right, owned_bottom)
     else:
         known = 0  # pixels of listed ids, and those of them that are no other cell's
@@ -173,7 +175,7 @@ def lookup_cells(
                 later = inside & (ids >= after) & (ids > candidate)
                 following = tl.minimum(following, tl.min(tl.where(later, ids, NO_ID)))
                 start += BLOCK
-            fact = facts_here + place * 5
+            fact = facts_here + place * FACTS
             _add_facts(fact, area, from_right, from_bottom, right, bottom)
             known += count
             known_area += area
@@ -214,7 +216,7 @@ def finish_rows(
     segment = tl.load(columns + 3 * total + row, mask=live, other=0)
     tl.store(row_image + row, image, mask=live)
     tl.store(row_segment_id + row, segment, mask=live)
-    fact = facts + row * 5
+    fact = facts + row * FACTS
     area = tl.load(fact, mask=live, other=0)
     tl.store(row_area + row, area, mask=live)
     boxed = live & (segment > 0) & (area > 0)

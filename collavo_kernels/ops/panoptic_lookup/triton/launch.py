@@ -15,12 +15,11 @@ from collavo_kernels.ops.panoptic_lookup.inputs import (
     row_columns,
     with_packed_lines,
 )
-from collavo_kernels.ops.panoptic_lookup.triton.kernels import finish_rows, lookup_cells
+from collavo_kernels.ops.panoptic_lookup.triton.kernels import FACTS, finish_rows, lookup_cells
 
 LARGEST_BLOCK = 1024  # pixels a program looks at together; a cell may have more
 PIXELS_PER_WARP = 256
 ROWS = 256  # rows a program of the second kernel writes
-FACTS = 5  # area, then the distances of the box's edges from the opposite sides
 
 # Host buffers whose copy a CUDA graph replays: they must outlive the graph.
 _captured: list[Tensor] = []
@@ -39,7 +38,7 @@ def forward(inputs: LookupInputs) -> LookupResult:
         return result
     maps = with_packed_lines(inputs.maps)
     table, columns = _send(image_table(maps, inputs.segment_counts), host, device)
-    facts = torch.zeros(rows, FACTS, dtype=torch.int32, device=device)
+    facts = torch.zeros(rows, FACTS.value, dtype=torch.int32, device=device)
     # The rows of one image are searched: enough halvings for the image with most rows.
     steps = max(inputs.segment_counts).bit_length()
     block = _block_of(inputs)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
-from collavo_kernels.ops.qlora_linear.nf4 import panels as nf4_panels
+from collavo_kernels.ops.qlora_linear.nf4 import panels
 from collavo_kernels.ops.qlora_linear.nf4.format import (
     BLOCK_SIZES,
     ScaleParts,
@@ -73,9 +73,9 @@ class NF4Weight:
             )
         if not self.in_panels:
             _expect_bytes("packed", self.packed, packed_bytes(self.shape), self.shape)
-        elif tuple(self.packed.shape) != nf4_panels.panels_shape(self.shape):
+        elif tuple(self.packed.shape) != panels.panels_shape(self.shape):
             raise ValueError(
-                f"packed: expected {list(nf4_panels.panels_shape(self.shape))} for an NF4 matrix "
+                f"packed: expected {list(panels.panels_shape(self.shape))} for an NF4 matrix "
                 f"{list(self.shape)} in panels, got {describe(self.packed)}"
             )
         size = scale_bytes(self.shape, self.block_size, self.double_quant)
@@ -104,7 +104,7 @@ class NF4Weight:
         return replace(rows, packed=rows.packed.to(device), scales=rows.scales.to(device))
 
     def to_panels(self) -> NF4Weight:
-        """Return the weight in the order that CPU kernels stream (see ``nf4_panels``).
+        """Return the weight in the order that CPU kernels stream (see ``panels``).
 
         Codes lie beside their float32 scales, so it takes 0.5625 bytes per weight. Nothing is
         lost: :meth:`to_rows` gives the bytes back, and state dicts have them.
@@ -123,21 +123,21 @@ class NF4Weight:
         """
         if self.in_panels:
             return self
-        reason = nf4_panels.cannot_pack(self.shape, self.block_size)
+        reason = panels.cannot_pack(self.shape, self.block_size)
         if reason is None and self.device.type != "cpu":
             reason = f"it is on {self.device}, and panels are for CPU kernels"
         if reason is not None:
             raise ValueError(f"weight: cannot lie in panels: {reason}")
         blocks = block_count(self.shape, self.block_size)
         scales = block_scales(self.scales, blocks, self.double_quant)
-        packed = nf4_panels.to_panels(self.packed, scales, self.shape, self.block_size)
+        packed = panels.to_panels(self.packed, scales, self.shape, self.block_size)
         return replace(self, packed=packed)
 
     def to_rows(self) -> NF4Weight:
         """Return the weight in bitsandbytes' order; the inverse of :meth:`to_panels`."""
         if not self.in_panels:
             return self
-        return replace(self, packed=nf4_panels.to_rows(self.packed, self.shape[0]))
+        return replace(self, packed=panels.to_rows(self.packed, self.shape[0]))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense matrix.
@@ -167,9 +167,9 @@ class NF4Weight:
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Return bitsandbytes' state-dict entries: codes at ``prefix``, scales below it."""
-        from collavo_kernels.ops.qlora_linear.nf4 import interop as nf4_interop
+        from collavo_kernels.ops.qlora_linear.nf4 import interop
 
-        return nf4_interop.to_state_dict(self, prefix)
+        return interop.to_state_dict(self, prefix)
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Tensor], prefix: str) -> NF4Weight:
@@ -179,9 +179,9 @@ class NF4Weight:
             ValueError: if an entry is missing, has the wrong size, or describes another format; it
                 is named.
         """
-        from collavo_kernels.ops.qlora_linear.nf4 import interop as nf4_interop
+        from collavo_kernels.ops.qlora_linear.nf4 import interop
 
-        return nf4_interop.from_state_dict(state, prefix)
+        return interop.from_state_dict(state, prefix)
 
     @staticmethod
     def from_bitsandbytes(weight: Tensor, quant_state: Any = None) -> NF4Weight:
@@ -195,9 +195,9 @@ class NF4Weight:
             ValueError: if the format is not NF4 in uint8 storage, or the weight is not quantised
                 yet.
         """
-        from collavo_kernels.ops.qlora_linear.nf4 import interop as nf4_interop
+        from collavo_kernels.ops.qlora_linear.nf4 import interop
 
-        return nf4_interop.from_bitsandbytes(weight, quant_state)
+        return interop.from_bitsandbytes(weight, quant_state)
 
     def to_bitsandbytes(self) -> bitsandbytes.nn.Params4bit:
         """Return a bitsandbytes ``Params4bit`` with a ``QuantState`` of the same bytes.
@@ -205,9 +205,9 @@ class NF4Weight:
         Raises:
             ImportError: if bitsandbytes is not installed, or is older than 0.43.
         """
-        from collavo_kernels.ops.qlora_linear.nf4 import interop as nf4_interop
+        from collavo_kernels.ops.qlora_linear.nf4 import interop
 
-        return nf4_interop.to_bitsandbytes(self)
+        return interop.to_bitsandbytes(self)
 
 
 def _expect_bytes(argument: str, value: Tensor, size: int, shape: tuple[int, int]) -> None:

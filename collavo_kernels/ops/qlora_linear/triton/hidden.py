@@ -11,34 +11,33 @@ import triton.language as tl
 def _shrink(
     x,
     factor,
+    strides,
     hidden,
     mask,
     m,
     k,
     ranks,
-    rank_stride,
-    column_stride,
     scaling,
     place,
     width,
-    tile,
-    split,
+    work,
+    splits,
     steps,
     BIT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CONST: tl.constexpr,
 ):
     """Store one tile of one adapter's hidden values, of one share of the columns."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rank = tile * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    tile, split = work // splits, work % splits
+    rank_stride, column_stride = strides
+    token = tl.program_id(0).to(tl.int64) * CONST.BLOCK_M + tl.arange(0, CONST.BLOCK_M)
+    rank = tile * CONST.BLOCK_R + tl.arange(0, CONST.BLOCK_R).to(tl.int64)
     live = token < m
     known = rank < ranks
-    first = split * steps * BLOCK_K
-    sums = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for start in range(first, tl.minimum(k, first + steps * BLOCK_K), BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K).to(tl.int64)
+    first = split * steps * CONST.BLOCK_K
+    last = tl.minimum(k, first + steps * CONST.BLOCK_K)
+    sums = tl.zeros((CONST.BLOCK_M, CONST.BLOCK_R), dtype=tl.float32)
+    for start in range(first, last, CONST.BLOCK_K):
+        column = start + tl.arange(0, CONST.BLOCK_K).to(tl.int64)
         inside = column < k
         left = tl.load(
             x + token[:, None] * k + column[None, :],
@@ -52,7 +51,7 @@ def _shrink(
         )
         sums = tl.dot(left, right.to(left.dtype), sums, input_precision="ieee")
     sums *= scaling
-    if HAS_MASK:
+    if CONST.HAS_MASK:
         bits = tl.load(mask + token, mask=live, other=0).to(tl.int32)
         sums = tl.where(((bits >> BIT) & 1)[:, None] != 0, sums, 0.0)
     at = (split * tl.cast(m, tl.int64) + token[:, None]) * width + (place + rank)[None, :]
@@ -61,101 +60,58 @@ def _shrink(
 
 
 @triton.jit
-def _take_apart(x, halves, m, k, chunk, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+def _take_apart(x, halves, m, k, stretch, CONST: tl.constexpr):
     """Store a tile of x as even and odd columns."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = chunk * (2 * BLOCK_P) + tl.arange(0, 2 * BLOCK_P)
+    token = tl.program_id(0).to(tl.int64) * CONST.BLOCK_M + tl.arange(0, CONST.BLOCK_M)
+    column = stretch * (2 * CONST.BLOCK_P) + tl.arange(0, 2 * CONST.BLOCK_P)
     live = (token < m)[:, None]
     tile = tl.load(
         x + token[:, None] * k + column[None, :], mask=live & (column < k)[None, :], other=0.0
     )
-    even, odd = tl.split(tl.reshape(tile, (BLOCK_M, BLOCK_P, 2)))
-    pair = chunk * BLOCK_P + tl.arange(0, BLOCK_P)
+    even, odd = tl.split(tl.reshape(tile, (CONST.BLOCK_M, CONST.BLOCK_P, 2)))
+    pair = stretch * CONST.BLOCK_P + tl.arange(0, CONST.BLOCK_P)
     at = token[:, None] * (k // 2) + pair[None, :]
     inside = live & (pair < k // 2)[None, :]
     tl.store(halves + at, even, mask=inside)
     tl.store(halves + tl.cast(m, tl.int64) * (k // 2) + at, odd, mask=inside)
 
 
-@triton.jit(do_not_specialize=["m", "splits", "steps", "scaling_0", "scaling_1"])
+@triton.jit(do_not_specialize=["m", "splits", "steps"])
 def prepare_kernel(
     x,  # [M, K]
     halves,  # [2, M, K / 2]
-    factor_0,  # [R_0, K] by its strides
-    factor_1,
+    factors,  # of two adapters, [R, K] by their strides
+    strides,  # of each factor: to the next rank, to the next column
+    ranks,
+    scaling,  # floats, which are never specialised
     hidden,  # [splits, M, R_0 + R_1]
     mask,  # [M] uint8
     m,
     k,
-    ranks_0,
-    ranks_1,
-    rank_stride_0,
-    rank_stride_1,
-    column_stride_0,
-    column_stride_1,
-    scaling_0,
-    scaling_1,
     splits,
     steps,
-    HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    CONST: tl.constexpr,
 ):
-    """Compute ``m s A x`` of two adapters and take x apart, each program one of these."""
+    """Compute ``m s A x`` of two adapters and take x apart, each program one of these.
+
+    CONST: HAS_MASK; BLOCK_M, BLOCK_R, BLOCK_K, BLOCK_P.
+    """
     work = tl.program_id(1)
-    width = ranks_0 + ranks_1
-    count_0 = tl.cdiv(ranks_0, BLOCK_R) * splits
-    count_1 = tl.cdiv(ranks_1, BLOCK_R) * splits
+    width = ranks[0] + ranks[1]
+    count_0 = tl.cdiv(ranks[0], CONST.BLOCK_R) * splits
+    count_1 = tl.cdiv(ranks[1], CONST.BLOCK_R) * splits
     if work < count_0:
         _shrink(
-            x,
-            factor_0,
-            hidden,
-            mask,
-            m,
-            k,
-            ranks_0,
-            rank_stride_0,
-            column_stride_0,
-            scaling_0,
-            0,
-            width,
-            work // splits,
-            work % splits,
-            steps,
-            0,
-            HAS_MASK,
-            BLOCK_M,
-            BLOCK_R,
-            BLOCK_K,
-        )
+            x, factors[0], strides[0], hidden, mask, m, k, ranks[0], scaling[0], 0, width, work,
+            splits, steps, 0, CONST,
+        )  # fmt: skip
     elif work < count_0 + count_1:
         _shrink(
-            x,
-            factor_1,
-            hidden,
-            mask,
-            m,
-            k,
-            ranks_1,
-            rank_stride_1,
-            column_stride_1,
-            scaling_1,
-            ranks_0,
-            width,
-            (work - count_0) // splits,
-            (work - count_0) % splits,
-            steps,
-            1,
-            HAS_MASK,
-            BLOCK_M,
-            BLOCK_R,
-            BLOCK_K,
-        )
+            x, factors[1], strides[1], hidden, mask, m, k, ranks[1], scaling[1], ranks[0], width,
+            work - count_0, splits, steps, 1, CONST,
+        )  # fmt: skip
     else:
-        _take_apart(x, halves, m, k, work - count_0 - count_1, BLOCK_M, BLOCK_P)
+        _take_apart(x, halves, m, k, work - count_0 - count_1, CONST)
 
 
 @triton.jit

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from collavo_kernels._backends import device_of
+from collavo_kernels._backends import device_of, triton_reason
 from collavo_kernels._derivative import Nothing
 from collavo_kernels._flags import error_word
 from collavo_kernels._rows_triton import sum_rows
+from collavo_kernels._triton import constants
 from collavo_kernels.ops.qlora_linear import cpu
 from collavo_kernels.ops.qlora_linear.inputs import (
     PANELS_DECLINE,
@@ -28,20 +29,23 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAResult,
     Wanted,
 )
-from collavo_kernels.ops.qlora_linear.triton import tiles as launch
+from collavo_kernels.ops.qlora_linear.triton import tiles
 from collavo_kernels.ops.qlora_linear.triton.backward import (
     factor_kernel,
     grad_x_kernel,
 )
-from collavo_kernels.ops.qlora_linear.triton.forward import linear_kernel, sum_kernel
+from collavo_kernels.ops.qlora_linear.triton.forward import Epilogue, linear_kernel, sum_kernel
 from collavo_kernels.ops.qlora_linear.triton.hidden import prepare_kernel
 
 _MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
-# Constants and options of kernels whose tiles do not depend on the call.
-SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-PREPARE = {"BLOCK_P": 128, "num_warps": 4, "num_stages": 3}
-FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
+# Constants of kernels whose tiles do not depend on the call, and options of their launches.
 LINEAR = {"BLOCK_R": 16, "GROUP": 8}
+SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16}
+SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
+PREPARE = {"BLOCK_P": 128}
+PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
+FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64}
+FACTOR_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
 class Hidden(NamedTuple):
@@ -56,12 +60,7 @@ class Hidden(NamedTuple):
     splits: int
 
 
-class _Epilogue(NamedTuple):
-    """What the kernels that store the output take beside the sum, in their parameters' order."""
-
-    tensors: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    flags: dict[str, int | bool]
+unavailable = triton_reason
 
 
 def declines(inputs: QLoRAInputs) -> str | None:
@@ -80,47 +79,38 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
     m, half = x.shape[0], x.shape[1] // 2
     out = x.new_empty((m, n))
     halves = x.new_empty((2, m, half))
-    tiles = launch.tiles_for(inputs)
-    grid = launch.grid_of(tiles, m, n)
-    wanted = launch.processors(x.device) * tiles.resident // grid
-    most = _MOST_SHARES if launch.may_split(tiles) else 1
-    steps = triton.cdiv(half, tiles.chunks * launch.CHUNK)
-    shares, steps = launch.shares_of(steps, min(most, wanted))
-    split = shares > 1 or launch.must_split(tiles)
+    chosen = tiles.tiles_for(inputs)
+    grid = tiles.grid_of(chosen, m, n)
+    wanted = tiles.processors(x.device) * chosen.resident // grid
+    most = _MOST_SHARES if tiles.may_split(chosen) else 1
+    steps = triton.cdiv(half, chosen.chunks * tiles.CHUNK)
+    shares, steps = tiles.shares_of(steps, min(most, wanted))
+    split = shares > 1 or tiles.must_split(chosen)
     target = x.new_empty((shares, m, n), dtype=torch.float32) if split else out
     with device_of(out):
-        epilogue = _epilogue(inputs, x, _hidden(inputs, x, inputs.a, halves))
+        epilogue, present = _epilogue(inputs, x, _hidden(inputs, x, inputs.a, halves))
+        known = tiles.facts_of(inputs) | chosen.blocks
         linear_kernel[(grid, shares)](
             halves,
-            *launch.weight_of(inputs),
-            *epilogue.tensors,
+            tiles.weight_of(inputs),
+            epilogue,
             target,
             m,
             n,
-            launch.units_of(inputs),
-            *epilogue.sizes,
+            tiles.units_of(inputs),
             steps,
-            **launch.facts_of(inputs),
-            **epilogue.flags,
-            **LINEAR,
-            SPLIT=split,
-            BLOCK_M=tiles.tokens,
-            BLOCK_N=tiles.rows,
-            CHUNKS=tiles.chunks,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            constants(**known, **present, **LINEAR, SPLIT=split),
+            **chosen.options,
         )
         if split:
             sum_kernel[(triton.cdiv(m, SUM["BLOCK_M"]), triton.cdiv(n, SUM["BLOCK_N"]))](
                 target,
-                *epilogue.tensors,
+                epilogue,
                 out,
                 m,
                 n,
-                *epilogue.sizes,
-                **epilogue.flags,
-                **SUM,
-                SPLITS=shares,
+                constants(**present, **SUM, SPLITS=shares),
+                **SUM_OPTIONS,
             )
     return QLoRAResult(out)
 
@@ -163,85 +153,76 @@ def _hidden(
     """Multiply x by every factor ``[R, K]`` of any strides; take x apart into ``halves``."""
     (m, k), mask = x.shape, inputs.adapter_mask
     joined = None
-    if len(factors) > launch.READ_IN_PLACE:
+    if len(factors) > tiles.READ_IN_PLACE:
         products = [F.linear(x, each.to(x.dtype)) for each in factors]
-        gated = [launch.gate(inputs, i, each) for i, each in enumerate(products)]
+        gated = [tiles.gate(inputs, i, each) for i, each in enumerate(products)]
         joined, factors = torch.cat(gated, dim=1), ()
-    tokens, ranks, columns = launch.hidden_tiles(m, x.dtype)
+    tokens, ranks, columns = tiles.hidden_tiles(m, x.dtype)
     counts = [each.shape[0] for each in factors]
     rank_tiles = sum(triton.cdiv(count, ranks) for count in counts)
-    wanted = launch.processors(x.device) // max(1, rank_tiles * triton.cdiv(m, tokens))
+    wanted = tiles.processors(x.device) // max(1, rank_tiles * triton.cdiv(m, tokens))
     # The backward has many tokens, and readers that should not add shares.
     most = 1 if halves is None else _MOST_HIDDEN_SHARES
-    splits, steps = launch.shares_of(triton.cdiv(k, columns), min(most, wanted))
+    splits, steps = tiles.shares_of(triton.cdiv(k, columns), min(most, wanted))
     kind = torch.float32 if splits > 1 else x.dtype
     values = x.new_empty((splits, m, sum(counts)), dtype=kind)
     work = rank_tiles * splits
     work += 0 if halves is None else triton.cdiv(k // 2, PREPARE["BLOCK_P"])
     if work:
-        first, second = launch.two(factors, x)
+        pair = tiles.two(factors, x)
+        blocks = {"BLOCK_M": tokens, "BLOCK_R": ranks, "BLOCK_K": columns, **PREPARE}
         prepare_kernel[(triton.cdiv(m, tokens), work)](
             x,
             x if halves is None else halves,
-            first,
-            second,
+            pair,
+            tuple((each.stride(0), each.stride(1)) for each in pair),
+            tiles.two(counts, 0),
+            tiles.two(inputs.scaling, 0.0),
             values,
             x if mask is None else mask.contiguous(),
             m,
             k,
-            *launch.two(counts, 0),
-            first.stride(0),
-            second.stride(0),
-            first.stride(1),
-            second.stride(1),
-            *launch.two(inputs.scaling, 0.0),
             splits,
             steps,
-            HAS_MASK=mask is not None,
-            BLOCK_M=tokens,
-            BLOCK_R=ranks,
-            BLOCK_K=columns,
-            **PREPARE,
+            constants(HAS_MASK=mask is not None, **blocks),
+            **PREPARE_OPTIONS,
         )
     return Hidden(values, splits) if joined is None else Hidden(joined, 1)
 
 
-def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> _Epilogue:
-    factors, ranks = launch.beside(inputs.b, 1, x)
-    table, index, bias = inputs.row_table, inputs.row_index, inputs.bias
-    rest = [x if each is None else each.contiguous() for each in (table, index, bias)]
-    flags = {
-        "HAS_TABLE": table is not None,
-        "HAS_BIAS": bias is not None,
+def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> tuple[Epilogue, dict[str, int]]:
+    """Return what is added to the product, and the constants that say which of it there is."""
+    factors, ranks = tiles.beside(inputs.b, 1, x)
+    given = inputs.row_table, inputs.row_index, inputs.bias
+    table, index, bias = (x if each is None else each.contiguous() for each in given)
+    rows = 0 if inputs.row_table is None else table.shape[0]
+    errors = error_word(x.device)
+    present = {
+        "HAS_TABLE": inputs.row_table is not None,
+        "HAS_BIAS": inputs.bias is not None,
         "HIDDEN_SPLITS": hidden.splits,
     }
-    rows = 0 if table is None else table.shape[0]
-    return _Epilogue((hidden.values, *factors, *rest, error_word(x.device)), (*ranks, rows), flags)
+    return Epilogue(hidden.values, factors, table, index, bias, errors, ranks, rows), present
 
 
 def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
     (n, k), m = inputs.shape, grad.shape[0]
     out = grad.new_empty((m, k))
-    factors, ranks = launch.beside(inputs.a, 0, grad)
-    tiles = launch.gradient_tiles_for(inputs)
-    grid = triton.cdiv(m, tiles.tokens) * triton.cdiv(k // 2, tiles.pairs)
+    factors, ranks = tiles.beside(inputs.a, 0, grad)
+    chosen = tiles.gradient_tiles_for(inputs)
+    grid = triton.cdiv(m, chosen.tokens) * triton.cdiv(k // 2, chosen.pairs)
     grad_x_kernel[(grid,)](
         grad,
-        *launch.weight_of(inputs),
+        tiles.weight_of(inputs),
         upstream.values,
-        *factors,
+        factors,
+        ranks,
         out,
         m,
         n,
-        launch.units_of(inputs),
-        *ranks,
-        **launch.facts_of(inputs),
-        **LINEAR,
-        BLOCK_M=tiles.tokens,
-        BLOCK_N=tiles.rows,
-        BLOCK_P=tiles.pairs,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        tiles.units_of(inputs),
+        constants(**tiles.facts_of(inputs), **LINEAR, **chosen.blocks),
+        **chosen.options,
     )
     return out
 
@@ -260,15 +241,14 @@ def _grad_factor(
         value,
         value if mask is None else mask.contiguous(),
         out,
+        out.stride(),
         m,
         columns,
         ranks[adapter],
         sum(ranks[:adapter]),
         sum(ranks),
-        *out.stride(),
-        BIT=adapter,
-        HAS_MASK=mask is not None,
-        **FACTOR,
+        constants(BIT=adapter, HAS_MASK=mask is not None, **FACTOR),
+        **FACTOR_OPTIONS,
     )
 
 

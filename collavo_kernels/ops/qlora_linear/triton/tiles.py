@@ -17,6 +17,7 @@ from collavo_kernels._gpu import kind_of as kind_of
 from collavo_kernels._gpu import processors as processors
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs, active
 from collavo_kernels.ops.qlora_linear.nf4.format import block_count, nf4_code, split_scales
+from collavo_kernels.ops.qlora_linear.triton.weight import Weight
 
 CHUNK = 32  # bytes of a weight row with one scale: 64 codes
 READ_IN_PLACE = 2  # adapters; more of them, which no model here has, are joined by PyTorch
@@ -30,7 +31,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         tokens: Of an output tile.
-        rows: Of an output tile, rows of the weight.
+        weight_rows: Of an output tile.
         warps: Of a program.
         stages: Of its pipeline.
         resident: Programs that a multiprocessor should have.
@@ -39,21 +40,41 @@ class Tiles(NamedTuple):
     """
 
     tokens: int
-    rows: int
+    weight_rows: int
     warps: int
     stages: int
     resident: int
     chunks: int = 2
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constants."""
+        return {"BLOCK_M": self.tokens, "BLOCK_N": self.weight_rows, "CHUNKS": self.chunks}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class GradientTiles(NamedTuple):
     """Tiles of ``grad_x_kernel``: tokens, and pairs of columns, in steps of the weight's rows."""
 
     tokens: int
-    rows: int
+    weight_rows: int
     pairs: int
     warps: int
     stages: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constants."""
+        return {"BLOCK_M": self.tokens, "BLOCK_N": self.weight_rows, "BLOCK_P": self.pairs}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 # For few tokens two warps: four would take Hopper's wgmma, which wants the bytes in an order that
@@ -107,7 +128,7 @@ def _spares_registers(inputs: QLoRAInputs) -> bool:
 
 def grid_of(tiles: Tiles, m: int, n: int) -> int:
     """Return how many tiles cover the output."""
-    return int(triton.cdiv(m, tiles.tokens) * triton.cdiv(n, tiles.rows))
+    return int(triton.cdiv(m, tiles.tokens) * triton.cdiv(n, tiles.weight_rows))
 
 
 def may_split(tiles: Tiles) -> bool:
@@ -190,14 +211,14 @@ def facts_of(inputs: QLoRAInputs) -> dict[str, int | bool]:
     }
 
 
-def weight_of(inputs: QLoRAInputs) -> tuple[Tensor, ...]:
-    """Return the codes' bytes, the scales' parts and the table of codes in x's dtype."""
+def weight_of(inputs: QLoRAInputs) -> Weight:
+    """Return the weight as kernels take it."""
     if inputs.scales is None:
         raise RuntimeError("qlora_linear: the Triton backend has no dense weight")
     blocks = block_count(inputs.shape, inputs.block_size)
     absmax, *nested = split_scales(inputs.scales, blocks, inputs.double_quant)
     offset, nested_absmax, nested_code = (absmax if each is None else each for each in nested)
-    return inputs.weight, absmax, nested_absmax, nested_code, offset, _code(inputs.x)
+    return Weight(inputs.weight, absmax, nested_absmax, nested_code, offset, _code(inputs.x))
 
 
 def _code(x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ Both give the code rounded to x's dtype, which float32 holds exactly.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -67,14 +69,35 @@ _FLOAT16 = tl.constexpr(permutations(torch.float16))
 _REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 
 
+class Weight(NamedTuple):
+    """The addresses of a weight's parts, as ``nf4.format`` lays them out.
+
+    Attributes:
+        packed: ``[N, K / 2]`` bytes.
+        absmax: The blocks' scales, 8-bit codes where they are nested.
+        nested_absmax: The scales of these.
+        nested_code: What the codes stand for.
+        offset: What is added to them, one number.
+        code: The table of codes, ``[16]`` in x's dtype.
+    """
+
+    packed: Any
+    absmax: Any
+    nested_absmax: Any
+    nested_code: Any
+    offset: Any
+    code: Any
+
+
 @triton.jit
-def codes_of(bytes_, code, PERMUTE: tl.constexpr):
-    """Return the codes of the bytes' high and low halves, in the table's dtype."""
-    if PERMUTE and code.dtype.element_ty == tl.bfloat16:
+def codes_of(bytes_, weight, CONST: tl.constexpr):
+    """Return the codes of the bytes' high and low halves, in the table's dtype. CONST: PERMUTE."""
+    code = weight.code
+    if CONST.PERMUTE and code.dtype.element_ty == tl.bfloat16:
         first, second = tl.inline_asm_elementwise(
             _BFLOAT16, _REGISTERS, [bytes_], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
-    elif PERMUTE:
+    elif CONST.PERMUTE:
         first, second = tl.inline_asm_elementwise(
             _FLOAT16, _REGISTERS, [bytes_], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
@@ -86,13 +109,17 @@ def codes_of(bytes_, code, PERMUTE: tl.constexpr):
 
 
 @triton.jit
-def scales_of(absmax, nested_absmax, nested_code, offset, block, live, NESTED: tl.constexpr):
-    """Return the float32 scales of blocks, 0 where not live."""
-    if NESTED:
-        code = tl.load(absmax + block, mask=live, other=0).to(tl.int32)
-        outer = tl.load(nested_absmax + block // _NESTED_BLOCK, mask=live, other=0.0)
-        scale = tl.load(nested_code + code) * outer + tl.load(offset)
+def scales_of(weight, code_index, live, CONST: tl.constexpr):
+    """Return the float32 scales of the blocks that codes lie in, 0 where not live.
+
+    CONST: BLOCK_SIZE, NESTED.
+    """
+    block = code_index // CONST.BLOCK_SIZE
+    if CONST.NESTED:
+        code = tl.load(weight.absmax + block, mask=live, other=0).to(tl.int32)
+        outer = tl.load(weight.nested_absmax + block // _NESTED_BLOCK, mask=live, other=0.0)
+        scale = tl.load(weight.nested_code + code) * outer + tl.load(weight.offset)
         scale = tl.where(live, scale, 0.0)
     else:
-        scale = tl.load(absmax + block, mask=live, other=0.0)
+        scale = tl.load(weight.absmax + block, mask=live, other=0.0)
     return scale

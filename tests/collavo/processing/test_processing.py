@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 
 from collavo.configuration import CollavoConfig
 from collavo.panoptic import PanopticMap
-from collavo.processing.processor import CollavoProcessor, make_image_processor
+from collavo.processing import CollavoProcessor, make_image_processor
 from collavo_kernels import panoptic_lookup
 
 PROMPT = "USER: <image>\nIs there a horse ASSISTANT:"

@@ -6,6 +6,8 @@ reduction, which it does not have. NumPy and torch cut cells where they share pi
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,21 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.panoptic_problem import Batch
+from benchmarks import caches
+from benchmarks.ops.panoptic_lookup_cases import Batch
+from benchmarks.registry import Call, Row
 from collavo_kernels import CrayonMap, panoptic_lookup
 
-# How a provider reduces, and the kind of device it is for, if any.
-PROVIDERS = {
-    "released-algorithm": ("nearest", "cpu"),
-    "numpy": ("majority", "cpu"),
-    "ours:cpu": ("majority", "cpu"),
-    "torch": ("majority", ""),
-    "ours:cpu-nearest": ("nearest", "cpu"),
-    "ours:cpu-colours": ("majority", "cpu"),
-    "ours:triton": ("majority", "cuda"),
-    "ours:triton-colours": ("majority", "cuda"),
-    "reference": ("majority", ""),
-}
+Run = Callable[[], object]
+COLOURS = "-colours"
 
 
 def released_algorithm(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -114,9 +108,15 @@ def _torch_boxes(rows: Tensor, across: Tensor, down: Tensor, count: int) -> Iter
         yield values.new_zeros(count).scatter_reduce(0, rows, values, how, include_self=False)
 
 
-def ours(batch: Batch, provider: str, device: torch.device) -> Callable[[], CrayonMap]:
-    backend = provider.removeprefix("ours:").split("-")[0]
-    reduce, coloured = PROVIDERS[provider][0], provider.endswith("-colours")
+def ours(
+    batch: Batch,
+    device: torch.device,
+    *,
+    backend: str,
+    reduce: str = "majority",
+    coloured: bool = False,
+) -> Callable[[], CrayonMap]:
+    """Return the operator's call; what it reads is on the device already."""
     maps = (batch.in_colours() if coloured else batch.maps).to(device)
 
     def call() -> CrayonMap:
@@ -127,13 +127,40 @@ def ours(batch: Batch, provider: str, device: torch.device) -> Callable[[], Cray
     return call
 
 
-def call_of(provider: str, batch: Batch, device: torch.device) -> Callable[[], object]:
-    """Return the provider's call on a batch; what it reads is on the device already."""
-    if provider == "released-algorithm":
-        return lambda: released_algorithm(batch)
-    if provider == "numpy":
-        return lambda: careful_numpy(batch)
-    if provider == "torch":
-        maps = batch.maps.to(device)
-        return lambda: torch_operators(batch, maps)
-    return ours(batch, provider, device)
+def with_torch(batch: Batch, device: torch.device) -> Run:
+    """Return the call of torch's operators."""
+    maps = batch.maps.to(device)
+    return lambda: torch_operators(batch, maps)
+
+
+PROVIDERS: dict[str, Callable[[Batch, torch.device], Run]] = {
+    "released-algorithm": lambda batch, device: lambda: released_algorithm(batch),
+    "numpy": lambda batch, device: lambda: careful_numpy(batch),
+    "torch": with_torch,
+    "ours:cpu": functools.partial(ours, backend="cpu"),
+    "ours:cpu-nearest": functools.partial(ours, backend="cpu", reduce="nearest"),
+    "ours:cpu-colours": functools.partial(ours, backend="cpu", coloured=True),
+    "ours:triton": functools.partial(ours, backend="triton"),
+    "ours:triton-colours": functools.partial(ours, backend="triton", coloured=True),
+    "reference": functools.partial(ours, backend="reference"),
+}
+
+
+def prepare(row: Row, device: torch.device) -> Call:
+    """Return the row's call; a cold one has other maps each time."""
+    batch, make = Batch(row.case), PROVIDERS[row.provider]
+    cold = row.mode.endswith(caches.COLD)
+    many = caches.copies_past_cache(batch.maps.nbytes, device) if cold else 1
+    calls = [make(batch.copy() if cold else batch, device) for _ in range(many)]
+    following = itertools.cycle(calls)
+    # A row says what was read: three bytes a pixel, or four.
+    coloured = row.provider.endswith(COLOURS)
+    return Call(
+        (lambda: next(following)()) if cold else calls[0],
+        dtype=torch.uint8 if coloured else torch.int32,
+        bytes=batch.maps.numel() * (3 if coloured else 4),
+        config={"grid": batch.grid, "threads": torch.get_num_threads()},
+        # The others read values from the device.
+        capture=row.is_ours,
+        before=caches.OtherWork() if cold else None,
+    )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from collavo import apply_to_llava
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},

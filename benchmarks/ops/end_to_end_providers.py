@@ -1,10 +1,16 @@
-"""The models of ``bench_end_to_end``: ours, and stock LLaVA with the same mathematics."""
+"""Who runs a whole model: ours, and stock LLaVA with the same mathematics.
+
+The peer is transformers' LLaVA with bitsandbytes' 4-bit layers, two PEFT adapters and the crayon as
+one would add it without this package: a vector per image *token*, from two embeddings and an MLP,
+added in front of every layer's q, k and v projections. Both have the same weights, and adapters in
+float32, which both make unless told otherwise.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,28 +18,21 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks import peers
-from collavo.configuration import CollavoConfig
-from collavo.model.llava import CollavoForConditionalGeneration
+from benchmarks.ops.end_to_end_cases import (
+    CASES,
+    DTYPES,
+    IMAGE_TOKEN,
+    NAMES,
+    VOCABULARY,
+    Case,
+    batch,
+)
+from benchmarks.registry import Call, Row
+from collavo import CollavoConfig, CollavoForConditionalGeneration
+from collavo_kernels.testing import relative_error
 
-VOCABULARY, IMAGE_TOKEN, ROWS = 512, 511, 12
+LOGITS: dict[tuple[Case, torch.dtype], Tensor] = {}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of a model and a batch; an ``intermediate`` of 0 is 11/4 of ``hidden``."""
-
-    hidden: int
-    layers: int
-    grid: int
-    text: int
-    batch: int
-    rank: int
-    head_dim: int = 64
-    intermediate: int = 0
-
-    def __str__(self) -> str:
-        return f"h{self.hidden}-l{self.layers}-b{self.batch}-image{self.grid**2}-text{self.text}"
 
 
 def stock_model(case: Case) -> LlavaForConditionalGeneration:
@@ -154,25 +153,6 @@ def peer(
     return TokenCrayon(model, copy.deepcopy(mine.model.crayon_prompt))
 
 
-def batch(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Draw a batch: an image in front of the text, a dozen segments."""
-    cells = case.grid**2
-    tokens = torch.randint(1, IMAGE_TOKEN, (case.batch, cells + case.text))
-    tokens[:, :cells] = IMAGE_TOKEN
-    labels = tokens.clone()
-    labels[:, : cells + case.text // 2] = -100
-    shape = (case.batch, ROWS)
-    inputs = {
-        "input_ids": tokens,
-        "labels": labels,
-        "pixel_values": torch.randn(case.batch, 3, 4 * case.grid, 4 * case.grid).to(dtype),
-        "crayon_index": torch.randint(0, ROWS, (case.batch, cells), dtype=torch.int32),
-        "crayon_class": torch.randint(0, 134, shape, dtype=torch.int32),
-        "crayon_number": torch.randint(0, 21, shape, dtype=torch.int32),
-    }
-    return {name: value.to(device) for name, value in inputs.items()}
-
-
 class Models:
     """Both models of a case with the same weights, and a batch.
 
@@ -201,3 +181,94 @@ class Models:
         inputs = {**self.inputs, "pixel_values": self.inputs["pixel_values"].double()}
         with torch.no_grad():
             return copy.deepcopy(self.ours).double().eval()(**inputs).logits
+
+
+@functools.lru_cache(maxsize=1)
+def models(case: Case, dtype: torch.dtype, device: torch.device, training: bool) -> Models:
+    """Return the pair of models; the former one is let go."""
+    return Models(case, dtype, device)
+
+
+def exact(pair: Models) -> Tensor:
+    """Return a case's float64 logits, worked out from the first of its pairs before that runs."""
+    key = (pair.case, pair.dtype)
+    if key not in LOGITS:
+        LOGITS.clear()
+        LOGITS[key] = pair.exact()
+    return LOGITS[key]
+
+
+def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return the prompt's forward."""
+    model.eval()
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model(**inputs, use_cache=True).logits
+
+    return forward
+
+
+def decode(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return one step, always the same: the last token of the batch after all before it."""
+    model.eval()
+    tokens = inputs["input_ids"]
+    prompt = {name: value for name, value in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        cache = model(**{**prompt, "input_ids": tokens[:, :-1]}, use_cache=True).past_key_values
+
+    def step() -> Tensor:
+        # A layer of the cache makes new tensors, so that a copy of it leaves the old ones alone.
+        past = copy.copy(cache)
+        past.layers = [copy.copy(layer) for layer in cache.layers]
+        with torch.no_grad():
+            output = model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True)
+        return output.logits
+
+    return step
+
+
+def train(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a training step; its rate is zero, so that every step is the same."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def step() -> Tensor:
+        output = model(**inputs)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return output.logits.detach()
+
+    return step
+
+
+WORK = {"train": train, "prefill": prefill, "decode": decode}
+PROVIDERS: dict[str, Callable[[Models], nn.Module]] = {
+    NAMES[0]: lambda pair: pair.ours,
+    NAMES[1]: lambda pair: pair.peer,
+}
+
+
+def prepare(row: Row, device: torch.device) -> Call:
+    """Return the row's call.
+
+    The work counted is that of the decoder's frozen linear layers, twice in training: their weights
+    have no gradient.
+    """
+    case, dtype, training = CASES[row.case], DTYPES[row.dtype], row.mode == "train"
+    pair = models(case, dtype, device, training)
+    expected = exact(pair)
+    run = WORK[row.mode](PROVIDERS[row.provider](pair), pair.inputs)
+    passes = 2 if training else 1
+    tokens = case.batch if row.mode == "decode" else pair.inputs["input_ids"].numel()
+    wanted = expected[:, -1:] if row.mode == "decode" else expected
+    return Call(
+        run,
+        dtype=dtype,
+        bytes=int(passes * pair.weights * (0.5 + 1 / 64)),
+        flops=passes * 2 * pair.weights * tokens,
+        error=lambda: relative_error(run(), wanted),
+        capture=False,
+        config=vars(case),
+    )

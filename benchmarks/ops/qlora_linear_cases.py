@@ -1,21 +1,40 @@
-"""The benchmark of ``qlora_linear``: its shapes, its inputs, its work, and the float64 results."""
+"""What ``qlora_linear`` is measured on: shapes, inputs, work and float64 results."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.registry import Row
 from collavo_kernels import LoRAAdapter, NF4Weight, quantize_nf4
 
+OP = "qlora_linear"
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (5120, 13824))
+RANKS = (64, 16, 256)
+TOKENS = {"cpu": (1, 4, 16, 128, 1024), "cuda": (1, 4, 16, 128, 2048)}
+QUICK_SHAPES = {"cpu": SHAPES[:1], "cuda": SHAPES[:2]}
+# The middle sizes add little where a call takes long.
+QUICK_TOKENS = {
+    "fwd": (1, 4, 16, 128, 1024, 2048),
+    "fwd-grad": (1, 16),
+    "fwd+bwd": (1, 128, 1024, 2048),
+}
 DTYPE = torch.bfloat16
 # At the end of a provider's name: adapters in float32, as apply_to_llava and PEFT make them.
 FLOAT32_ADAPTERS = "-fp32-adapters"
+OURS = {"cpu": ("ours:cpu",), "cuda": ("ours:triton", "ours:cuda")}
+OTHERS = ("bitsandbytes", "peft", "dense", "dense+lora", "dequantize+lora")
+PLAIN = ("reference", "compile(reference)")
+PLAIN_RANK = 64
+INT8, INT8_TOKENS = "ours:int8", 16
 # The base matrix alone, without the two adapters: less work than the operator's.
-BASE_ONLY = ("bitsandbytes", "dense", "ours:int8")
+BASE_ONLY = ("bitsandbytes", "dense", INT8)
 
 
 class Case(NamedTuple):
@@ -25,6 +44,13 @@ class Case(NamedTuple):
     n: int
     m: int
     rank: int
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """Read what ``str`` has written."""
+        shape, m, rank = name.split("/")
+        k, n = shape.split("x")
+        return cls(int(k), int(n), int(m[1:]), int(rank[1:]))
 
     def __str__(self) -> str:
         return f"{self.k}x{self.n}/m{self.m}/r{self.rank}"
@@ -47,6 +73,49 @@ class Case(NamedTuple):
         weight = 2 * self.m * self.n * self.k
         factors = 0 if provider in BASE_ONLY else 4 * self.m * self.rank * (self.n + self.k)
         return 2 * weight + 3 * factors if mode == "fwd+bwd" else weight + factors
+
+
+def rows(kind: str) -> Iterator[Row]:
+    """Yield every mode, shape, rank and number of tokens; what shares a weight together."""
+    for mode, (k, n), rank in itertools.product(QUICK_TOKENS, SHAPES, RANKS):
+        for m in TOKENS[kind] if mode != "fwd-grad" else QUICK_TOKENS[mode]:
+            case = Case(k, n, m, rank)
+            for provider in names(mode, kind, case):
+                quick = in_quick(mode, kind, case, provider)
+                few = in_quick_gpu(mode, case, provider)
+                yield Row(OP, mode, str(case), provider, quick=quick, quick_gpu=few)
+
+
+def names(mode: str, kind: str, case: Case) -> list[str]:
+    """List who is measured in a mode on a kind of device."""
+    named = [*OURS[kind], *OTHERS]
+    if mode != "fwd-grad":
+        named += [f"{name}{FLOAT32_ADAPTERS}" for name in (*OURS[kind], "peft")]
+    if mode == "fwd" and kind == "cpu" and case.m <= INT8_TOKENS:
+        named.insert(1, INT8)
+    return [*named, *PLAIN] if case.rank == PLAIN_RANK else named
+
+
+def in_quick(mode: str, kind: str, case: Case, provider: str) -> bool:
+    """Whether the quick selection has it."""
+    if (case.k, case.n) not in QUICK_SHAPES[kind] or case.m not in QUICK_TOKENS[mode]:
+        return False
+    slow = provider == "reference" and case.m > INT8_TOKENS and kind == "cpu"
+    # A compilation takes longer than all else of a case.
+    compiled = provider == "compile(reference)" and (mode != "fwd" or case.m != 1)
+    # A GPU's time is short; what its adapters' dtype costs is the larger selection's.
+    wide = provider.endswith(FLOAT32_ADAPTERS) and kind == "cuda"
+    return case.rank == RANKS[0] and not (slow or compiled or wide)
+
+
+def in_quick_gpu(mode: str, case: Case, provider: str) -> bool:
+    """Whether the few rows that a borrowed GPU has time for have it."""
+    if (case.k, case.n) not in SHAPES[:3] or case.rank != RANKS[0] or mode == "fwd-grad":
+        return False
+    if mode == "fwd+bwd":
+        return case.m == 2048 and provider in (*OURS["cuda"], "dequantize+lora")
+    others = {1: ("bitsandbytes", "peft"), 4: (), 16: ("bitsandbytes", "peft"), 128: ("dense",)}
+    return provider in (*OURS["cuda"], *others.get(case.m, ("dense", "dequantize+lora")))
 
 
 class Weights(NamedTuple):

@@ -21,6 +21,8 @@ from tiny_decoders import (
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = torch.arange(1, 21).view(2, 10)
 LEFT = torch.tensor([[1] * 10, [0] * 3 + [1] * 7])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}

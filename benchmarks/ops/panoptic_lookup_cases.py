@@ -1,11 +1,53 @@
-"""The benchmark of ``panoptic_lookup``: the maps that everybody is given."""
+"""What ``panoptic_lookup`` is measured on: maps with connected segments.
+
+A case is size / segments / batch, on a grid of 35 x 35 unless it ends with another.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from benchmarks.caches import COLD
+from benchmarks.registry import Row
+
+OP = "panoptic_lookup"
+QUICK = ("480x640/s15/b1", "480x640/s15/b16", "480x640/s15/b64")
+FULL = tuple(
+    name
+    for size in ("480x640", "960x1280")
+    for segments in (5, 15, 60)
+    for batch in (1, 16, 64)
+    for grid in ("", "/g24")
+    if (name := f"{size}/s{segments}/b{batch}{grid}") not in QUICK
+)
+COLD_CASES = QUICK[:2]
+QUICK_GPU = ("ours:triton", "torch")
+# Who reduces how, by the kind of device.
+MODES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "majority": ("numpy", "ours:cpu", "torch", "ours:cpu-colours", "reference"),
+        "nearest": ("released-algorithm", "ours:cpu-nearest"),
+    },
+    "cuda": {"majority": ("torch", "ours:triton", "ours:triton-colours", "reference")},
+}
+
+
+def rows(kind: str) -> Iterator[Row]:
+    """Yield what is measured: calls that follow each other, and on a CPU between other work."""
+    for case in (*QUICK, *FULL):
+        for mode, named in MODES[kind].items():
+            for provider in named:
+                few = case == QUICK[-1] and provider in QUICK_GPU
+                yield Row(OP, mode, case, provider, quick=case in QUICK, quick_gpu=few)
+    for case in COLD_CASES if kind == "cpu" else ():
+        for mode, named in MODES[kind].items():
+            for provider in named:
+                if provider != "reference":
+                    yield Row(OP, mode + COLD, case, provider)
 
 
 class Batch:

@@ -30,6 +30,8 @@ from collavo_kernels.nn import register_attention
 from collavo_kernels.nn.attention.masks import prefill_mask
 from collavo_kernels.nn.attention.transformers import crayon_attention_forward
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = torch.arange(1, 15).view(2, 7)
 PADDING = {
     "none": [[1] * 7, [1] * 7],

@@ -1,4 +1,4 @@
-"""The panels of a scene's picture: its segments, its boxes and a legend of its rows."""
+"""The views of a scene in a picture: its segments, its boxes and a legend of its rows."""
 
 from __future__ import annotations
 

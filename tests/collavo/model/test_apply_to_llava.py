@@ -20,7 +20,11 @@ from transformers import (
 
 from collavo import apply_to_llava
 from collavo.configuration import CollavoConfig
+from collavo.model.layer import CrayonLayerMixin, CrayonMLPMixin
 from collavo.model.llava import CollavoForConditionalGeneration
+from collavo_kernels.nn import CrayonInputs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGE = 31
 SIZES: dict[str, Any] = {
@@ -218,6 +222,50 @@ def test_what_cannot_be_patched_is_refused_and_left_as_it_was() -> None:
     layer.forward = layer.forward
     with pytest.raises(ValueError, match="forward of its own instance"):
         apply_to_llava(model)
+
+
+class StandIn(nn.Module):
+    """Takes the place of attention or a linear layer, and does not mind what else it is given."""
+
+    def __init__(self, factor: float, *, is_attention: bool = False) -> None:
+        super().__init__()
+        self.factor, self.is_attention = factor, is_attention
+
+    def forward(self, x: Any = None, *_: Any, hidden_states: Any = None, **__: Any) -> Any:
+        if self.is_attention:
+            return hidden_states.cumsum(1) * self.factor, None
+        return x.sin() * self.factor
+
+
+@pytest.mark.parametrize("kind", list(DECODERS))
+def test_the_layers_own_forward_is_transformers_line_by_line(kind: str) -> None:
+    """The mixins write it anew; a transformers that changes it is noticed here."""
+    layer = make_llava(kind).model.language_model.layers[0]
+    layer.self_attn = StandIn(0.3, is_attention=True)
+    for factor, name in enumerate(("gate_proj", "up_proj", "down_proj"), start=1):
+        setattr(layer.mlp, name, StandIn(factor))
+    x = torch.randn(2, 5, 32)
+    theirs = layer(x)
+    layer.mlp.__class__ = type("MLP", (CrayonMLPMixin, type(layer.mlp)), {})
+    layer.__class__ = type("Layer", (CrayonLayerMixin, type(layer)), {})
+    assert torch.equal(layer(x), theirs)
+    assert torch.equal(layer(x, crayon=CrayonInputs()), theirs)
+
+
+@pytest.mark.parametrize("part", ["layer", "mlp"])
+def test_a_forward_that_transformers_did_not_write_is_refused(part: str) -> None:
+    """The crayon would replace what another package computes."""
+    model = make_llava("qwen2")
+    layer = model.model.language_model.layers[1]
+    module = layer if part == "layer" else layer.mlp
+    original = type(module)
+    module.__class__ = type("Patched", (original,), {"forward": lambda self, x: x})
+    with pytest.raises(ValueError, match=r"got test_apply_to_llava\..*, which the crayon would re"):
+        apply_to_llava(model)
+    # A subclass that leaves the forward alone is none of our business.
+    module.__class__ = type("Renamed", (original,), {})
+    apply_to_llava(model).undo()
+    assert type(module).__name__ == "Renamed"
 
 
 def test_another_decoder_is_refused() -> None:

@@ -1,0 +1,1 @@
+"""The benchmarks: ``<op>_cases`` is what is measured, ``<op>_providers`` who; see ``registry``."""
