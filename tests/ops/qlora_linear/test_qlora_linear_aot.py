@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,8 +20,7 @@ from collavo_kernels._triton import constants
 from collavo_kernels.ops.qlora_linear import quantize_nf4
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
 from collavo_kernels.ops.qlora_linear.nf4.format import NF4_CODE
-from collavo_kernels.ops.qlora_linear.triton import launch
-from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
+from collavo_kernels.ops.qlora_linear.triton import launch, tiles
 from collavo_kernels.ops.qlora_linear.triton.forward import Epilogue
 from collavo_kernels.ops.qlora_linear.triton.weight import Weight, permutations
 from collavo_kernels.testing.aot import TARGETS, ArgumentType, compile_ahead
@@ -86,35 +84,35 @@ def facts_of(dtype: torch.dtype, target: str, nested: bool, aligned: bool) -> di
     return {"BLOCK_SIZE": 64, "NESTED": nested, "ALIGNED": aligned, "PERMUTE": permute}
 
 
-def forward_choices(kind: str) -> list[tuple[torch.dtype, bool, triton_launch.Tiles]]:
+def forward_choices(kind: str) -> list[tuple[torch.dtype, bool, tiles.Tiles]]:
     """Dtype, whether rows are whole chunks, and tiles of every forward on a kind of GPU."""
     half = torch.bfloat16
     return [
-        *((half, True, tiles) for tiles in triton_launch.TILES[kind]),
-        (half, False, triton_launch.UNALIGNED_TILES),
-        (torch.float32, True, triton_launch.FLOAT32_TILES),
-        (torch.float32, False, triton_launch.FLOAT32_TILES),
+        *((half, True, each) for each in tiles.TILES[kind]),
+        (half, False, tiles.UNALIGNED_TILES),
+        (torch.float32, True, tiles.FLOAT32_TILES),
+        (torch.float32, False, tiles.FLOAT32_TILES),
     ]
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward(target: str, nested: bool) -> None:
-    for dtype, aligned, tiles in forward_choices(KINDS[target]):
+    for dtype, aligned, chosen in forward_choices(KINDS[target]):
         if not nested and (dtype == torch.float32 or not aligned):
             continue  # plain scales take fewer registers; the fast path is compiled all the same
-        splits = {True} if triton_launch.must_split(tiles) else {False}
-        splits |= {True} if triton_launch.may_split(tiles) else set()
+        splits = {True} if tiles.must_split(chosen) else {False}
+        splits |= {True} if tiles.may_split(chosen) else set()
         for split in splits:
             # The widest tile is chosen where the epilogue takes few registers.
-            wide = tiles.tokens > 128
+            wide = chosen.tokens > 128
             signature = types(dtype, nested=nested, rank="i32:16" if wide else "i32")
             if split:
                 signature["out"] = "*fp32"
             facts = facts_of(dtype, target, nested, aligned)
             added = PRESENT | {"HAS_TABLE": not wide, "SPLIT": split}
-            values = known(facts, added, launch.LINEAR, tiles.blocks)
-            compiles(launch.linear_kernel, signature, target, values, tiles.options)
+            values = known(facts, added, launch.LINEAR, chosen.blocks)
+            compiles(launch.linear_kernel, signature, target, values, chosen.options)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
@@ -123,7 +121,7 @@ def test_hidden_values_and_the_sum_of_shares(target: str, dtype: torch.dtype) ->
     # Shares of hidden values are float32.
     wide = types(dtype, hidden="*fp32")
     for tokens, signature in ((1, wide), (2048, types(dtype))):
-        sizes = dict(zip("MRK", triton_launch.hidden_tiles(tokens, dtype), strict=True))
+        sizes = dict(zip("MRK", tiles.hidden_tiles(tokens, dtype), strict=True))
         blocks = {f"BLOCK_{name}": size for name, size in sizes.items()}
         signature["strides"] = (("i32", "i32"), ("i32", "i32"))
         values = known(blocks, launch.PREPARE, MASKED)
@@ -136,19 +134,19 @@ def test_hidden_values_and_the_sum_of_shares(target: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradient_of_x(target: str, nested: bool) -> None:
     half, wide = torch.bfloat16, torch.float32
-    full = triton_launch.FLOAT32_GRADIENT_TILES
-    for dtype, aligned, tiles in (
-        (half, True, triton_launch.FEW_GRADIENT_TILES),
-        (half, True, triton_launch.GRADIENT_TILES[KINDS[target]]),
-        (half, False, triton_launch.UNALIGNED_GRADIENT_TILES),
+    full = tiles.FLOAT32_GRADIENT_TILES
+    for dtype, aligned, chosen in (
+        (half, True, tiles.FEW_GRADIENT_TILES),
+        (half, True, tiles.GRADIENT_TILES[KINDS[target]]),
+        (half, False, tiles.UNALIGNED_GRADIENT_TILES),
         (wide, True, full),
         (wide, False, full),
     ):
         if not nested and (dtype == wide or not aligned):
             continue
-        values = known(facts_of(dtype, target, nested, aligned), launch.LINEAR, tiles.blocks)
+        values = known(facts_of(dtype, target, nested, aligned), launch.LINEAR, chosen.blocks)
         signature = types(dtype, nested=nested)
-        compiles(launch.grad_x_kernel, signature, target, values, tiles.options)
+        compiles(launch.grad_x_kernel, signature, target, values, chosen.options)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d)[6:])
@@ -161,24 +159,24 @@ def test_gradients_of_factors_and_rows(target: str, dtype: torch.dtype) -> None:
     compiles(_rows_triton.sum_rows_kernel, signature, target, tile, _rows_triton.OPTIONS)
 
 
-@pytest.mark.parametrize("kind", triton_launch.TILES)
+@pytest.mark.parametrize("kind", tiles.TILES)
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 200, 1024, 4096])
 def test_chosen_tiles_fill_the_gpu(tokens: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "kind_of", lambda device: kind)
-    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
+    monkeypatch.setattr(tiles, "kind_of", lambda device: kind)
+    monkeypatch.setattr(tiles, "processors", lambda device: 132)
     weight = quantize_nf4(torch.zeros(4096, 64))
     x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
     packed = (x, weight.packed, weight.scales, 4096, 64, True)
     inputs = QLoRAInputs(*packed, [], [], [], None, None, None, None)
-    tiles = triton_launch.tiles_for(inputs)
-    assert tiles in triton_launch.TILES[kind]
+    chosen = tiles.tiles_for(inputs)
+    assert chosen in tiles.TILES[kind]
     if tokens <= 64:
         # One tile of tokens: the weight is read once.
-        assert tokens <= tiles.tokens
-    if not triton_launch.may_split(tiles):
-        assert triton_launch.grid_of(tiles, tokens, 4096) >= 132
-    narrow = triton_launch.tiles_for(replace(inputs, block_size=32))
-    assert narrow == triton_launch.UNALIGNED_TILES
+        assert tokens <= chosen.tokens
+    if not tiles.may_split(chosen):
+        assert tiles.grid_of(chosen, tokens, 4096) >= 132
+    narrow = tiles.tiles_for(inputs._replace(block_size=32))
+    assert narrow == tiles.UNALIGNED_TILES
 
 
 @pytest.mark.parametrize(
@@ -194,13 +192,13 @@ def test_chosen_tiles_fill_the_gpu(tokens: int, kind: str, monkeypatch: pytest.M
 def test_the_widest_tile_has_tokens_and_registers(
     tokens: int, rank: int, table: bool, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_launch, "kind_of", lambda device: "hopper")
-    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
+    monkeypatch.setattr(tiles, "kind_of", lambda device: "hopper")
+    monkeypatch.setattr(tiles, "processors", lambda device: 132)
     x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
     b = [torch.zeros(4096, rank, dtype=x.dtype)]
     rows = torch.zeros(2, 4096, dtype=x.dtype) if table else None
     inputs = QLoRAInputs(x, x, x, 4096, 64, True, [], b, [0.5], None, rows, None, None)
-    assert triton_launch.tiles_for(inputs).tokens == wide
+    assert tiles.tiles_for(inputs).tokens == wide
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
