@@ -37,11 +37,16 @@ def validate(inputs: LookupInputs) -> None:
     for i, count in enumerate(counts):
         if count < 0:
             expect_int(f"segment_counts[{i}]", count, minimum=0)
-    expect_int("grid[0]", inputs.grid_h, minimum=1, maximum=MAX_SIDE)
-    expect_int("grid[1]", inputs.grid_w, minimum=1, maximum=MAX_SIDE)
-    expect_int("num_classes", inputs.num_classes, minimum=0, maximum=2**31 - 2)
-    expect_int("max_number", inputs.max_number, minimum=0)
-    expect_choice("reduce", inputs.reduce, REDUCTIONS)
+    for name, value, minimum, maximum in (
+        ("grid[0]", inputs.grid_h, 1, MAX_SIDE),
+        ("grid[1]", inputs.grid_w, 1, MAX_SIDE),
+        ("num_classes", inputs.num_classes, 0, 2**31 - 2),
+        ("max_number", inputs.max_number, 0, None),
+    ):
+        if value < minimum or (maximum is not None and value > maximum):
+            expect_int(name, value, minimum=minimum, maximum=maximum)
+    if inputs.reduce not in REDUCTIONS:
+        expect_choice("reduce", inputs.reduce, REDUCTIONS)
 
 
 def check_map(name: str, value: Tensor, device: torch.device) -> None:
