@@ -1,23 +1,36 @@
 """The autograd functions behind every operator, and what all operators refuse.
 
-``First`` is the derivative: its backward is an operator of its own. ``Second`` stands around that
-operator where a second derivative could be asked for, and raises when it is.
+``FirstDerivative`` has a backward that is an operator of its own. ``NoSecondDerivative``
+stands around that operator where a second derivative could be asked for, and raises when it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, _ops
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from collavo_kernels._schema import Places
-
 _PLAIN = (Tensor, torch.nn.Parameter)
-_BEFORE_LEAVES = 4  # what ``First.apply`` takes before them
+_BEFORE_LEAVES = 4  # what ``FirstDerivative.apply`` takes before them
+
+
+def _ordinary_keys() -> frozenset[int]:
+    """Return the dispatch keys of tensors with memory of their own that nothing wraps."""
+    found = set()
+    for device in ("CPU", "CUDA"):
+        names = (device, f"Autocast{device}", f"Autograd{device}", "ADInplaceOrView")
+        keys = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+        inference = keys[0] | keys[1]
+        found |= {inference.raw_repr(), (inference | keys[2] | keys[3]).raw_repr()}
+    return frozenset(found)
+
+
+_ORDINARY = _ordinary_keys()
+_modes_before_dispatch: Callable[[], int] = cast(Any, _ops)._len_torch_dispatch_stack_pre_dispatch
 
 
 def wants_gradient(tensors: Iterable[Tensor]) -> bool:
@@ -31,14 +44,17 @@ def wants_gradient(tensors: Iterable[Tensor]) -> bool:
 
 
 def runs_directly(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether no dispatch key below autograd would do anything but run the operator.
+    """Tell whether the operator may be called in place of the dispatcher below autograd.
 
-    That is: no mode, no transform, no subclass, no lazy view, no tensor without memory.
+    Not while anything is compiled or traced, under a mode or a transform, with a subclass, a
+    wrapper (batched, functional), a lazy view, or a tensor that is not a plain one on CPU or CUDA.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() or _modes_before_dispatch():
         return False
     for each in tensors:
-        if type(each) not in _PLAIN or each.is_meta or each.is_neg() or each._is_zerotensor():
+        if type(each) not in _PLAIN or torch._C._dispatch_keys(each).raw_repr() not in _ORDINARY:
             return False
     return True
 
@@ -76,12 +92,18 @@ def refuse_functorch(operator: str) -> None:
         )
 
 
-class First(Function):
-    """An operator's first derivative: ``apply(operator, inputs, tensors, backend, *leaves)``.
+class FirstDerivative(Function):
+    """An operator's derivative: ``apply(operator, inputs, tensors, backend, *leaves)``.
 
     The bundle of inputs, and the list of all its tensors, pass as objects; the leaves beside them
     are what can get a gradient, one by one, since tensors in a list get none.
     """
+
+    @staticmethod
+    def named(operator: str) -> type[FirstDerivative]:
+        """Return a class of an operator's own, by which graphs, profiles and errors name it."""
+        name = "".join(part.title() for part in operator.split("_"))
+        return cast("type[FirstDerivative]", type(name, (FirstDerivative,), {}))
 
     @staticmethod
     def forward(
@@ -93,28 +115,31 @@ class First(Function):
         *leaves: Tensor | None,
     ) -> Any:
         outputs = operator.call_below_autograd(inputs, tensors, backend)
-        derivative, result = operator.derivative, operator.bundled(outputs)
-        kept, saved = derivative.keep(inputs, result)
-        pack = Pack.of((*kept, *saved), operator.backward.kept_places)
-        ctx.save_for_backward(*pack.tensors)
-        ctx.call = operator.backward, pack._replace(tensors=()), backend
+        result, backward = operator.bundled(outputs), operator.backward
+        saved = operator.derivative.keep(inputs, result)
+        kept, lengths = backward.places.take(inputs)
+        ctx.save_for_backward(*kept, *saved)
+        ctx.call = backward, backward.places.rest(inputs), lengths, backend
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*derivative.without_gradient(inputs, result))
+        ctx.mark_non_differentiable(*backward.without_gradient(inputs, result))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(each is None for each in grads):
             return (None,) * len(ctx.needs_input_grad)
-        operator, pack, backend = ctx.call
-        inputs, saved = operator.kept(pack.restored(ctx.saved_tensors))
+        backward, rest, lengths, backend = ctx.call
+        inputs, saved = backward.restored(ctx.saved_tensors, rest, lengths)
         flags = list(ctx.needs_input_grad[_BEFORE_LEAVES:])
-        found = iter(operator.call(inputs, saved, operator.upstream(grads, saved), flags, backend))
+        upstream = backward.upstream(grads, saved)
+        found = iter(backward.call(inputs, saved, upstream, flags, backend))
         return (*[None] * _BEFORE_LEAVES, *(next(found) if flag else None for flag in flags))
 
 
-class Second(Function):
-    """A backward operator where grad mode is on: ``apply(operator, arguments, backend, *tensors)``.
+class NoSecondDerivative(Function):
+    """A backward operator with grad mode on: ``apply(backward, arguments, backend, *tensors)``.
+
+    One of the tensors has to ask for a gradient, so that nothing passes unseen.
 
     Raises:
         NotImplementedError: when a derivative of the backward is asked for.
@@ -122,57 +147,12 @@ class Second(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Any, arguments: Sequence[Any], backend: str, *tensors: Tensor
+        ctx: Any, backward: Any, arguments: Sequence[Any], backend: str, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.operator = operator.name
+        ctx.operator = backward.name
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(operator.op(*arguments, backend=backend))
+            return tuple(backward.op(*arguments, backend=backend))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise unsupported(ctx.operator, "a second derivative (double backward)")
-
-
-class Pack(NamedTuple):
-    """Arguments with their tensors taken out, each of them once: hooks see every tensor once.
-
-    Attributes:
-        values: The arguments; None where a tensor was, a list where a list of them was.
-        places: For each tensor's place: the argument, the entry of its list or -1, the tensor.
-        tensors: What was taken out.
-    """
-
-    values: list[Any]
-    places: list[tuple[int, int, int]]
-    tensors: Sequence[Tensor]
-
-    @staticmethod
-    def of(arguments: Sequence[Any], where: Places) -> Pack:
-        """Take the tensors out."""
-        values: list[Any] = list(arguments)
-        numbers: dict[int, int] = {}
-        tensors: list[Tensor] = []
-
-        def number(tensor: Tensor) -> int:
-            found = numbers.setdefault(id(tensor), len(tensors))
-            if found == len(tensors):
-                tensors.append(tensor)
-            return found
-
-        places = [(i, -1, number(values[i])) for i in where.single if values[i] is not None]
-        for i in where.lists:
-            places += [(i, j, number(each)) for j, each in enumerate(values[i])]
-            values[i] = [None] * len(values[i])
-        for i in where.single:
-            values[i] = None
-        return Pack(values, places, tensors)
-
-    def restored(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Return the arguments with the tensors in their places."""
-        values = [list(each) if isinstance(each, list) else each for each in self.values]
-        for argument, entry, number in self.places:
-            if entry < 0:
-                values[argument] = tensors[number]
-            else:
-                cast("list[Any]", values[argument])[entry] = tensors[number]
-        return values

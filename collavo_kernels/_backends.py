@@ -38,6 +38,7 @@ _OutputGrads = TypeVar("_OutputGrads", contravariant=True)
 _Wanted = TypeVar("_Wanted", contravariant=True)
 _Gradients = TypeVar("_Gradients", covariant=True)
 Reason = str | None
+_operators: set[str] = set()
 
 
 def _never(*_: Any) -> Reason:
@@ -75,6 +76,9 @@ class LazyModule:
         self.unavailable = unavailable
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
+        if function not in ("forward", "backward", "declines"):
+            raise AttributeError(f"a backend has no {function!r}")
+
         def call(*arguments: Any) -> Any:
             return getattr(importlib.import_module(self._name), function)(*arguments)
 
@@ -165,6 +169,7 @@ class Table(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
     ) -> None:
         if not backends or backends[-1].name != "reference":
             raise ValueError(f"backends of {name}: the last one must be the reference")
+        _operators.add(name)
         self.name = name
         self.backends = tuple(backends)
         self._former = former or {}
@@ -229,12 +234,23 @@ class Table(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
 
 
 def environment_choice(operator: str) -> str:
-    """Return what ``COLLAVO_BACKEND`` asks for, for one operator; ``""`` if nothing."""
-    value = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    """Return what ``COLLAVO_BACKEND`` asks for, for one operator; ``""`` if nothing.
+
+    Raises:
+        ValueError: if the variable is neither a name nor ``operator=name`` pairs of operators that
+            there are.
+    """
+    value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
     if "=" not in value:
         return value
+    choice = ""
     for pair in value.split(","):
-        name, _, backend = pair.partition("=")
-        if name.strip() == operator:
-            return backend.strip()
-    return ""
+        name, separator, backend = (part.strip() for part in pair.partition("="))
+        if not separator or not backend or name not in _operators:
+            raise ValueError(
+                f"{ENVIRONMENT_VARIABLE}: expected a backend, or operator=backend pairs with "
+                f"commas for operators among {', '.join(sorted(_operators))}, got {pair.strip()!r}"
+            )
+        if name == operator:
+            choice = backend
+    return choice

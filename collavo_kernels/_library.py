@@ -31,6 +31,7 @@ def define(
 
     LIBRARY.define(name + signature)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, refuse_vmap, "FuncTorchBatched")
+    for key in ("FuncTorchBatched", "Batched"):  # torch.vmap, is_grads_batched
+        LIBRARY.impl(name, refuse_vmap, key)
     torch.library.register_fake(f"collavo::{name}", fake, lib=LIBRARY)
     return cast("torch._ops.OpOverload[..., Any]", getattr(torch.ops.collavo, name).default)

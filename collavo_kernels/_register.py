@@ -8,6 +8,15 @@ one, its derivative. ``Operator`` registers ``collavo::<name>`` and ``collavo::<
 - A tangent (forward mode), a second derivative and ``vmap`` are refused, never dropped.
 - Where nothing listens in between, the operator's code is called in place of the dispatcher, which
   costs as much as all checks.
+
+The way of a call::
+
+    public function -> Operator.__call__ -> dispatcher -> _autocast_on (casts the bundle)
+      -> _autograd -> no gradient wanted: call_below_autograd
+                   -> else FirstDerivative.forward: call_below_autograd, then saves
+    call_below_autograd -> nothing listens: run
+                        -> else the dispatcher again (modes, fakes) -> _kernel or _fake -> run
+    run -> validate, select a backend, backend.forward
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ from torch import Tensor
 
 from collavo_kernels import _library, _schema
 from collavo_kernels._autograd import (
-    First,
+    FirstDerivative,
     refuse_functorch,
     refuse_tangents,
     runs_directly,
@@ -52,6 +61,7 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         fake: Results without values, of checked inputs.
         autocast: The inputs in autocast's dtype; None: they stay as they are.
         derivative: None: inputs that ask for a gradient are refused.
+        integral: Whether all tensors are integers, which cannot ask for one: spares looking.
         choose: From the inputs and the backend named in the call (or ``""``) to the one that they
             need; None: the one named.
         former: What backends were once called, with their present names.
@@ -68,6 +78,7 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         fake: Callable[[Inputs], Result],
         autocast: Callable[[Inputs, torch.dtype], Inputs] | None = None,
         derivative: Derivative[Inputs, Result, Saved, OutputGrads, Wanted, Gradients] | None = None,
+        integral: bool = False,
         choose: Callable[[Inputs, str], str] | None = None,
         former: Mapping[str, str] | None = None,
     ) -> None:
@@ -86,7 +97,13 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
             _library.LIBRARY.impl(name, self._autocast_on(device, key), key.name)
         self.backward = None
         if derivative is not None:
+            if self._written:
+                raise TypeError(
+                    f"{name}: expected no derivative, since {self._written[0]} is written to"
+                )
+            self._function = FirstDerivative.named(name)
             self.backward = Backward(self, self.inputs, self.result, validate, derivative)
+        if not integral:
             _library.LIBRARY.impl(name, self._autograd, "Autograd")
 
     def __call__(self, inputs: Inputs, backend: str = "") -> Result:
@@ -128,10 +145,7 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
     # bundle has too.
 
     def _kernel(self, *arguments: Any, backend: str = "") -> Any:
-        inputs = self.inputs(*arguments)
-        if self.derivative is None:
-            self._refuse_derivatives(inputs)
-        return self._outputs(self.run(inputs, backend))
+        return self._outputs(self.run(self.inputs(*arguments), backend))
 
     def _fake(self, *arguments: Any, backend: str = "") -> Any:
         inputs = self.inputs(*arguments)
@@ -142,15 +156,10 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         inputs = self.inputs(*arguments)
         tensors = self._places.tensors(inputs)
         refuse_tangents(self.name, tensors)
-        derivative = self.derivative
-        if derivative is None or not wants_gradient(tensors):
+        if not wants_gradient(tensors):
             return self.call_below_autograd(inputs, tensors, backend)
-        refuse_functorch(self.name)
-        reason = derivative.refuses(inputs)
-        if reason is not None:
-            raise ValueError(reason)
-        leaves = derivative.leaves(inputs)
-        return cast(Any, First).apply(self, inputs, tensors, backend, *leaves)
+        leaves = self._checked_leaves(inputs, tensors)
+        return cast(Any, self._function).apply(self, inputs, tensors, backend, *leaves)
 
     def _autocast_on(self, device: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
         keys = torch._C.DispatchKeySet(key)
@@ -163,14 +172,25 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
 
         return kernel
 
-    def _refuse_derivatives(self, inputs: Any) -> None:
-        tensors = self._places.tensors(inputs)
-        refuse_tangents(self.name, tensors)
-        if wants_gradient(tensors):
+    def _checked_leaves(self, inputs: Any, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the leaves; refuse whatever asks for a gradient and will not get one."""
+        derivative = self.derivative
+        if derivative is None:
             raise RuntimeError(
                 f"{self.name}: it has no derivative, but an argument asks for a gradient; detach "
                 "it or call under torch.no_grad()"
             )
+        refuse_functorch(self.name)
+        reason = derivative.refuses(inputs)
+        if reason is not None:
+            raise ValueError(reason)
+        leaves = derivative.leaves(inputs)
+        known = set(map(id, leaves))
+        for tensor in tensors:
+            if tensor.requires_grad and id(tensor) not in known:
+                name = next(key for key, value in inputs._asdict().items() if value is tensor)
+                raise ValueError(f"{name}: gradients are not computed for it; detach it")
+        return leaves
 
 
 AnyBackend: TypeAlias = Backend[Any, Any, Any, Any, Any, Any]

@@ -8,6 +8,7 @@ the schema's names, types and defaults, so the dispatcher's flat arguments make 
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -20,6 +21,8 @@ SymInt = Annotated[int, _SYMBOLIC]
 Written = Annotated[Tensor, _WRITTEN]
 """A tensor that the operator writes to: ``Tensor(a!)``."""
 
+RESERVED = ("backend", "wanted")
+"""Arguments that every operator, or its backward, has beside the fields of its bundles."""
 _NAMES = {Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -40,15 +43,21 @@ def arguments(bundle: type[NamedTuple], *, prefix: str = "", defaults: bool = Tr
     Raises:
         TypeError: for a field of a type that a schema cannot have; the field is named.
     """
-    written = (letter for letter in "abcdefgh")
+    written = iter("abcdefgh")
     texts = []
     for name, hint in hints(bundle).items():
-        text = _type_of(hint, f"{bundle.__name__}.{name}")
+        field = f"{bundle.__name__}.{name}"
+        text = _type_of(hint, field)
+        if name in RESERVED:
+            raise TypeError(f"{field}: the name is the core's own; call it otherwise")
         if is_written(hint):
-            text = f"Tensor({next(written)}!)"
+            letter = next(written, None)
+            if letter is None:
+                raise TypeError(f"{field}: expected at most eight tensors that are written to")
+            text = f"Tensor({letter}!)"
         text = f"{text} {prefix}{name}"
         if defaults and name in bundle._field_defaults:
-            text += f"={_literal(bundle._field_defaults[name])}"
+            text += f"={_literal(bundle._field_defaults[name], field)}"
         texts.append(text)
     return texts
 
@@ -65,17 +74,22 @@ class Places(NamedTuple):
     Attributes:
         single: Fields that are a tensor or None.
         lists: Fields that are a list of tensors.
+        others: Fields that hold no tensor.
     """
 
     single: tuple[int, ...]
     lists: tuple[int, ...]
+    others: tuple[int, ...]
 
     @staticmethod
-    def of(*bundles: type[NamedTuple]) -> Places:
-        """Find the tensors among the fields of these bundles."""
-        kinds = [_type_of(h, each.__name__) for each in bundles for h in hints(each).values()]
+    def of(*bundles: type[NamedTuple], without: Sequence[str] = ()) -> Places:
+        """Find the tensors among the fields of these bundles, but for some by name."""
+        fields = [(name, hint) for each in bundles for name, hint in hints(each).items()]
+        kinds = ["left out" if name in without else _type_of(hint, name) for name, hint in fields]
         single = tuple(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?"))
-        return Places(single, tuple(i for i, kind in enumerate(kinds) if kind == "Tensor[]"))
+        lists = tuple(i for i, kind in enumerate(kinds) if kind == "Tensor[]")
+        apart = {*single, *lists, *(i for i, kind in enumerate(kinds) if kind == "left out")}
+        return Places(single, lists, tuple(i for i in range(len(kinds)) if i not in apart))
 
     def tensors(self, values: Sequence[Any]) -> list[Tensor]:
         """Return the tensors among the values of all fields."""
@@ -83,6 +97,32 @@ class Places(NamedTuple):
         for i in self.lists:
             found += values[i]
         return found
+
+    def take(self, values: Sequence[Any]) -> tuple[list[Tensor | None], list[int]]:
+        """Return what stands in every tensor's place, and how long the lists are."""
+        found: list[Tensor | None] = [values[i] for i in self.single]
+        for i in self.lists:
+            found += values[i]
+        return found, [len(values[i]) for i in self.lists]
+
+    def rest(self, values: Sequence[Any]) -> list[tuple[int, Any]]:
+        """Return the values that are no tensors, with their places."""
+        return [(i, values[i]) for i in self.others]
+
+    def put(
+        self, taken: Sequence[Any], rest: Sequence[tuple[int, Any]], lengths: Sequence[int], n: int
+    ) -> list[Any]:
+        """Return n values again from what ``take`` and ``rest`` gave; left-out ones are None."""
+        values: list[Any] = [None] * n
+        for i, value in rest:
+            values[i] = value
+        for i, value in zip(self.single, taken, strict=False):
+            values[i] = value
+        start = len(self.single)
+        for i, length in zip(self.lists, lengths, strict=True):
+            values[i] = list(taken[start : start + length])
+            start += length
+        return values
 
 
 def is_written(hint: Any) -> bool:
@@ -96,21 +136,30 @@ def is_optional(hint: Any) -> bool:
 
 
 def _type_of(hint: Any, field: str) -> str:
-    if get_origin(hint) is Annotated:
-        base, *marks = get_args(hint)
-        return _SYMBOLIC if _SYMBOLIC in marks else _type_of(base, field)
-    if is_optional(hint):
-        (base,) = (each for each in get_args(hint) if each is not type(None))
-        return f"{_type_of(base, field)}?"
-    if get_origin(hint) is list:
-        return f"{_type_of(get_args(hint)[0], field)}[]"
-    if hint not in _NAMES:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is list:
+        return f"{_plain(inner[0], field)}[]"
+    if is_optional(hint) and len(inner) == 2:
+        return f"{_plain(next(each for each in inner if each is not type(None)), field)}?"
+    return _plain(Tensor if is_written(hint) else hint, field)
+
+
+def _plain(hint: Any, field: str) -> str:
+    if hint == SymInt:
+        return _SYMBOLIC
+    if not isinstance(hint, type) or hint not in _NAMES:
         raise TypeError(
-            f"{field}: expected Tensor, bool, int, SymInt, float, str, a list or an optional of "
-            f"these, got {hint!r}"
+            f"{field}: expected Tensor, Written, bool, int, SymInt, float or str, or a list or an "
+            f"optional of one of these but Written, got {hint!r}"
         )
     return _NAMES[hint]
 
 
-def _literal(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+def _literal(value: Any, field: str) -> str:
+    if isinstance(value, str):
+        if value and not (value.isascii() and value.replace("_", "").isalnum()):
+            raise TypeError(f"{field}: expected letters and digits by default, got {value!r}")
+        return f'"{value}"'
+    if value is None or isinstance(value, int) or (type(value) is float and math.isfinite(value)):
+        return str(value)
+    raise TypeError(f"{field}: expected None, a number or a string by default, got {value!r}")

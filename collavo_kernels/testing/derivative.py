@@ -36,8 +36,10 @@ def backward_arguments(
     derivative = operator.derivative
     if derivative is None:
         raise ValueError(f"operator: expected one with a derivative, got {operator.name}")
-    kept, saved = derivative.keep(inputs, result)
+    saved = derivative.keep(inputs, result)
+    replaced = {name: getattr(saved, each) for name, each in derivative.replaced.items()}
     if wanted is None:
         leaves = derivative.leaves(inputs)
         wanted = [leaf is not None and leaf.is_floating_point() for leaf in leaves]
-    return kept, saved, derivative.grads(*grads), derivative.grouped(inputs, list(wanted))
+    grouped = derivative.grouped(inputs, list(wanted))
+    return inputs._replace(**replaced), saved, derivative.output_grads(*grads), grouped

@@ -60,7 +60,7 @@ def test_a_backend_that_waits_to_be_asked_says_how_to_ask() -> None:
     [
         ("reference", "reference", "asks for 'reference'"),
         ("toy=reference", "reference", "asks for 'reference'"),
-        ("other=reference", "cpu", None),
+        ("qlora_linear=reference", "cpu", None),
         ("cuda", "cpu", "calls fail: runs on cuda, not on cpu"),
         ("cupy", "cpu", "does not exist: calls fail"),
     ],

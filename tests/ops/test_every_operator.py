@@ -9,6 +9,7 @@ import pytest
 import torch
 import toy_operators
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from collavo_kernels import info
@@ -19,6 +20,7 @@ OPERATORS: dict[str, AnyOperator] = {
     **info.operators(),
     "toy_fill": toy_operators.FILL,
     "toy_scale": toy_operators.SCALE,
+    "toy_cube": toy_operators.CUBE,
 }
 DIFFERENTIABLE = {name: each for name, each in OPERATORS.items() if each.derivative is not None}
 
@@ -125,7 +127,7 @@ def test_opcheck_of_the_backward(sample: Sample) -> None:
     operator, inputs = sample
     result = operator.bundled(operator.op(*inputs))
     empty = operator.derivative.empty(inputs)
-    names = operator.derivative.grads._fields
+    names = operator.derivative.output_grads._fields
     grads = [None if n in empty else torch.ones_like(getattr(result, n)) for n in names]
     kept, saved, grads, wanted = backward_arguments(operator, inputs, result, grads)
     # Memory of their own: opcheck takes no argument twice.
@@ -232,6 +234,83 @@ def test_compiles_in_one_graph_with_gradients(sample: Sample) -> None:
     assert_same(list(torch.autograd.grad(compiled(*others), theirs)), list(expected))
 
 
+@differentiable
+def test_a_compiled_backward_of_an_eager_forward(sample: Sample) -> None:
+    """The compiler then traces through what autograd calls; native code must stay out of it."""
+    torch._dynamo.reset()
+    inputs, leaves = with_gradients(sample)
+    expected = torch.autograd.grad(loss(outputs(sample.operator, inputs)), leaves)
+    total = loss(outputs(sample.operator, inputs))
+    torch.compile(lambda total: total.backward(), backend="aot_eager")(total)
+    assert_same([x.grad for x in leaves], list(expected))
+
+
+@differentiable
+@pytest.mark.parametrize("pre_dispatch", [True, False])
+def test_a_traced_gradient_is_computed_again(sample: Sample, pre_dispatch: bool) -> None:
+    """A trace holds the backward as an operator, not the numbers that it gave while tracing."""
+    if pre_dispatch and sample.operator.derivative.saved._fields:
+        # PyTorch's own operators lose results that autograd keeps there, softmax for one.
+        pytest.skip("a trace before dispatch does not know results that are saved")
+    inputs, leaves = with_gradients(sample)
+
+    def gradient(x: Tensor) -> Tensor:
+        given = changed(inputs, lambda each: x if each is leaves[0] else each.detach())
+        found = [each for each in outputs(sample.operator, given) if each.requires_grad]
+        return torch.autograd.grad(found[0].square().sum(), x)[0]
+
+    x = leaves[0].detach().requires_grad_()
+    traced = make_fx(gradient, pre_dispatch=pre_dispatch)(x)
+    other = torch.randn_like(x).requires_grad_()
+    torch.testing.assert_close(traced(other), gradient(other))
+
+
+@differentiable
+def test_forward_over_reverse_is_refused(sample: Sample) -> None:
+    """A tangent that comes with the upstream gradient would be dropped by the backward."""
+    inputs, leaves = with_gradients(sample)
+    found = [x for x in outputs(sample.operator, inputs) if x.requires_grad]
+    with torch.autograd.forward_ad.dual_level():
+        grad = torch.ones_like(found[0])
+        dual = torch.autograd.forward_ad.make_dual(grad, grad)
+        with pytest.raises(NotImplementedError, match=f"{sample.operator.name}: forward-mode"):
+            torch.autograd.grad((found[0] * dual).sum(), leaves)
+
+
+@differentiable
+def test_batched_gradients_are_refused(sample: Sample) -> None:
+    inputs, leaves = with_gradients(sample)
+    found = next(x for x in outputs(sample.operator, inputs) if x.requires_grad)
+    grads = torch.ones(2, *found.shape)
+    with pytest.raises(NotImplementedError, match=f"{sample.operator.name}.*torch.vmap is not"):
+        torch.autograd.grad(found, leaves, grads, is_grads_batched=True)
+
+
+@every_sample
+def test_wrapped_tensors_never_reach_native_code(sample: Sample) -> None:
+    """A functional tensor is a plain ``Tensor`` by its type, and has no memory of its own."""
+    operator, inputs = sample
+    if operator._written:
+        return
+    expected = outputs(operator, inputs)
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        found = outputs(operator, changed(inputs, torch._to_functional_tensor))
+        found = [torch._from_functional_tensor(x) for x in found]
+    finally:
+        torch._disable_functionalization()
+    assert_same(found, expected)
+
+
+@differentiable
+def test_graphs_name_the_operator(sample: Sample) -> None:
+    """In profiles, anomaly mode and errors of version counters."""
+    inputs, _ = with_gradients(sample)
+    found = [x for x in outputs(sample.operator, inputs) if x.requires_grad]
+    name = "".join(part.title() for part in sample.operator.name.split("_"))
+    assert found[0].grad_fn.name() == f"{name}Backward"
+
+
 @every_sample
 def test_exports(sample: Sample) -> None:
     operator, inputs = sample
@@ -336,6 +415,17 @@ def test_lazy_views_and_subclasses_are_dispatched(sample: Sample) -> None:
         assert_same(outputs(operator, changed(inputs, lazy)), outputs(operator, inputs))
 
 
+@pytest.mark.parametrize(
+    "value", ["qlora=cpu", "cpu,qlora_linear=reference", "qlora_linear=", "=cpu"]
+)
+def test_a_malformed_environment_variable_is_refused(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLLAVO_BACKEND", value)
+    with pytest.raises(ValueError, match="COLLAVO_BACKEND: expected a backend, or"):
+        torch.ops.collavo.toy_scale(torch.ones(2), [])
+
+
 @every_sample
 def test_unknown_backends_are_refused_with_those_there_are(
     sample: Sample, monkeypatch: pytest.MonkeyPatch
@@ -353,6 +443,30 @@ def test_a_former_name_is_refused_with_the_present_one() -> None:
     inputs = next(iter(cases.samples("crayon_attention")))[1]
     with pytest.raises(ValueError, match="what was 'cuda' is 'library' now"):
         OPERATORS["crayon_attention"].op(*inputs, backend="cuda")
+
+
+def test_what_gets_no_gradient_may_not_ask_for_one() -> None:
+    inputs = next(iter(cases.samples("crayon_attention")))[1]
+    inputs = inputs._replace(cos=inputs.cos.clone().requires_grad_())
+    with pytest.raises(ValueError, match="cos: gradients are not computed for it; detach it"):
+        torch.ops.collavo.crayon_attention(*inputs)
+    with torch.no_grad():
+        torch.ops.collavo.crayon_attention(*inputs)
+
+
+def test_an_operator_without_a_derivative_refuses_functional_ones_too() -> None:
+    def filled(values: Tensor) -> Tensor:
+        buffer = torch.zeros(3, 2)
+        torch.ops.collavo.toy_fill(buffer, values)
+        return buffer.sum()
+
+    values = torch.ones(1, 2)
+    with pytest.raises(NotImplementedError, match="toy_fill: forward-mode"):
+        torch.func.jvp(filled, (values,), (values,))
+    with pytest.raises((RuntimeError, NotImplementedError), match="toy_fill: "):
+        torch.func.grad(filled)(values)
+    with pytest.raises(RuntimeError, match="toy_fill: it has no derivative"):
+        torch.compile(filled, backend="aot_eager")(values.clone().requires_grad_())
 
 
 def test_an_operator_without_a_derivative_refuses_gradients() -> None:

@@ -1,7 +1,7 @@
-"""Two operators made up for tests: one that writes to its argument, one with a derivative.
+"""Operators made up for tests: one that writes to its argument, two with a derivative.
 
 They take the place of a fourth operator: what the core promises holds for it without a line of its
-own. Both are registered once, when this module is imported.
+own. They are registered once, when this module is imported.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _scale_backward(
     )
 
 
-def _keep(inputs: ScaleInputs, result: ScaleResult) -> tuple[ScaleInputs, ScaleSaved]:
-    return inputs, ScaleSaved(result.y)
+def _keep(inputs: ScaleInputs, result: ScaleResult) -> ScaleSaved:
+    return ScaleSaved(result.y)
 
 
 def _validate_scale(inputs: ScaleInputs) -> None:
@@ -144,7 +144,7 @@ SCALE = Operator(
     autocast=_autocast,
     derivative=Derivative(
         saved=ScaleSaved,
-        grads=ScaleGrads,
+        output_grads=ScaleGrads,
         gradients=ScaleGradients,
         keep=_keep,
         validate=_validate_backward,
@@ -153,9 +153,68 @@ SCALE = Operator(
 )
 
 
+class CubeInputs(NamedTuple):
+    """``y = x ** 3``."""
+
+    x: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+
+class CubeResult(NamedTuple):
+    y: Tensor
+    square: Tensor
+
+
+class CubeSaved(NamedTuple):
+    square: Tensor
+
+
+class CubeGrads(NamedTuple):
+    y: Tensor | None
+
+
+class CubeGradients(NamedTuple, Generic[T]):
+    x: T
+
+
+def _cube(inputs: CubeInputs) -> CubeResult:
+    square = inputs.x * inputs.x
+    return CubeResult(square * inputs.x, square)
+
+
+def _cube_backward(
+    inputs: CubeInputs, saved: CubeSaved, grads: CubeGrads, wanted: CubeGradients[bool]
+) -> CubeGradients[Tensor | None]:
+    return CubeGradients(None if grads.y is None else 3 * saved.square * grads.y)
+
+
+CUBE = Operator(
+    "toy_cube",
+    inputs=CubeInputs,
+    result=CubeResult,
+    backends=(Backend("reference", _cube, _cube_backward),),
+    validate=lambda inputs: None,
+    fake=lambda inputs: CubeResult(torch.empty_like(inputs.x), torch.empty_like(inputs.x)),
+    derivative=Derivative(
+        saved=CubeSaved,
+        output_grads=CubeGrads,
+        gradients=CubeGradients,
+        keep=lambda inputs, result: CubeSaved(result.square),
+        validate=lambda inputs, saved, grads, wanted: None,
+        # Nothing that asks for a gradient is left, and the guard must hold all the same.
+        replaced={"x": "square"},
+    ),
+)
+
+
 def samples(name: str) -> list[tuple[str, NamedTuple]]:
     """Inputs of a toy operator, by the name of the case."""
     if name == "toy_fill":
         return [("rows", FillInputs(torch.zeros(4, 3), torch.randn(2, 3), 1))]
     x, one, two = torch.randn(3, 2, 4).unbind()
+    if name == "toy_cube":
+        return [("three", CubeInputs(x))]
     return [("parts", ScaleInputs(x, [one, two])), ("alone", ScaleInputs(x, [], 0.5))]

@@ -119,8 +119,9 @@ def crayon_attention(
     result = OPERATOR(inputs, backend)
     return CrayonAttentionOutput(
         out=result.out,
-        key=result.key if inputs.changes_key else k,
-        value=result.value if inputs.changes_value else v,
+        # Not the bundle's properties, which torch 2.5's compiler does not know.
+        key=k if cos is None and crayon_k is None else result.key,
+        value=v if crayon_v is None else result.value,
     )
 
 

@@ -146,14 +146,11 @@ def fake(inputs: AttentionInputs) -> AttentionResult:
     )
 
 
-def keep(
-    inputs: AttentionInputs, result: AttentionResult
-) -> tuple[AttentionInputs, AttentionSaved]:
-    """Keep the prepared key and value in place of k and v: the backward needs no more of them."""
+def keep(inputs: AttentionInputs, result: AttentionResult) -> AttentionSaved:
+    """Return what is saved: the prepared key and value, for which the backward needs no k and v."""
     key = result.key if inputs.changes_key else inputs.k
     value = result.value if inputs.changes_value else inputs.v
-    saved = AttentionSaved(key, value, result.out, result.lse)
-    return inputs._replace(k=key, v=value), saved
+    return AttentionSaved(key, value, result.out, result.lse)
 
 
 def empty(inputs: AttentionInputs) -> tuple[str, ...]:

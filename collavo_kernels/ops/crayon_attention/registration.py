@@ -42,10 +42,11 @@ OPERATOR = Operator(
     autocast=in_dtype,
     derivative=Derivative(
         saved=AttentionSaved,
-        grads=AttentionOutputGrads,
+        output_grads=AttentionOutputGrads,
         gradients=AttentionGradients,
         keep=keep,
         validate=validate_backward,
+        replaced={"k": "key", "v": "value"},
         empty=empty,
     ),
     former={"cuda": "library"},

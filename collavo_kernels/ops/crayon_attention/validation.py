@@ -34,17 +34,11 @@ def expect_tensors(inputs: AttentionInputs) -> None:
 
     Raises:
         TypeError: naming the first one that is not.
-        ValueError: if cos or sin asks for a gradient.
     """
     for name, optional in _TENSORS:
         value = getattr(inputs, name)
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    if not torch.is_grad_enabled():
-        return
-    for name, angle in (("cos", inputs.cos), ("sin", inputs.sin)):
-        if angle is not None and angle.requires_grad:
-            raise ValueError(f"{name}: gradients are not computed for it; detach it")
 
 
 def validate(inputs: AttentionInputs) -> None:

@@ -29,4 +29,5 @@ OPERATOR = Operator(
     ),
     validate=validate,
     fake=empty_result,
+    integral=True,
 )

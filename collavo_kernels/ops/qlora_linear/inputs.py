@@ -145,9 +145,9 @@ def fake(inputs: QLoRAInputs) -> QLoRAResult:
     return QLoRAResult(inputs.x.new_empty((*inputs.x.shape[:-1], inputs.out_features)))
 
 
-def keep(inputs: QLoRAInputs, result: QLoRAResult) -> tuple[QLoRAInputs, Nothing]:
-    """Return what the backward gets: the inputs alone."""
-    return inputs, Nothing()
+def keep(inputs: QLoRAInputs, result: QLoRAResult) -> Nothing:
+    """Return what is saved beside the inputs."""
+    return Nothing()
 
 
 def without_derivative(inputs: QLoRAInputs) -> str | None:

@@ -60,7 +60,7 @@ def backward(
     grad = grads.out
     x = inputs.x
     wide = _accumulator(x.dtype)
-    grad_x = torch.zeros_like(x, dtype=wide) if wanted.x else None
+    grad_x = x.new_zeros(x.shape, dtype=wide) if wanted.x else None
     if grad_x is not None:
         for start, stop, dense in _weight_strips(inputs):
             grad_x += grad[:, start:stop] @ dense

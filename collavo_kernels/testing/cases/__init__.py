@@ -27,6 +27,10 @@ def samples(operator: str) -> Iterator[tuple[str, Any]]:
     """
     for name in _FEW[operator]:
         yield name, _sample(operator, name)
+    if operator == "qlora_linear":
+        dense = _sample(operator, "dense")
+        # A reference that keeps x's strides would return a gradient of another layout.
+        yield "dense_transposed", dense._replace(x=dense.x.t().contiguous().t())
 
 
 def _sample(operator: str, name: str) -> Any:
