@@ -46,8 +46,9 @@ def checked_index(index: Tensor, count: int, argument: str = "row_index") -> Ten
         return index.masked_fill(bad, -1)
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
-        names = ("sample", entry)[-len(place) :]
-        where = ", ".join(f"{name} {i}" for name, i in zip(names, place, strict=True))
+        names = ("sample", entry)[-len(place) :] if len(place) in (1, 2) else ()
+        where = ", ".join(f"{name} {i}" for name, i in zip(names, place, strict=False))
+        where = where or f"place {place}"
         raise ValueError(
             f"{argument}: expected entries from -1 to {count - 1} ({owner} has {count} rows), "
             f"got {int(index[tuple(place)])} at {where}"
@@ -56,7 +57,7 @@ def checked_index(index: Tensor, count: int, argument: str = "row_index") -> Ten
 
 
 def add_rows(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """Return ``x + table[index]`` as a new tensor of x's dtype; x itself where there is no row.
+    """Return ``x + table[index]`` as a new tensor of x's dtype; x's values where there is no row.
 
     Args:
         x: ``[*index.shape, ...]``.

@@ -107,8 +107,8 @@ def collect() -> Report:
 
     Example:
         >>> report = collect()
-        >>> sorted({row.operator for row in report.operators})
-        ['crayon_attention', 'panoptic_lookup', 'qlora_linear']
+        >>> "qlora_linear" in {row.operator for row in report.operators}
+        True
     """
     devices = _devices()
     return Report(

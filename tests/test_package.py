@@ -94,7 +94,7 @@ def test_public_names_have_docstrings_of_their_own(module: str) -> None:
     assert not bare, f"no docstring: {bare}"
 
 
-@pytest.mark.parametrize("operator", ["panoptic_lookup", "qlora_linear", "crayon_attention"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_document_shapes_errors_and_an_example(operator: str) -> None:
     text = inspect.getdoc(getattr(importlib.import_module("collavo_kernels"), operator)) or ""
     for part in ("Args:", "Returns:", "Raises:", "Example", ">>> ", "int32", "``["):

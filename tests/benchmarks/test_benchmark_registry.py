@@ -77,7 +77,8 @@ def test_rows_have_names_of_their_own_and_stand_by_their_task(op: str, kind: str
     # Whoever is held against each other is measured in turns: a task is one stretch of rows.
     tasks = [task for task, _ in groupby(row.task for row in rows)]
     assert len(tasks) == len(set(tasks))
-    assert any(row.quick for row in rows) and any(row.is_ours for row in rows)
+    assert any(row.quick for row in rows)
+    assert kind == "cuda" or any(row.is_ours for row in rows)
     assert BENCHMARKS[op].find(kind, rows[-1].name) == rows[-1]
 
 

@@ -75,7 +75,7 @@ def test_no_symbol_leaves_its_instruction_set(isa: str) -> None:
         ).stdout
         for line in listing.splitlines():
             _, kind, name = line.split(maxsplit=2)
-            assert kind not in "WwVvu", f"{path.name}: weak symbol {name}"
+            assert kind not in "WwVvu", f"{path.name}: weak symbol {name}; see csrc/README.md"
             if kind.isupper():
                 assert f"::{isa}::" in name, f"{path.name}: {name} is not in namespace {isa}"
 

@@ -271,7 +271,9 @@ def test_every_function_was_called(calls: dict[str, dict[str, Any]]) -> None:
     assert len(functions) > 10
     pairs = {"qlora_linear_forward_many", "qlora_linear_grad_x_many"}
     unable = pairs if _native.best_isa() != "avx512" else set()
-    assert functions - set(calls) == unable
+    missing = functions - set(calls) - unable
+    assert not missing, f"call_everything() does not reach {sorted(missing)}"
+    assert unable.isdisjoint(calls)
     others = {name for name, _ in inspect.getmembers(module, callable)} - functions
     by_place = {
         name

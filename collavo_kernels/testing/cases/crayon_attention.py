@@ -220,3 +220,9 @@ def _visible(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         valid = (token >= inputs.key_range[:, :1]) & (token < inputs.key_range[:, 1:])
     both = valid[:, :, None] & valid[:, None, :]
     return (visible & both) | (i == j), valid
+
+
+def samples() -> list[tuple[str, AttentionInputs]]:
+    """Return a few cases by name, as bundles of float32 inputs."""
+    names = ("plain", "no_tables", "padding_window", "no_rows")
+    return [(each.name, each.make(torch.float32)) for each in CASES if each.name in names]

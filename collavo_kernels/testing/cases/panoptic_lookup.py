@@ -276,3 +276,9 @@ def _cells(pixel_rows: list[list[int]], grid: tuple[int, int], reduce: str) -> l
             count = Counter(pixel_rows[y][x] for y in ys for x in xs)
             out.append(min(count, key=lambda row: (-count[row], row)))
     return out
+
+
+def samples() -> list[tuple[str, LookupInputs]]:
+    """Return a few cases by name, as bundles of inputs."""
+    names = ("mixed-sizes", "no-segments", "cells-overlap")
+    return [(name, CASES[name].inputs("majority")) for name in names]

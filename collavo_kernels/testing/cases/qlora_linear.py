@@ -216,3 +216,13 @@ def make_call(
         row_index=None if index is None else index.to(device),
         bias=draw(case.n) if case.bias else None,
     )
+
+
+def samples() -> list[tuple[str, QLoRAInputs]]:
+    """Return a few cases by name, as bundles of float32 inputs."""
+    names = ("few", "few_in_panels", "prefill", "dense", "no_adapters")
+    every = [each for each in (*CASES, *PANEL_CASES) if each.name in names]
+    found = [(each.name, make_call(each).inputs()) for each in every]
+    dense = dict(found)["dense"]
+    # A reference that keeps x's strides would return a gradient of another layout.
+    return [*found, ("dense_transposed", dense._replace(x=dense.x.t().contiguous().t()))]
