@@ -228,8 +228,9 @@ def test_exports(sample: Sample) -> None:
             return operator.op(*given)
 
     program = torch.export.export(Module(), tuple(copied(inputs)))
-    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert operator.op in called
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    # Before torch 2.6 one that writes is an argument of another operator.
+    assert any(operator.op in (node.target, *node.args) for node in nodes)
     found = program.module()(*copied(inputs))
     expected = outputs(operator, copied(inputs))
     assert_same([found] if isinstance(found, Tensor) else list(found), expected)
