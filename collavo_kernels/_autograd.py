@@ -121,7 +121,8 @@ class FirstDerivative(Function):
         ctx.save_for_backward(*kept, *saved)
         ctx.call = backward, backward.places.rest(inputs), lengths, backend
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*backward.without_gradient(inputs, result))
+        if dead := backward.without_gradient(inputs, result):
+            ctx.mark_non_differentiable(*dead)
         return outputs
 
     @staticmethod

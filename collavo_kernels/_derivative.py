@@ -261,7 +261,7 @@ def flat(values: Any) -> list[Any]:
     """Return values with the lists among them taken apart."""
     found: list[Any] = []
     for value in values:
-        if isinstance(value, list):
+        if type(value) is list:
             found += value
         else:
             found.append(value)

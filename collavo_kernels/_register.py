@@ -45,7 +45,7 @@ from collavo_kernels._backends import (
     Table,
     Wanted,
 )
-from collavo_kernels._derivative import Backward, Derivative
+from collavo_kernels._derivative import Backward, Derivative, flat
 
 
 class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
@@ -103,6 +103,11 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
                 )
             self._function = FirstDerivative.named(name)
             self.backward = Backward(self, self.inputs, self.result, validate, derivative)
+            self._leaf_fields = [
+                self.inputs._fields.index(name) for name in derivative.gradients._fields
+            ]
+            tensors = (*self._places.single, *self._places.lists)
+            self._fixed = [i for i in tensors if i not in self._leaf_fields]
         if not integral:
             _library.LIBRARY.impl(name, self._autograd, "Autograd")
 
@@ -158,7 +163,7 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         refuse_tangents(self.name, tensors)
         if not wants_gradient(tensors):
             return self.call_below_autograd(inputs, tensors, backend)
-        leaves = self._checked_leaves(inputs, tensors)
+        leaves = self._checked_leaves(inputs)
         return cast(Any, self._function).apply(self, inputs, tensors, backend, *leaves)
 
     def _autocast_on(self, device: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
@@ -172,7 +177,7 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
 
         return kernel
 
-    def _checked_leaves(self, inputs: Any, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    def _checked_leaves(self, inputs: Any) -> list[Tensor | None]:
         """Return the leaves; refuse whatever asks for a gradient and will not get one."""
         derivative = self.derivative
         if derivative is None:
@@ -184,13 +189,13 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         reason = derivative.refuses(inputs)
         if reason is not None:
             raise ValueError(reason)
-        leaves = derivative.leaves(inputs)
-        known = set(map(id, leaves))
-        for tensor in tensors:
-            if tensor.requires_grad and id(tensor) not in known:
-                name = next(key for key, value in inputs._asdict().items() if value is tensor)
-                raise ValueError(f"{name}: gradients are not computed for it; detach it")
-        return leaves
+        for i in self._fixed:
+            value = inputs[i]
+            for tensor in value if isinstance(value, list) else (value,):
+                if tensor is not None and tensor.requires_grad:
+                    name = inputs._fields[i]
+                    raise ValueError(f"{name}: gradients are not computed for it; detach it")
+        return flat(inputs[i] for i in self._leaf_fields)
 
 
 AnyBackend: TypeAlias = Backend[Any, Any, Any, Any, Any, Any]
