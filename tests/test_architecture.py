@@ -197,7 +197,7 @@ def test_operators_stand_apart_and_below_the_modules() -> None:
 
 
 def test_rooms_import_lower_floors_only() -> None:
-    """As the document's table has them; rooms of floor 3 may import each other."""
+    """As the document's table has them."""
     floor = {room: int(row[0]) for row in table("| floor | rooms") for room in quoted(row[1])}
     assert set(floor) == ROOMS, "the table's rooms are not those of collavo/"
     for path in files("collavo/**/*.py"):
@@ -205,7 +205,7 @@ def test_rooms_import_lower_floors_only() -> None:
         if room.startswith("_"):
             continue
         for target in imported_rooms(path) - {room}:
-            allowed = floor[target] < floor[room] or floor[target] == floor[room] == 3
+            allowed = floor[target] < floor[room]
             assert allowed, f"{path.relative_to(ROOT)} imports {target}, which is not below {room}"
 
 

@@ -74,7 +74,7 @@ class CollavoLinear(DualQLoRALinear):
     ) -> None:
         # transformers plans a load from the state dict of a model on "meta". Without bytes there is
         # no bitsandbytes layout: the parameters themselves stand for it, and the loader
-        # (collavo.loading) brings the file to them.
+        # (collavo.model.files) brings the file to them.
         if self.weight.is_meta:
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:

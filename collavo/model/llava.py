@@ -18,15 +18,15 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from collavo.configuration import CollavoConfig
-from collavo.loading import (
+from collavo.model import text as _registers_text_model  # noqa: F401
+from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
+from collavo.model.files import (
     HUB_OPTIONS,
     bytes_from_bitsandbytes,
     local_folder,
     read_tensors,
     weight_files,
 )
-from collavo.model import text as _registers_text_model  # noqa: F401
-from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
 from collavo.model.layer import LayerSettings, adapt_layer, trainable_dtype
 from collavo.model.linear import CollavoLinear, init_leaf
 from collavo_kernels.nn import CrayonPrompt

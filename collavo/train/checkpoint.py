@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from collavo.loading import weight_files
+from collavo.model.files import weight_files
 
 STREAMS = "collavo_streams.json"
 RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAMS)
