@@ -144,8 +144,11 @@ def operator_report(operator: AnyOperator, device_type: str) -> OperatorReport:
     """
     explained = operator.explain(device_type)
     chosen = next(backend for backend, reason in explained if reason is None)
-    note = None
-    requested = environment_choice(operator.name)
+    note, requested = None, ""
+    try:
+        requested = environment_choice(operator.name)
+    except ValueError as error:
+        note = f"calls fail: {error}"
     if requested:
         named = {backend.name: backend for backend in operator.backends}.get(requested)
         if named is None:

@@ -63,6 +63,7 @@ def test_a_backend_that_waits_to_be_asked_says_how_to_ask() -> None:
         ("qlora_linear=reference", "cpu", None),
         ("cuda", "cpu", "calls fail: runs on cuda, not on cpu"),
         ("cupy", "cpu", "does not exist: calls fail"),
+        ("to=cpu", "cpu", "calls fail: COLLAVO_BACKEND: expected a backend, or"),
     ],
 )
 def test_the_environment_variable_shows(
