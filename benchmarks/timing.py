@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Each of the blocks of rounds that a benchmark with the argument ``turn`` is measured in.
+# Turns of each provider of a task, where a benchmark is measured in turns.
 TURNS = 3
 SLOW = 0.5
 # Turns that this tree and the base of a comparison take; of long calls at least so many.

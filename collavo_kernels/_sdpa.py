@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Before 2.9 a CPU makes scores of S x S elements for ``enable_gqa``. A version compares itself with
 # a string.
-_TAKES_GROUPS = torch.__version__ >= "2.9"
+_TAKES_GQA = torch.__version__ >= "2.9"
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -25,9 +25,9 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any)
     Returns:
         ``[B, H, S, D]``.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and _TAKES_GROUPS:
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1 and _TAKES_GQA:
         options["enable_gqa"] = True
-    elif groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    elif shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, **options)

@@ -184,7 +184,7 @@ def test_the_table_of_backends_is_each_operators_own() -> None:
 
 def test_operators_stand_apart_and_below_the_modules() -> None:
     """An operator imports no other operator, and what lies under them imports neither."""
-    for path in files("collavo_kernels/*.py", "collavo_kernels/ops/*/*.py"):
+    for path in files("collavo_kernels/*.py", "collavo_kernels/ops/*/**/*.py"):
         own = path.relative_to(ROOT).with_suffix("").parts
         if path.name in ("__init__.py", "__main__.py", "info.py") and len(own) == 2:
             continue  # the package's public face, and the report on all of it

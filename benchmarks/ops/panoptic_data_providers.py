@@ -24,8 +24,7 @@ from collavo.panoptic import (
     read_panoptic_colours,
     write_panoptic_png,
 )
-from collavo_kernels import panoptic_lookup
-from collavo_kernels.ops.panoptic_lookup import decode_colours
+from collavo_kernels import decode_colours, panoptic_lookup
 
 Paths = Sequence[Path]
 

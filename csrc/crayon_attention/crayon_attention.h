@@ -49,8 +49,8 @@ struct ForwardArgs {
 // key and value are what the forward wrote, or k and v where it wrote nothing; q is its input.
 // Gradients of out, key and value come in. Those of q, k, v and the tables go out, null where they
 // are not wanted; the tables' are contiguous [table_rows, heads, head_dim] of the problem's dtype.
-// slots is what number_slots() wrote, and
-// slot_count what it returned; null and 0 where no sum is wanted.
+// slots is what number_slots() wrote, and slot_count what it returned; null and 0 where no sum is
+// wanted.
 struct BackwardArgs {
   Problem problem;
   Heads q, key, value;

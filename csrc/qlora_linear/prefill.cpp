@@ -1,7 +1,7 @@
 // Many tokens in bfloat16: a strip of the weight is decoded once for all of them, and the adapters
 // are further terms of the same sums, [x, h] [W, B]^T forward and [g, u] [W; A] backward. Compiled
-// for processors with bfloat16 products; elsewhere the caller decodes strips for PyTorch's
-// products.
+// for processors with bfloat16 products; elsewhere the caller decodes strips and multiplies
+// them itself.
 #include "qlora_linear/qlora_linear.h"
 
 #if defined(__AVX512BF16__)

@@ -27,7 +27,7 @@ class AttentionCall:
         batch: B.
         length: S.
         heads: H over G.
-        groups: G.
+        kv_heads: G.
         size: D.
         rows: T.
         tables: Which of q, k and v have one.
@@ -51,7 +51,7 @@ class AttentionCall:
     batch: int
     length: int
     heads: int
-    groups: int
+    kv_heads: int
     size: int
     rows: int
     tables: str
@@ -70,7 +70,7 @@ class AttentionCall:
 
 @st.composite
 def attention_calls(draw: Callable[[Any], Any]) -> AttentionCall:
-    """Draw sizes around the edges of vectors, panels and blocks, and every option."""
+    """Draw sizes around the edges of vectors, slabs and blocks, and every option."""
     rows = draw(st.sampled_from((1, 2, 3, 4, 5, 0)))
     return AttentionCall(
         seed=draw(st.integers(0, 2**16)),
@@ -80,7 +80,7 @@ def attention_calls(draw: Callable[[Any], Any]) -> AttentionCall:
         batch=draw(st.sampled_from((1, 2, 3, 2, 1, 0))),
         length=draw(st.integers(0, 40) | st.sampled_from((96, 127, 128, 129, 161, 257, 290))),
         heads=draw(st.sampled_from((1, 2, 3, 4, 6))),
-        groups=draw(st.sampled_from((1, 2, 3, 8))),
+        kv_heads=draw(st.sampled_from((1, 2, 3, 8))),
         size=2 * draw(st.integers(1, 40) | st.sampled_from((8, 16, 32, 64, 120, 127, 128))),
         rows=rows,
         tables=draw(st.sampled_from(("", "q", "k", "v", "qk", "kv", "qkv", "qkv"))),
@@ -103,7 +103,7 @@ def make_attention(case: AttentionCall) -> tuple[list[Tensor | None], Tensor]:
     generator = torch.Generator().manual_seed(case.seed)
     dtype = getattr(torch, case.dtype)
     layouts = dict(zip(_ROLES, case.layouts, strict=True))
-    groups, heads = case.groups, case.heads * case.groups
+    kv_heads, heads = case.kv_heads, case.heads * case.kv_heads
 
     def draw(role: str, *shape: int, to: torch.dtype = dtype) -> Tensor:
         values = torch.randn(shape, generator=generator)
@@ -116,11 +116,11 @@ def make_attention(case: AttentionCall) -> tuple[list[Tensor | None], Tensor]:
     angles = (case.batch if case.own_angles else 1, case.length, case.size)
     tensors: list[Tensor | None] = [
         draw(role, *tokens, count, case.size)
-        for role, count in zip("qkv", (heads, groups, groups), strict=True)
+        for role, count in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
     ]
     to = torch.float32 if case.wide_angles else dtype
     tensors += [draw(role, *angles, to=to) if case.rotated else None for role in ("cos", "sin")]
-    for name, count in zip("qkv", (heads, groups, groups), strict=True):
+    for name, count in zip("qkv", (heads, kv_heads, kv_heads), strict=True):
         wanted = name in case.tables
         tensors.append(draw(f"crayon_{name}", case.rows, count, case.size) if wanted else None)
     index = torch.randint(-1, case.rows, tokens, generator=generator, dtype=torch.int32)

@@ -30,7 +30,7 @@ _sizes = st.integers(1, 40) | st.sampled_from((63, 64, 65, 127, 128, 129, 200))
 
 @dataclass(frozen=True)
 class DequantizeCase:
-    """A panel of the weight of a ``LinearCase``, written into rows with room between them."""
+    """A strip of the weight of a ``LinearCase``, written into rows with room between them."""
 
     weight: dict[str, Any]
     rows: list[int]
@@ -50,7 +50,7 @@ def dequantize_cases(draw: Callable[[Any], Any]) -> DequantizeCase:
 
 
 def run_dequantize(case: DequantizeCase) -> None:
-    """Compare a panel with the reference's, bit by bit, and see that nothing else is written."""
+    """Compare a strip with the reference's, bit by bit, and see that nothing else is written."""
     note(case)
     linear = LinearCase(**case.weight)
     weight = make_weight(linear, torch.Generator().manual_seed(linear.seed))

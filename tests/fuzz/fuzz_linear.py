@@ -176,17 +176,17 @@ class LinearCall:
     def dense(self, weight: Tensor, change: Callable[[Tensor], Tensor]) -> LinearCall:
         """Return the call in float64 on a dense weight, its values changed by a function."""
 
-        def turn(x: Any) -> Any:
+        def changed(x: Any) -> Any:
             if isinstance(x, list):
-                return [turn(each) for each in x]
+                return [changed(each) for each in x]
             if isinstance(x, float):
                 return float(change(torch.tensor(x, dtype=torch.float64)))
             return None if x is None else change(x.detach().double())
 
-        adapters = (turn(self.a), turn(self.b), turn(self.scaling))
-        epilogue = (self.mask, turn(self.table), self.index, turn(self.bias))
-        head = (turn(self.x), change(weight), None, self.facts)
-        return LinearCall(*head, *adapters, *epilogue, turn(self.grad))
+        adapters = (changed(self.a), changed(self.b), changed(self.scaling))
+        epilogue = (self.mask, changed(self.table), self.index, changed(self.bias))
+        head = (changed(self.x), change(weight), None, self.facts)
+        return LinearCall(*head, *adapters, *epilogue, changed(self.grad))
 
 
 def make_weight(case: LinearCase, generator: torch.Generator) -> NF4Weight:

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from collavo_kernels._validation import expect_int, expect_tensor
+
 
 def prefill_mask(key_range: Tensor, window: int | None = None) -> Tensor:
     """Carry a key range and a window where transformers passes an attention mask.
@@ -23,11 +25,18 @@ def prefill_mask(key_range: Tensor, window: int | None = None) -> Tensor:
         int32 ``[B, 1, 1 + window, 2]``, the key range repeated without memory; window 0 stands for
         None.
 
+    Raises:
+        TypeError: if the key range is no int32 tensor.
+        ValueError: if its shape is another, or the window is below 1.
+
     Example:
         >>> import torch
         >>> prefill_mask(torch.tensor([[0, 5]], dtype=torch.int32), window=3).shape
         torch.Size([1, 1, 4, 2])
     """
+    expect_tensor("key_range", key_range, shape=("B", 2), dtypes=(torch.int32,))
+    if window is not None:
+        expect_int("window", window, minimum=1)
     return key_range[:, None, None, :].expand(-1, 1, 1 + (window or 0), 2)
 
 
@@ -36,6 +45,11 @@ def is_prefill_mask(mask: Any) -> TypeGuard[Tensor]:
 
     Args:
         mask: Anything that stands where an attention mask can.
+
+    Example:
+        >>> import torch
+        >>> is_prefill_mask(torch.ones(1, 4)), is_prefill_mask(None)
+        (False, False)
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.int32 or mask.ndim != 4:
         return False

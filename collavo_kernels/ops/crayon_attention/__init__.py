@@ -131,11 +131,11 @@ def prepare(
     v: Tensor,
     *,
     row_index: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     crayon_q: Tensor | None = None,
     crayon_k: Tensor | None = None,
     crayon_v: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v with the crayon added and q, k rotated, in plain differentiable PyTorch.
 

@@ -70,7 +70,7 @@ class LookupResult(NamedTuple):
     row_area: Tensor
 
 
-def empty_result(inputs: LookupInputs) -> LookupResult:
+def fake(inputs: LookupInputs) -> LookupResult:
     """Return results that are not filled yet, on the maps' device."""
     images, rows = len(inputs.segment_counts), inputs.num_rows
 
@@ -96,6 +96,11 @@ def decode_colours(colours: Tensor) -> Tensor:
 
     Returns:
         ``[...]`` int32.
+
+    Example:
+        >>> import torch
+        >>> decode_colours(torch.tensor([1, 2, 0], dtype=torch.uint8)).item()
+        513
     """
     red, green, blue = colours.to(torch.int32).unbind(-1)
     return red | green << 8 | blue << 16

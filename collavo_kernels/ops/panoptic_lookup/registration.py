@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from collavo_kernels._backends import ForwardOnly, LazyModule, triton_reason
 from collavo_kernels._register import Operator
 from collavo_kernels.ops.panoptic_lookup import cpu, reference
-from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, empty_result
+from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, LookupResult, fake
 from collavo_kernels.ops.panoptic_lookup.validation import validate
 
 if TYPE_CHECKING:
@@ -28,6 +28,6 @@ OPERATOR = Operator(
         _Backend("reference", reference.forward),
     ),
     validate=validate,
-    fake=empty_result,
+    fake=fake,
     integral=True,
 )

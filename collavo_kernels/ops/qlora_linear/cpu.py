@@ -4,7 +4,7 @@ Up to ``FEW_TOKENS`` tokens one native call does everything and streams the weig
 that a strip of the weight is decoded into a buffer that stays in cache, with the adapters' B as
 further columns: ``[x | h] [W | B]^T`` gives the whole sum in one float32 accumulation. The backward
 does the same with columns of the weight. Where the processor multiplies bfloat16 pairs, strips and
-products are native too; elsewhere PyTorch's matrix product runs on the strips.
+products are native too; elsewhere this package's float32 product runs on the strips.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def unavailable() -> str | None:
 
 
 def declines(inputs: QLoRAInputs) -> str | None:
-    """Say why the backend does not take these inputs, or None."""
+    """Say why these inputs are not taken, or None."""
     if inputs.scales is None:
-        return "the weight is dense: PyTorch's own linear layer serves"
+        return "the weight is dense: the reference serves"
     if inputs.x.dtype not in DTYPE_CODES:
-        return f"x is {inputs.x.dtype}"
+        return "takes float32, bfloat16 and float16; float64 is the reference's"
     if inputs.x.numel() == 0 or inputs.out_features == 0:
         return "there is nothing to compute"
     return _int8_declines(inputs) if inputs.int8_activations else None
@@ -84,9 +84,9 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
     if in_tiles and inputs.tokens <= FEW_TOKENS:
         out = _forward_few(inputs)
     elif in_tiles and _multiplies_pairs(inputs.x.dtype):
-        out = _forward_pairs(inputs)
-    else:
         out = _forward_many(inputs)
+    else:
+        out = _forward_strips(inputs)
     return QLoRAResult(out)
 
 
@@ -163,7 +163,7 @@ def _few_adapter(adapter: LoRAAdapter) -> dict[str, Any]:
     return adapter_fields(a.shape[0], a.dtype, a.contiguous(), b.contiguous(), scaling)
 
 
-def _forward_pairs(inputs: QLoRAInputs) -> Tensor:
+def _forward_many(inputs: QLoRAInputs) -> Tensor:
     x = inputs.x.contiguous()
     hidden = [_gate(inputs, i, x @ a.to(x.dtype).t()) for i, a in enumerate(inputs.a)]
     factors = [b.to(x.dtype).contiguous() for b in inputs.b]
@@ -182,7 +182,7 @@ def _forward_pairs(inputs: QLoRAInputs) -> Tensor:
     return out
 
 
-def _forward_many(inputs: QLoRAInputs) -> Tensor:
+def _forward_strips(inputs: QLoRAInputs) -> Tensor:
     dtype = _product_dtype(inputs.x.dtype)
     (m, k), n = inputs.x.shape, inputs.out_features
     ranks = [a.shape[0] for a in inputs.a]
@@ -241,7 +241,7 @@ def _strip(width: int, count: int, dtype: torch.dtype) -> int:
 def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor:
     n, k = inputs.shape
     if _multiplies_pairs(grad.dtype) and cannot_pack(inputs.shape, inputs.block_size) is None:
-        return _grad_x_pairs(inputs, grad.contiguous(), upstream)
+        return _grad_x_many(inputs, grad.contiguous(), upstream)
     joined = torch.cat([grad, *upstream], dim=1) if upstream else grad
     height = joined.shape[1]
     out = grad.new_empty((grad.shape[0], k))
@@ -259,7 +259,7 @@ def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor
     return out.to(inputs.x.dtype)
 
 
-def _grad_x_pairs(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor:
+def _grad_x_many(inputs: QLoRAInputs, grad: Tensor, upstream: list[Tensor]) -> Tensor:
     out = grad.new_empty((grad.shape[0], inputs.shape[1]))
     factors = [a.to(grad.dtype).contiguous() for a in inputs.a]
     native_of(NAME).qlora_linear_grad_x_many(

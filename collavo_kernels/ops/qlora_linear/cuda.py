@@ -62,13 +62,13 @@ def unavailable() -> str | None:
 
 
 def declines(inputs: QLoRAInputs) -> str | None:
-    """Say why the backend does not take these inputs, or None."""
+    """Say why these inputs are not taken, or None."""
     if inputs.scales is None:
-        return "the weight is dense: PyTorch's own linear layer serves"
+        return "the weight is dense: the reference serves"
     if inputs.in_panels:
         return PANELS_DECLINE
     if inputs.x.dtype not in DTYPE_CODES:
-        return f"x is {inputs.x.dtype}"
+        return "takes float32, bfloat16 and float16; float64 is the reference's"
     if inputs.x.numel() == 0 or inputs.out_features == 0:
         return "there is nothing to compute"
     if len(inputs.a) > MAX_MASKED_ADAPTERS:

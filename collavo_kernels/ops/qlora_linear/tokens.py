@@ -40,14 +40,16 @@ def _on_tokens(backend: _Backend) -> _Backend:
         shape = [*inputs.x.shape[:-1], inputs.out_features]
         return QLoRAResult(torch.ops.aten._unsafe_view.default(result.out, shape))
 
+    own = backend.backward
+    if own is None:
+        return replace(backend, forward=forward)
+
     def backward(
         inputs: QLoRAInputs, saved: Nothing, grads: QLoRAOutputGrads, wanted: Wanted
     ) -> Gradients:
-        if backend.backward is None:
-            raise RuntimeError(f"qlora_linear: backend {backend.name!r} has no backward")
         flat = inputs.flattened()
         out = grads.out.reshape(flat.x.shape[0], inputs.out_features)
-        found = backend.backward(flat, saved, QLoRAOutputGrads(out), wanted)
+        found = own(flat, saved, QLoRAOutputGrads(out), wanted)
         return found if found.x is None else found._replace(x=found.x.view(inputs.x.shape))
 
     return replace(backend, forward=forward, backward=backward)

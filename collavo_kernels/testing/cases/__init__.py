@@ -1,4 +1,4 @@
-"""The table of cases of every operator: forward, gradients, ``opcheck``, compile and benchmarks."""
+"""The table of cases of every operator: forward, gradients, ``opcheck`` and compile."""
 
 from __future__ import annotations
 

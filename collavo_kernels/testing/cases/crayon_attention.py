@@ -110,9 +110,9 @@ CASES = (
     AttentionCase("head_dim_96", "no power of two", head_dim=96, heads=2, kv_heads=1),
     AttentionCase("head_dim_128", "LLaMA's", head_dim=128, heads=2, kv_heads=2),
     AttentionCase("head_dim_256", "the largest", head_dim=256, heads=2, kv_heads=1, batch=1),
-    AttentionCase("one_group", "multi-query: one key head for all", kv_heads=1),
-    AttentionCase("group_per_head", "no grouping", kv_heads=4),
-    AttentionCase("uneven_groups", "three query heads per key head", heads=6, kv_heads=2),
+    AttentionCase("one_kv_head", "multi-query: one key head for all", kv_heads=1),
+    AttentionCase("kv_head_per_head", "no grouping", kv_heads=4),
+    AttentionCase("three_heads_per_kv_head", "three query heads per key head", heads=6, kv_heads=2),
     AttentionCase("not_causal", "every key is visible", causal=False),
     AttentionCase("long", "several blocks of queries and keys", length=197, batch=1),
     AttentionCase("window", "a band narrower than a block", window=5),
@@ -190,8 +190,8 @@ def eager(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         if inputs.cos is None or inputs.sin is None:
             return x
         low, high = x.chunk(2, -1)
-        turned = torch.cat((-high, low), -1)
-        return x * inputs.cos[:, :, None] + turned * inputs.sin[:, :, None]
+        rotated = torch.cat((-high, low), -1)
+        return x * inputs.cos[:, :, None] + rotated * inputs.sin[:, :, None]
 
     query = rotate(add(inputs.q, inputs.crayon_q))
     key = rotate(add(inputs.k, inputs.crayon_k))

@@ -56,3 +56,14 @@ def test_visible_keys_by_position() -> None:
                 i, j = 6 + query, 4 + key
                 expected = j <= i and i - j < window and first <= j < end
                 assert bool(found[sample, 0, query, key]) == expected
+
+
+def test_what_would_be_no_prefill_mask_is_refused() -> None:
+    """A mask of int64 would be taken for another kind, without a word."""
+    ranges = torch.tensor([[1, 5], [0, 2]], dtype=torch.int32)
+    with pytest.raises(TypeError, match="key_range: expected dtype int32"):
+        prefill_mask(ranges.long())
+    with pytest.raises(ValueError, match=r"key_range: expected shape \[B, 2\]"):
+        prefill_mask(ranges[0])
+    with pytest.raises(ValueError, match="window: expected at least 1"):
+        prefill_mask(ranges, 0)

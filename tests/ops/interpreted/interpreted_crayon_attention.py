@@ -208,8 +208,8 @@ def test_gradients_of_key_and_value_reach_padding() -> None:
     done = launch.forward(inputs)
     grads = (torch.zeros_like(inputs.q), *upstream(inputs)[1:])
     found = launch.backward(*arguments(inputs, done, grads))
-    turned = reference.unrotate(grads[1], inputs.cos, inputs.sin)
-    torch.testing.assert_close(found.k, turned)
+    unrotated = reference.unrotate(grads[1], inputs.cos, inputs.sin)
+    torch.testing.assert_close(found.k, unrotated)
     assert torch.equal(found.v, grads[2])
     assert bool((found.q == 0).all())
 

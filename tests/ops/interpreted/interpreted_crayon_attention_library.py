@@ -25,7 +25,14 @@ from collavo_kernels.testing import (
 from collavo_kernels.testing.cases.crayon_attention import CASES, AttentionCase, eager
 
 LIBRARIES = ("cudnn", "flash")
-TAKEN = ("head_dim_80", "head_dim_128", "one_group", "uneven_groups", "not_causal", "no_tables")
+TAKEN = (
+    "head_dim_80",
+    "head_dim_128",
+    "one_kv_head",
+    "three_heads_per_kv_head",
+    "not_causal",
+    "no_tables",
+)
 TAKEN += ("key_table", "query_value_tables", "no_rotation", "attention_alone", "scale", "no_rows")
 
 

@@ -12,6 +12,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from collavo_kernels import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
+from collavo_kernels._backends import Backend
+from collavo_kernels.ops.qlora_linear import reference
+from collavo_kernels.ops.qlora_linear.tokens import on_tokens
 from collavo_kernels.testing.cases.qlora_linear import CASES, PANEL_CASES, QLoRACall, make_call
 
 BY_NAME = {case.name: case for case in (*CASES, *PANEL_CASES)}
@@ -309,3 +312,9 @@ def test_an_nf4_weight_gets_no_gradient_from_the_backward_operator() -> None:
     op = torch.ops.collavo.qlora_linear_backward.default
     with pytest.raises(ValueError, match="wanted: a 4-bit weight cannot get a gradient"):
         op(*flat(call), False, torch.randn(6, 48), [True, True, False, False])
+
+
+def test_a_backend_without_a_backward_stays_one() -> None:
+    """So that the reference's serves in its place."""
+    (flat,) = on_tokens(Backend("reference", reference.forward))
+    assert flat.backward is None

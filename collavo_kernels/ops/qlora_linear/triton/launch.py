@@ -64,7 +64,7 @@ unavailable = triton_reason
 
 
 def declines(inputs: QLoRAInputs) -> str | None:
-    """Say why the backend does not take these inputs, or None."""
+    """Say why these inputs are not taken, or None."""
     if (reason := cpu.declines(inputs)) is not None:
         return reason
     if inputs.in_panels:
