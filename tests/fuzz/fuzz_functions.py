@@ -42,7 +42,7 @@ class DequantizeCase:
 def dequantize_cases(draw: Callable[[Any], Any]) -> DequantizeCase:
     """Draw ranges of rows and columns; of a weight in panels, whole tiles."""
     case = draw(linear_cases())
-    step = 64 if case.panels and case.in_tiles else 1
+    step = 64 if case.panels and case.packable else 1
     rows = sorted(draw(st.tuples(*[st.integers(0, case.n)] * 2)))
     columns = sorted(draw(st.tuples(*[st.integers(0, case.k // step)] * 2)))
     wide = [step * each for each in columns]

@@ -90,7 +90,7 @@ class LinearCase:
         return max(self.batches, 1) * self.tokens
 
     @property
-    def in_tiles(self) -> bool:
+    def packable(self) -> bool:
         """Whether native code for a few tokens takes the weight."""
         return cannot_pack((self.n, self.k), self.block_size) is None
 
@@ -208,7 +208,7 @@ def make_weight(case: LinearCase, generator: torch.Generator) -> NF4Weight:
     else:
         scales = join_scales(ScaleParts(torch.randn(blocks, generator=generator)))
     weight = NF4Weight(codes, scales, shape, case.block_size, case.double_quant)
-    return weight.to_panels() if case.panels and case.in_tiles else weight
+    return weight.to_panels() if case.panels and case.packable else weight
 
 
 def make_call(case: LinearCase) -> tuple[LinearCall, Tensor]:
@@ -274,7 +274,7 @@ def run_linear(case: LinearCase) -> None:
 
 
 def _run_forward(case: LinearCase, call: LinearCall, weight: Tensor, bad_row: bool) -> None:
-    can_int8 = case.isa == "avx512" and case.in_tiles and case.count <= FEW
+    can_int8 = case.isa == "avx512" and case.packable and case.count <= FEW
     if bad_row or (case.int8 and not can_int8):
         with pytest.raises(ValueError, match=r"row_index: |int8_activations|cannot serve"):
             call.forward("cpu", case.int8)

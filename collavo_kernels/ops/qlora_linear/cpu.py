@@ -40,8 +40,8 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAOutputGrads,
     QLoRAResult,
     Wanted,
-    active,
     gated,
+    scaled,
 )
 from collavo_kernels.ops.qlora_linear.nf4.panels import cannot_pack
 from collavo_kernels.ops.qlora_linear.reference import checked_rows
@@ -51,9 +51,7 @@ _CHUNK = 64
 _STRIP_BYTES = 1 << 20
 
 
-def unavailable() -> str | None:
-    """Say why the backend cannot run here, or None."""
-    return native_reason()
+unavailable = native_reason
 
 
 def declines(inputs: QLoRAInputs) -> str | None:
@@ -80,10 +78,10 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
     """Return ``[M, N]`` in x's dtype."""
     if inputs.row_index is not None:
         inputs = inputs._replace(row_index=checked_rows(inputs))
-    in_tiles = cannot_pack(inputs.shape, inputs.block_size) is None
-    if in_tiles and inputs.tokens <= FEW_TOKENS:
+    packable = cannot_pack(inputs.shape, inputs.block_size) is None
+    if packable and inputs.tokens <= FEW_TOKENS:
         out = _forward_few(inputs)
-    elif in_tiles and _multiplies_pairs(inputs.x.dtype):
+    elif packable and _multiplies_pairs(inputs.x.dtype):
         out = _forward_many(inputs)
     else:
         out = _forward_strips(inputs)
@@ -103,11 +101,11 @@ def backward(
     for i, (a, b, _) in enumerate(inputs.adapters):
         if wanted.x or wanted.a[i]:
             columns = b.to(dtype).t().contiguous()
-            upstream.append(_gate(inputs, i, _product(wide_grad, columns.t())))
+            upstream.append(scaled(inputs, i, _product(wide_grad, columns.t())))
             if wanted.a[i]:
                 grads_a[i] = _product(upstream[-1].t(), gated(inputs, i, x)).to(a.dtype)
         if wanted.b[i]:
-            hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
+            hidden = scaled(inputs, i, _product(x, a.to(dtype).t()))
             # Transposed, because the kernel is quick along rows of its right factor.
             transposed = _product(hidden.t(), gated(inputs, i, wide_grad))
             grads_b[i] = transposed.t().to(b.dtype).contiguous()
@@ -128,12 +126,6 @@ def _multiplies_pairs(dtype: torch.dtype) -> bool:
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if _multiplies_pairs(dtype) else torch.float32
-
-
-def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
-    hidden = hidden.mul_(inputs.scaling[adapter])
-    gate = active(inputs, adapter, torch.uint8)
-    return hidden if gate is None else hidden.masked_fill_(gate == 0, 0.0)
 
 
 def _forward_few(inputs: QLoRAInputs) -> Tensor:
@@ -165,7 +157,7 @@ def _few_adapter(adapter: LoRAAdapter) -> dict[str, Any]:
 
 def _forward_many(inputs: QLoRAInputs) -> Tensor:
     x = inputs.x.contiguous()
-    hidden = [_gate(inputs, i, x @ a.to(x.dtype).t()) for i, a in enumerate(inputs.a)]
+    hidden = [scaled(inputs, i, x @ a.to(x.dtype).t()) for i, a in enumerate(inputs.a)]
     factors = [b.to(x.dtype).contiguous() for b in inputs.b]
     out = x.new_empty((x.shape[0], inputs.out_features))
     native_of(NAME).qlora_linear_forward_many(
@@ -192,7 +184,7 @@ def _forward_strips(inputs: QLoRAInputs) -> Tensor:
     x.copy_(inputs.x)
     column = k
     for i, a in enumerate(inputs.a):
-        hidden = _gate(inputs, i, _product(x, a.to(dtype).t()))
+        hidden = scaled(inputs, i, _product(x, a.to(dtype).t()))
         joined[:, column : column + ranks[i]] = hidden
         column += ranks[i]
     out = inputs.x.new_empty((m, n), dtype=dtype)

@@ -44,7 +44,8 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAOutputGrads,
     QLoRAResult,
     Wanted,
-    active,
+    gated,
+    scaled,
 )
 
 FEW_TOKENS = 16
@@ -56,9 +57,7 @@ _ALIGNED = 8
 _STRIP_BYTES = 16 << 20
 
 
-def unavailable() -> str | None:
-    """Say why the backend cannot run here, or None."""
-    return cuda_reason()
+unavailable = cuda_reason
 
 
 def declines(inputs: QLoRAInputs) -> str | None:
@@ -96,12 +95,12 @@ def backward(
     upstream: list[Tensor] = []
     for i, (a, b, _) in enumerate(inputs.adapters):
         if wanted.x or wanted.a[i]:
-            upstream.append(_gate(inputs, i, torch.mm(grad, b.to(dtype))))
+            upstream.append(scaled(inputs, i, torch.mm(grad, b.to(dtype))))
             if wanted.a[i]:
-                grads_a[i] = torch.mm(upstream[-1].t(), _only_active(inputs, i, x)).to(a.dtype)
+                grads_a[i] = torch.mm(upstream[-1].t(), gated(inputs, i, x)).to(a.dtype)
         if wanted.b[i]:
-            hidden = _gate(inputs, i, F.linear(x, a.to(dtype)))
-            grads_b[i] = torch.mm(_only_active(inputs, i, grad).t(), hidden).to(b.dtype)
+            hidden = scaled(inputs, i, F.linear(x, a.to(dtype)))
+            grads_b[i] = torch.mm(gated(inputs, i, grad).t(), hidden).to(b.dtype)
     return Gradients(
         x=_grad_x(inputs, grad, upstream) if wanted.x else None,
         weight=None,
@@ -142,7 +141,7 @@ def _forward_many(inputs: QLoRAInputs) -> Tensor:
     x = inputs.x.contiguous()
     m, n = x.shape[0], inputs.out_features
     hidden = [
-        _gate(inputs, i, F.linear(x, a.to(x.dtype))) for i, a in enumerate(inputs.a) if a.shape[0]
+        scaled(inputs, i, F.linear(x, a.to(x.dtype))) for i, a in enumerate(inputs.a) if a.shape[0]
     ]
     joined = _join(x, hidden)
     width = joined.shape[1]
@@ -198,16 +197,6 @@ def _grad_bias(inputs: QLoRAInputs, grad: Tensor) -> Tensor:
     if inputs.bias is None:
         raise ValueError("bias: a gradient was asked for, but there is none")
     return grad.sum(0, dtype=torch.float32).to(inputs.bias.dtype)
-
-
-def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
-    # Not a product with 0: a token that an adapter is off for must not see its NaN or infinity.
-    return _only_active(inputs, adapter, hidden.mul_(inputs.scaling[adapter]))
-
-
-def _only_active(inputs: QLoRAInputs, adapter: int, values: Tensor) -> Tensor:
-    gate = active(inputs, adapter, torch.uint8)
-    return values if gate is None else values.masked_fill(gate == 0, 0.0)
 
 
 def _join(left: Tensor, parts: list[Tensor]) -> Tensor:

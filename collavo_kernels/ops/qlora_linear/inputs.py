@@ -176,14 +176,22 @@ def in_dtype(inputs: QLoRAInputs, dtype: torch.dtype) -> QLoRAInputs:
     )
 
 
-def gated(inputs: QLoRAInputs, adapter: int, rows: Tensor) -> Tensor:
-    """Return rows of tokens with zeros where an adapter is idle: 0 times a NaN there is a NaN."""
-    gate = active(inputs, adapter, torch.bool)
-    return rows if gate is None else rows.masked_fill(~gate, 0.0)
+def scaled(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
+    """Scale an adapter's hidden values, in place; exact zeros where the adapter is idle."""
+    hidden.mul_(inputs.scaling[adapter])
+    # Not a product with 0, here and below: 0 times a NaN is a NaN.
+    tokens = idle(inputs, adapter)
+    return hidden if tokens is None else hidden.masked_fill_(tokens, 0.0)
 
 
-def active(inputs: QLoRAInputs, adapter: int, dtype: torch.dtype) -> Tensor | None:
-    """Return ``[M, 1]`` of 0 and 1, which tokens an adapter is active for; None means all."""
+def gated(inputs: QLoRAInputs, adapter: int, values: Tensor) -> Tensor:
+    """Return values of tokens with exact zeros where an adapter is idle."""
+    tokens = idle(inputs, adapter)
+    return values if tokens is None else values.masked_fill(tokens, 0.0)
+
+
+def idle(inputs: QLoRAInputs, adapter: int) -> Tensor | None:
+    """Return bool ``[M, 1]``, which tokens an adapter is idle for; None means none."""
     if inputs.adapter_mask is None:
         return None
-    return ((inputs.adapter_mask >> adapter) & 1).to(dtype)[:, None]
+    return ((inputs.adapter_mask >> adapter) & 1).eq(0)[:, None]

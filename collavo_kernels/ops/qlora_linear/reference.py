@@ -26,8 +26,8 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAOutputGrads,
     QLoRAResult,
     Wanted,
-    active,
     gated,
+    scaled,
 )
 from collavo_kernels.ops.qlora_linear.nf4 import panels
 from collavo_kernels.ops.qlora_linear.nf4.format import dequantize_rows
@@ -44,7 +44,7 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
     for start, stop, dense in _weight_strips(inputs):
         out[:, start:stop] = F.linear(x, dense)
     for i, adapter in enumerate(inputs.adapters):
-        hidden = _gate(inputs, i, F.linear(x, adapter.a.to(x.dtype)))
+        hidden = scaled(inputs, i, F.linear(x, adapter.a.to(x.dtype)))
         out += F.linear(hidden, adapter.b.to(x.dtype))
     if inputs.row_table is not None and rows is not None:
         out = add_rows(out, inputs.row_table, rows)
@@ -68,13 +68,13 @@ def backward(
     grads_b: list[Tensor | None] = [None] * len(inputs.b)
     for i, (a, b, _) in enumerate(inputs.adapters):
         if wanted.x or wanted.a[i]:
-            upstream = _gate(inputs, i, grad @ b.to(x.dtype))
+            upstream = scaled(inputs, i, grad @ b.to(x.dtype))
             if wanted.a[i]:
                 grads_a[i] = (upstream.t() @ gated(inputs, i, x)).to(a.dtype)
             if grad_x is not None:
                 grad_x += upstream @ a.to(x.dtype)
         if wanted.b[i]:
-            hidden = _gate(inputs, i, F.linear(x, a.to(x.dtype)))
+            hidden = scaled(inputs, i, F.linear(x, a.to(x.dtype)))
             grads_b[i] = (gated(inputs, i, grad).t() @ hidden).to(b.dtype)
     return Gradients(
         x=None if grad_x is None else grad_x.to(x.dtype),
@@ -100,13 +100,6 @@ def checked_rows(inputs: QLoRAInputs) -> Tensor | None:
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
-    hidden = hidden * inputs.scaling[adapter]
-    gate = active(inputs, adapter, hidden.dtype)
-    # where, not a product: a token that an adapter is off for must not see its NaN or infinity
-    return hidden if gate is None else torch.where(gate.bool(), hidden, 0.0)
 
 
 def _weight_strips(inputs: QLoRAInputs) -> Iterator[tuple[int, int, Tensor]]:

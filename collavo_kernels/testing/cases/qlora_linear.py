@@ -53,7 +53,7 @@ class QLoRACase:
     panels: bool = False
 
     @property
-    def in_tiles(self) -> bool:
+    def packable(self) -> bool:
         """Whether the weight can lie in panels."""
         return not self.dense and self.k % 64 == 0 and self.block_size >= 64
 
@@ -93,7 +93,7 @@ CASES = (
 
 
 PANEL_CASES = tuple(
-    replace(case, name=f"{case.name}_in_panels", panels=True) for case in CASES if case.in_tiles
+    replace(case, name=f"{case.name}_in_panels", panels=True) for case in CASES if case.packable
 )
 
 

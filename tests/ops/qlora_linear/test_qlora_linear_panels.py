@@ -14,7 +14,7 @@ from collavo_kernels.ops.qlora_linear.nf4.format import NF4_CODE
 from collavo_kernels.testing import relative_error
 from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACase, make_call
 
-IN_TILES = [case for case in CASES if case.in_tiles]
+PACKABLE = [case for case in CASES if case.packable]
 needs_native = pytest.mark.skipif(native() is None, reason="the compiled module is not there")
 needs_bytes = pytest.mark.skipif(best_isa() != "avx512", reason="no AVX-512 byte products here")
 
@@ -79,7 +79,7 @@ def test_panels_of_another_weight_are_refused() -> None:
 
 @needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("case", IN_TILES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", PACKABLE, ids=lambda c: c.name)
 def test_same_bits_in_either_order(
     case: QLoRACase, isa: str, request: pytest.FixtureRequest
 ) -> None:

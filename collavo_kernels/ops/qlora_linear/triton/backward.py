@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from collavo_kernels.ops.qlora_linear.triton.forward import CHUNK, tile_of
+from collavo_kernels.ops.qlora_linear.triton.forward import CHUNK_BYTES, tile_of
 from collavo_kernels.ops.qlora_linear.triton.weight import codes_of, scales_of
 
 
@@ -73,12 +73,12 @@ def grad_x_kernel(
     BLOCK_R, GROUP.
     """
     dtype: tl.constexpr = grad.dtype.element_ty
-    half = units * (CHUNK if CONST.ALIGNED else 1)
+    half = units * (CHUNK_BYTES if CONST.ALIGNED else 1)
     tile_m, tile_p = tile_of(m, half, CONST.BLOCK_P, CONST)
     token = tile_m.to(tl.int64) * CONST.BLOCK_M + tl.arange(0, CONST.BLOCK_M)
     pair = tile_p * CONST.BLOCK_P + tl.arange(0, CONST.BLOCK_P)
     # Aligned chunks of a row have one scale each; without them every byte has its own.
-    UNIT: tl.constexpr = CHUNK if CONST.ALIGNED else 1
+    UNIT: tl.constexpr = CHUNK_BYTES if CONST.ALIGNED else 1
     scaled = tile_p * CONST.BLOCK_P + tl.arange(0, CONST.BLOCK_P // UNIT) * UNIT
     corner = grad + tile_m.to(tl.int64) * CONST.BLOCK_M * n
     inner = tl.arange(0, CONST.BLOCK_M)[:, None] * n

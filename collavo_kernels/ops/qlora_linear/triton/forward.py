@@ -20,7 +20,7 @@ from collavo_kernels.ops.qlora_linear.triton.hidden import hidden_tile
 from collavo_kernels.ops.qlora_linear.triton.weight import codes_of, scales_of
 
 _BAD_ROW = tl.constexpr(ROW_INDEX_OUT_OF_RANGE)
-CHUNK = tl.constexpr(tiles.CHUNK)
+CHUNK_BYTES = tl.constexpr(tiles.CHUNK_BYTES)
 
 
 class Epilogue(NamedTuple):
@@ -142,7 +142,7 @@ def _multiply(
     """Add the product of 64 columns."""
     even_half, odd_half = halves
     dtype: tl.constexpr = even_half.dtype.element_ty
-    pair = start + tl.arange(0, CHUNK)
+    pair = start + tl.arange(0, CHUNK_BYTES)
     inside = pair < half
     # Bytes past the row are zeros, a code that meets zeros of x.
     bytes_ = tl.load(
@@ -192,7 +192,7 @@ def linear_kernel(
     """
     tile_m, tile_n = tile_of(m, n, CONST.BLOCK_N, CONST)
     # So that the compiler knows how rows of whole chunks are aligned.
-    half = units * (CHUNK if CONST.ALIGNED else 1)
+    half = units * (CHUNK_BYTES if CONST.ALIGNED else 1)
     token = tl.arange(0, CONST.BLOCK_M)
     live = token < m - tile_m * CONST.BLOCK_M
     weight_row = tl.minimum(tl.arange(0, CONST.BLOCK_N), n - 1 - tile_n * CONST.BLOCK_N)
@@ -200,15 +200,15 @@ def linear_kernel(
     pair = even_half, even_half + tl.cast(m, tl.int64) * half
     packed = weight.packed + tile_n.to(tl.int64) * CONST.BLOCK_N * half
     flat = (tile_n * CONST.BLOCK_N + weight_row).to(tl.int64) * (2 * half)
-    first = tl.program_id(1) * steps * (CONST.CHUNKS * CHUNK)
-    last = tl.minimum(half, first + steps * (CONST.CHUNKS * CHUNK))
+    first = tl.program_id(1) * steps * (CONST.CHUNKS * CHUNK_BYTES)
+    last = tl.minimum(half, first + steps * (CONST.CHUNKS * CHUNK_BYTES))
     # Scales are read one step ahead: the pipeline of tiles does not carry them.
     next_0 = _chunk_scales(weight, flat, first, half, CONST)
     if CONST.CHUNKS == 2:
-        next_1 = _chunk_scales(weight, flat, first + CHUNK, half, CONST)
+        next_1 = _chunk_scales(weight, flat, first + CHUNK_BYTES, half, CONST)
     sums = tl.zeros((CONST.BLOCK_N, CONST.BLOCK_M), dtype=tl.float32)
-    for start in range(first, last, CONST.CHUNKS * CHUNK):
-        ahead = start + CONST.CHUNKS * CHUNK
+    for start in range(first, last, CONST.CHUNKS * CHUNK_BYTES):
+        ahead = start + CONST.CHUNKS * CHUNK_BYTES
         scale_0 = next_0
         next_0 = _chunk_scales(weight, flat, ahead, half, CONST)
         sums = _multiply(
@@ -216,10 +216,10 @@ def linear_kernel(
         )
         if CONST.CHUNKS == 2:
             scale_1 = next_1
-            next_1 = _chunk_scales(weight, flat, ahead + CHUNK, half, CONST)
+            next_1 = _chunk_scales(weight, flat, ahead + CHUNK_BYTES, half, CONST)
             sums = _multiply(
                 sums, pair, packed, weight, scale_1, weight_row, flat, token, live, half,
-                start + CHUNK, CONST,
+                start + CHUNK_BYTES, CONST,
             )  # fmt: skip
     if CONST.SPLIT:
         share = tl.program_id(1) * tl.cast(m, tl.int64) + tile_m * CONST.BLOCK_M

@@ -28,6 +28,7 @@ from collavo_kernels.ops.qlora_linear.inputs import (
     QLoRAOutputGrads,
     QLoRAResult,
     Wanted,
+    scaled,
 )
 from collavo_kernels.ops.qlora_linear.triton import tiles
 from collavo_kernels.ops.qlora_linear.triton.backward import (
@@ -83,7 +84,7 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
     grid = tiles.grid_of(chosen, m, n)
     wanted = tiles.processors(x.device) * chosen.resident // grid
     most = _MOST_SHARES if tiles.may_split(chosen) else 1
-    steps = triton.cdiv(half, chosen.chunks * tiles.CHUNK)
+    steps = triton.cdiv(half, chosen.chunks * tiles.CHUNK_BYTES)
     shares, steps = tiles.shares_of(steps, min(most, wanted))
     split = shares > 1 or tiles.must_split(chosen)
     target = x.new_empty((shares, m, n), dtype=torch.float32) if split else out
@@ -155,7 +156,7 @@ def _hidden(
     joined = None
     if len(factors) > tiles.READ_IN_PLACE:
         products = [F.linear(x, each.to(x.dtype)) for each in factors]
-        gated = [tiles.gate(inputs, i, each) for i, each in enumerate(products)]
+        gated = [scaled(inputs, i, each) for i, each in enumerate(products)]
         joined, factors = torch.cat(gated, dim=1), ()
     tokens, ranks, columns = tiles.hidden_tiles(m, x.dtype)
     counts = [each.shape[0] for each in factors]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from collavo_kernels._gpu import kind_of as kind_of
 from collavo_kernels._gpu import processors as processors
-from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs, active
+from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
 from collavo_kernels.ops.qlora_linear.nf4.format import block_count, nf4_code, split_scales
 from collavo_kernels.ops.qlora_linear.triton.weight import Weight
 
-CHUNK = 32  # bytes of a weight row with one scale: 64 codes
+CHUNK_BYTES = 32  # of a chunk: 64 codes of a weight row, which have one scale
 READ_IN_PLACE = 2  # adapters; more of them, which no model here has, are joined by PyTorch
 _LEAST_STEPS = 4  # a share that is shorter does not fill its pipeline
 _codes: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -182,13 +182,6 @@ def beside(
     return two(factors, x), two(ranks, 0)
 
 
-def gate(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
-    """Scale an adapter's hidden values; exact zeros where it is off."""
-    hidden = hidden * inputs.scaling[adapter]
-    bits = active(inputs, adapter, torch.uint8)
-    return hidden if bits is None else hidden.masked_fill(bits == 0, 0.0)
-
-
 def is_aligned(inputs: QLoRAInputs) -> bool:
     """Say whether every 64 codes of a row lie in one block."""
     return inputs.x.shape[1] % 64 == 0 and inputs.block_size >= 64
@@ -197,7 +190,7 @@ def is_aligned(inputs: QLoRAInputs) -> bool:
 def units_of(inputs: QLoRAInputs) -> int:
     """Return a row's bytes, counted in whole chunks where rows are made of them."""
     half = inputs.x.shape[1] // 2
-    return half // CHUNK if is_aligned(inputs) else half
+    return half // CHUNK_BYTES if is_aligned(inputs) else half
 
 
 def facts_of(inputs: QLoRAInputs) -> dict[str, int | bool]:
