@@ -62,7 +62,7 @@ export PYTHONPATH=$PWD/.gpu/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # Whatever ends the script, what there is comes home.
 finish() {
-  for name in info smoke numbers tests decode; do
+  for name in info smoke numbers end_to_end tests decode; do
     [ -s "$work/$name.txt" ] && printf '\n==== %s\n%s\n' "$name" "$(tail -n 60 "$work/$name.txt")"
   done >>"$summary"
   tar -C "$work" -cJf "$results/rest.tar.xz" . && rm -rf "$work"
@@ -136,9 +136,12 @@ there=$(kernels)
 step smoke "$(of 40)" "$python" scripts/gpu_smoke.py --limit "$(of 20)" "${dry[@]}"
 step numbers "$(of 130)" "$python" -m pytest benchmarks/bench_qlora_linear.py benchmarks/bench_crayon_attention.py \
   benchmarks/bench_panoptic_lookup.py --benchmark-only --quick-gpu --rows "$rows" -q -p no:cacheprovider "${dry[@]}"
-[ -f "$rows" ] && step table "$(of 15)" "$python" -m benchmarks.report "$rows" && cp "$work/table.txt" "$results/table.md"
 say "kernels: $there were there, $(($(kernels) - there)) were compiled for smoke and numbers"
 there=$(kernels)
+# Whole layers beside transformers, PEFT and bitsandbytes; a stand-in cannot run a model.
+[ ${#dry[@]} -gt 0 ] || step end_to_end "$(of 60)" "$python" -m pytest benchmarks/bench_end_to_end.py \
+  --benchmark-only --quick-gpu --rows "$rows" -q -p no:cacheprovider
+[ -f "$rows" ] && step table "$(of 15)" "$python" -m benchmarks.report "$rows" && cp "$work/table.txt" "$results/table.md"
 
 workers=()
 timeout 20 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) > 14 ? 14 : $(nproc)))" --dist worksteal)

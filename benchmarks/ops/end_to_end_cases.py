@@ -52,7 +52,8 @@ def rows(kind: str) -> Iterator[Row]:
         if case == LLAMA and dtype == "float32":
             continue
         for mode, provider in itertools.product(MODES, NAMES):
-            yield Row(OP, mode, name, provider, dtype=dtype, quick=case not in FULL)
+            chosen = {"quick": case not in FULL, "quick_gpu": case == LLAMA}
+            yield Row(OP, mode, name, provider, dtype=dtype, **chosen)
 
 
 def batch(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

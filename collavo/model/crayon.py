@@ -119,7 +119,10 @@ class CrayonModelMixin:
         dropout = self.training and bool(getattr(text, "attention_dropout", 0.0))
         if dropout or text._attn_implementation not in ("sdpa", "crayon"):
             return False, None
-        if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+        # A static cache counts on its device: asking it at every decoded token would wait for a GPU.
+        if past_key_values is not None and (
+            length == 1 or int(past_key_values.get_seq_length()) > 0
+        ):
             return False, None
         # ``generate`` makes them early for a static cache, one for each kind of layer.
         masks = attention_mask.values() if isinstance(attention_mask, dict) else [attention_mask]

@@ -18,9 +18,11 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from collavo_kernels import _gpu, panoptic_lookup
+from collavo_kernels import _gpu, crayon_attention, panoptic_lookup
 from collavo_kernels.info import operators
 from collavo_kernels.ops.qlora_linear.triton import tiles as triton_launch
+from collavo_kernels.testing.cases import crayon_attention as attention_cases
+from collavo_kernels.testing.cases import qlora_linear as linear_cases
 from collavo_kernels.testing.gpu_stand_in import gpu_stand_in
 
 CPU = torch.device("cpu")
@@ -121,3 +123,34 @@ def facts(source: Any, types: Any, path: tuple[int, ...] = ()) -> Iterator[tuple
             yield from facts(source, each, (*path, i))
     else:
         yield types, source.attrs.get(path) or [], source.constants.get(path)
+
+
+def test_bundles_hold_no_tuples_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 forgets a 1 there once the bundle is handed on: rank 1 did not compile."""
+    bundles: dict[str, list[tuple[Any, ...]]] = {}
+    run = triton.JITFunction.run
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        bundles.setdefault(self.__name__, []).extend(x for x in args if hasattr(x, "_fields"))
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(triton.JITFunction, "run", noted)
+    layer = next(each for each in linear_cases.CASES if each.name == "three_rows")
+    assert 1 in layer.ranks
+    attention = next(each for each in attention_cases.CASES if each.name == "padding_window")
+    with gpu_stand_in():
+        look_up()
+        call = linear_cases.make_call(layer, torch.bfloat16)
+        call.gradients(torch.zeros_like(call.run("triton")), "triton")
+        inputs = attention.make(torch.bfloat16, gradients=True)
+        options = dict(zip(inputs._fields[3:], inputs[3:], strict=True))
+        crayon_attention(*inputs[:3], **options, backend="triton").out.sum().backward()
+    assert len(bundles) > 8 and bundles["linear_kernel"], "launches were not seen"
+    wrong = {
+        kernel: field
+        for kernel, found in bundles.items()
+        for bundle in found
+        for field, value in zip(bundle._fields, bundle, strict=True)  # type: ignore[attr-defined]
+        if isinstance(value, tuple) and any(isinstance(x, (int, float)) for x in value)
+    }
+    assert not wrong, f"fields that hold tuples of numbers: {wrong}"

@@ -53,7 +53,7 @@ def types(
         "ranks": ranks,
         "scaling": ("fp32", "fp32"),
         "weight": Weight("*u8", absmax, "*fp32", "*fp32", "*fp32", half),
-        "epilogue": Epilogue(hidden, factors, half, "*i32", half, "*i32", ranks, "i32"),
+        "epilogue": Epilogue(hidden, factors, half, "*i32", half, "*i32", *ranks, "i32"),
     }
 
 

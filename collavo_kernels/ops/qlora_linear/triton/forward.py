@@ -33,7 +33,7 @@ class Epilogue(NamedTuple):
         row_index: ``[M]``.
         bias: ``[N]``.
         errors: ``[1]`` int32.
-        ranks: Of b.
+        rank_0, rank_1: Of b. No tuple: Triton 3.6 loses a 1 in a tuple inside of a tuple.
         table_rows: T.
     """
 
@@ -43,7 +43,8 @@ class Epilogue(NamedTuple):
     row_index: Any
     bias: Any
     errors: Any
-    ranks: Any
+    rank_0: Any
+    rank_1: Any
     table_rows: Any
 
 
@@ -100,12 +101,11 @@ def _finish(
     token = tile_m.to(tl.int64) * CONST.BLOCK_M + tl.arange(0, CONST.BLOCK_M)
     column = tile_n * CONST.BLOCK_N + tl.arange(0, CONST.BLOCK_N)
     weight_row = tl.minimum(column, n - 1).to(tl.int64)
-    hidden, b, ranks = epilogue.hidden, epilogue.b, epilogue.ranks
-    width = ranks[0] + ranks[1]
-    sums = _expand(sums, hidden, b[0], ranks[0], 0, width, token, weight_row, m, dtype, CONST)
-    sums = _expand(
-        sums, hidden, b[1], ranks[1], ranks[0], width, token, weight_row, m, dtype, CONST
-    )
+    hidden, b = epilogue.hidden, epilogue.b
+    rank_0, rank_1 = epilogue.rank_0, epilogue.rank_1
+    width = rank_0 + rank_1
+    sums = _expand(sums, hidden, b[0], rank_0, 0, width, token, weight_row, m, dtype, CONST)
+    sums = _expand(sums, hidden, b[1], rank_1, rank_0, width, token, weight_row, m, dtype, CONST)
     tile = tl.trans(sums)
     if CONST.HAS_BIAS:
         tile += tl.load(epilogue.bias + weight_row).to(tl.float32)[None, :]

@@ -203,7 +203,7 @@ def _epilogue(inputs: QLoRAInputs, x: Tensor, hidden: Hidden) -> tuple[Epilogue,
         "HAS_BIAS": inputs.bias is not None,
         "HIDDEN_SPLITS": hidden.splits,
     }
-    return Epilogue(hidden.values, factors, table, index, bias, errors, ranks, rows), present
+    return Epilogue(hidden.values, factors, table, index, bias, errors, *ranks, rows), present
 
 
 def _grad_x(inputs: QLoRAInputs, grad: Tensor, upstream: Hidden) -> Tensor:
