@@ -119,7 +119,7 @@ class CrayonModelMixin:
         dropout = self.training and bool(getattr(text, "attention_dropout", 0.0))
         if dropout or text._attn_implementation not in ("sdpa", "crayon"):
             return False, None
-        # A static cache counts on its device: asking it at every decoded token would wait for a GPU.
+        # A static cache counts on its device: asking it at every token would wait for a GPU.
         if past_key_values is not None and (
             length == 1 or int(past_key_values.get_seq_length()) > 0
         ):
