@@ -76,7 +76,7 @@ class LazyModule:
         self.unavailable = unavailable
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
-        if function not in ("forward", "backward", "declines"):
+        if function not in ("forward", "backward", "declines", "yields"):
             raise AttributeError(f"a backend has no {function!r}")
 
         def call(*arguments: Any) -> Any:
@@ -112,6 +112,8 @@ class Backend(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         unavailable: Says why it cannot run on this machine at all, or None.
         declines: Says why it cannot take these inputs, or None.
         opt_in: Serves only when asked for by name (code that has not yet run on its hardware).
+        yields: Says why a later backend serves these inputs better, or None. It is not asked where
+            this one was asked for by name, and serves where no later one but the reference does.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Backend(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
     unavailable: Callable[[], Reason] = _never
     declines: Callable[[Inputs], Reason] = _never
     opt_in: bool = False
+    yields: Callable[[Inputs], Reason] = _never
 
     @staticmethod
     def of(
@@ -129,6 +132,7 @@ class Backend(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         *,
         devices: tuple[str, ...],
         opt_in: bool = False,
+        yields: Callable[[Inputs], Reason] = _never,
     ) -> Backend[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]:
         """Make a backend of a module that has its four functions under their names."""
         return Backend(
@@ -139,6 +143,7 @@ class Backend(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
             module.unavailable,
             module.declines,
             opt_in,
+            yields,
         )
 
     def reason_against(self, device_type: str) -> Reason:
@@ -191,12 +196,15 @@ class Table(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         requested = self.requested(requested)
         if requested:
             return self._named(inputs, device_type, requested)
-        for backend in self.backends:
+        yielding = None
+        for backend in self.backends[:-1]:
             if backend.opt_in or backend.reason_against(device_type) is not None:
                 continue
             if backend.declines(inputs) is None:
-                return backend
-        return self.reference
+                if backend.yields(inputs) is None:
+                    return backend
+                yielding = yielding or backend
+        return yielding or self.reference
 
     def requested(self, name: str = "") -> str:
         """Return the backend asked for: by name, else by the environment variable, else ``""``."""

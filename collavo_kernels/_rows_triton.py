@@ -1,38 +1,49 @@
-"""Values summed by the rows that tokens refer to, as ``_rows.sum_rows``, in one Triton kernel.
+"""Values summed by the rows that tokens refer to, as ``_rows.sum_rows``, in Triton kernels.
 
-One program sums a tile of a table over all tokens in their order: the same input gives the same
-bits.
+A program sums a tile of a table over a stretch of the tokens in their order; where there are
+several stretches a second launch adds them, first to last: the same input gives the same bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from collavo_kernels._flags import ROW_INDEX_OUT_OF_RANGE, error_word
+from collavo_kernels._gpu import processors
 
 _BAD_ROW = tl.constexpr(ROW_INDEX_OUT_OF_RANGE)
 TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_T": 64}
-OPTIONS = {"num_warps": 8, "num_stages": 3}
+ADD_BLOCK = 512
+# A step waits for the rows of its tokens before it can ask for their values, so what a program
+# takes is its steps; a multiprocessor holds six programs at once.
+_LEAST_STEPS, _RESIDENT = 4, 6
+
+
+def options_of(dtype: torch.dtype) -> dict[str, int]:
+    """Return the launch's options; products of float32 take the registers of eight warps."""
+    return {"num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 3}
 
 
 @triton.jit
-def _rows_of(row_index, token, m, first):
+def _rows_of(row_index, token, end, first):
     """Load tokens' rows, counted from a tile's first."""
-    return tl.load(row_index + token, mask=token < m, other=-1) - first
+    return tl.load(row_index + token, mask=token < end, other=-1) - first
 
 
-@triton.jit(do_not_specialize=["m", "rows"])
+@triton.jit(do_not_specialize=["m", "rows", "stretch"])
 def sum_rows_kernel(
     grad,  # [M, N]
     row_index,  # [M]
     errors,  # [1] int32
-    out,  # [T, N]
+    out,  # [stretches, T, N]
     m,
     n,
     rows,
+    stretch,  # tokens of a program, a multiple of BLOCK_M
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -48,12 +59,14 @@ def sum_rows_kernel(
     inside = (column < n)[None, :]
     first = tl.program_id(1) * BLOCK_T
     row = tl.arange(0, BLOCK_T)
+    begin = tl.program_id(2) * stretch
+    end = tl.minimum(m, begin + stretch)
     sums = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     strange = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     bad = tl.zeros((BLOCK_M,), dtype=tl.int32)
-    for start in range(0, m, BLOCK_M):
+    for start in range(begin, end, BLOCK_M):
         token = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        place = _rows_of(row_index, token, m, first)
+        place = _rows_of(row_index, token, end, first)
         bad |= ((place + first < -1) | (place + first >= rows)).to(tl.int32)
         used = ((place >= 0) & (place < BLOCK_T))[:, None] & inside
         value = tl.load(grad + token[:, None] * n + column[None, :], mask=used, other=0.0)
@@ -65,9 +78,9 @@ def sum_rows_kernel(
     if tl.max(tl.max(strange, 1), 0) > 0:
         above = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
         below = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-        for start in range(0, m, BLOCK_M):
+        for start in range(begin, end, BLOCK_M):
             token = start + tl.arange(0, BLOCK_M).to(tl.int64)
-            place = _rows_of(row_index, token, m, first)
+            place = _rows_of(row_index, token, end, first)
             used = ((place >= 0) & (place < BLOCK_T))[:, None] & inside
             value = tl.load(grad + token[:, None] * n + column[None, :], mask=used, other=0.0)
             value = value.to(tl.float32)
@@ -82,8 +95,26 @@ def sum_rows_kernel(
         sums += tl.where(below > 0, -infinity, 0.0)
     if (tl.program_id(0) + first == 0) & (tl.max(bad, 0) > 0):
         tl.atomic_or(errors, _BAD_ROW)
-    at = (first + row)[:, None].to(tl.int64) * n + column[None, :]
+    at = (tl.program_id(2) * rows + first + row)[:, None].to(tl.int64) * n + column[None, :]
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=(first + row < rows)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["count", "stretches"])
+def add_stretches_kernel(
+    parts,  # float32 [stretches, count]
+    out,  # [count]
+    count,
+    stretches,
+    BLOCK: tl.constexpr,
+):
+    """Add what the stretches gave, in their order."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(stretches):
+        sums += tl.load(parts + place, mask=inside, other=0.0)
+        parts += count
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=inside)
 
 
 def sum_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
@@ -96,5 +127,25 @@ def sum_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
     """
     (m, n), rows = x.shape, out.shape[0]
     # A table without rows has bad ones to report all the same.
-    grid = triton.cdiv(n, TILE["BLOCK_N"]), max(1, triton.cdiv(rows, TILE["BLOCK_T"]))
-    sum_rows_kernel[grid](x, index, error_word(x.device), out, m, n, rows, **TILE, **OPTIONS)
+    tiles = triton.cdiv(n, TILE["BLOCK_N"]), max(1, triton.cdiv(rows, TILE["BLOCK_T"]))
+    steps = triton.cdiv(m, TILE["BLOCK_M"])
+    wanted = _RESIDENT * processors(x.device) // (tiles[0] * tiles[1])
+    each = triton.cdiv(steps, max(1, min(wanted, steps // _LEAST_STEPS)))
+    stretches = max(1, triton.cdiv(steps, each))
+    parts = out if stretches == 1 else x.new_empty((stretches, rows, n), dtype=torch.float32)
+    sum_rows_kernel[(*tiles, stretches)](
+        x,
+        index,
+        error_word(x.device),
+        parts,
+        m,
+        n,
+        rows,
+        max(1, each) * TILE["BLOCK_M"],
+        **TILE,
+        **options_of(x.dtype),
+    )
+    if stretches > 1 and out.numel():
+        add_stretches_kernel[(triton.cdiv(out.numel(), ADD_BLOCK),)](
+            parts, out, out.numel(), stretches, BLOCK=ADD_BLOCK
+        )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Before 2.9 a CPU makes scores of S x S elements for ``enable_gqa``. A version compares itself with
 # a string.
 _TAKES_GQA = torch.__version__ >= "2.9"
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -25,6 +28,52 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any)
     Returns:
         ``[B, H, S, D]``.
     """
+    if not query.is_cuda:
+        return _attention(query, key, value, options)
+    with sdpa_without_plans(query):
+        return _attention(*folded(query, key, value, options)).reshape(query.shape)
+
+
+def sdpa_without_plans(query: Tensor) -> AbstractContextManager[None]:
+    """Keep PyTorch's ``scaled_dot_product_attention`` from cuDNN, which plans for every new shape.
+
+    On Hopper cuDNN is PyTorch's first choice, and a plan takes it about a tenth of a second: for
+    each token while a cache grows, for each prompt of a new length. FlashAttention and the
+    memory-efficient kernels need none. Under ``torch.compile`` and on a CPU nothing is changed.
+
+    Args:
+        query: Any tensor of the call; tells the device.
+
+    Returns:
+        A context manager; within it PyTorch chooses among its other kernels.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(1, 2, 3, 8)
+        >>> with sdpa_without_plans(q):
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    """
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return nullcontext()
+    return cast("AbstractContextManager[None]", sdpa_kernel(_WITHOUT_PLANS))
+
+
+def folded(
+    query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Make the heads of a single query that share keys queries of one head, where a mask allows it.
+
+    A GPU's kernels that take a mask take no shared keys: they would be copied for every head.
+    """
+    batch, heads, length, size = query.shape
+    mask, kv_heads = options.get("attn_mask"), key.shape[1]
+    for_all = mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
+    if length > 1 or heads == kv_heads or not for_all or options.get("is_causal"):
+        return query, key, value, options
+    return query.reshape(batch, kv_heads, heads // kv_heads, size), key, value, options
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
     shared = query.shape[1] // key.shape[1]
     if shared > 1 and _TAKES_GQA:
         options["enable_gqa"] = True

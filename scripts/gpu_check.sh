@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tries, measures and tests on this machine's NVIDIA GPU, in eight minutes, and keeps the numbers.
 #
-#   scripts/gpu_check.sh [RESULTS] [--total SECONDS] [--dry-run]
+#   scripts/gpu_check.sh [RESULTS] [--total SECONDS] [--only STEP,STEP] [--dry-run]
 #
 # RESULTS is the folder to leave (default: benchmarks/results/<device name>); it gets at most six
 # files: rows.jsonl (each row at once, so a kill keeps it), table.md, tests.xml, log.txt,
@@ -9,16 +9,18 @@
 # and what scripts/gpu_prebuild.py has put into .gpu/; without that it builds and compiles here.
 # Without a GPU it says so and ends well; --dry-run goes through all of it on a stand-in for a GPU,
 # measures nothing and says so in every row. Every step has a limit, a share of --total (default 480).
-# Ends with 1 where a step failed.
+# --only leaves out all steps but these of smoke, numbers, end_to_end, tests, decode, ncu,
+# compute-sanitizer. Ends with 1 where a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 SECONDS=0
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
 
 python=${PYTHON:-python3}
 results=
 total=480
+only=
 reserve=8
 dry=()
 while [ $# -gt 0 ]; do
@@ -26,6 +28,11 @@ while [ $# -gt 0 ]; do
     --total)
       [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--total: expected seconds, got '${2:-}'" >&2; exit 2; }
       total=$2
+      shift
+      ;;
+    --only)
+      [[ ${2:-} =~ ^[a-z_,-]+$ ]] || { echo "--only: expected steps with commas, got '${2:-}'" >&2; exit 2; }
+      only=,$2,unpack,build,info,table,
       shift
       ;;
     --dry-run) dry=(--dry-run) ;;

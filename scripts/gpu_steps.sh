@@ -3,6 +3,7 @@
 #   reserve  how many of them what follows the steps may take
 #   work     a folder for each step's output
 #   summary  a file that the one line of each step goes to
+#   only     names of steps, each between commas: no other runs; all where it is empty
 
 failed=0
 # Between SIGINT, on which pytest still writes what it has, and SIGKILL.
@@ -20,6 +21,7 @@ last_line() { grep -v '^ *$' "$1" | tail -n 1 | cut -c 1-200; }
 step() {
   local name=$1 limit=$2 left=$((total - reserve - grace - SECONDS)) start=$SECONDS status
   shift 2
+  [[ -z ${only:-} || $only == *,"$name",* ]] || return 0
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -lt 1 ]; then
     say "$name: LEFT OUT: no time is left"

@@ -21,6 +21,7 @@ from collavo_kernels.nn import (
     CrayonBranch,
     CrayonInputs,
     register_attention,
+    sdpa_without_plans,
 )
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -49,17 +50,18 @@ class CollavoAttention(CrayonAttention):
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        mixed, weights = interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        with sdpa_without_plans(query):
+            mixed, weights = interface(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )
         return cast(Tensor, mixed), cast("Tensor | None", weights)
 
 

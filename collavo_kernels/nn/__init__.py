@@ -9,6 +9,7 @@ from collavo_kernels.nn.attention import (
     prefill_mask,
     read_prefill_mask,
     register_attention,
+    sdpa_without_plans,
 )
 from collavo_kernels.nn.crayon_branch import CrayonBranch
 from collavo_kernels.nn.crayon_prompt import CrayonPrompt, checked_crayon_index
@@ -35,4 +36,5 @@ __all__ = [
     "read_prefill_mask",
     "register_attention",
     "save_peft_adapter",
+    "sdpa_without_plans",
 ]

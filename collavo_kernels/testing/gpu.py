@@ -1,4 +1,4 @@
-"""What tests on a GPU share: code that must not wait for the device, and its replay as a graph."""
+"""What tests on a GPU share: code that must not wait for it, graphs, and honest errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -20,6 +21,15 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def rougher(one: Tensor, other: Tensor, exact: Tensor) -> Tensor:
+    """Return which of two results of plain PyTorch errs more, on the CPU.
+
+    A GPU sums in another order than a CPU: neither's error alone says what is honest on the other.
+    """
+    errors = [float((x.detach().cpu().double() - exact).abs().max()) for x in (one, other)]
+    return (one if errors[0] >= errors[1] else other).detach().cpu()
 
 
 def replayed(run: Callable[[], Result]) -> Result:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,21 @@ def test_a_processor_is_named_with_a_number(tmp_path: Path, lines: str, name: st
     (tmp_path / "cpuinfo").write_text(2 * f"processor : 0\n{lines}\n")
     found = processor_name(tmp_path / "cpuinfo")
     assert found == (name or "Intel(R) Xeon(R) 8259CL")
+
+
+def test_a_backend_that_yields_serves_where_it_is_asked_for_or_alone() -> None:
+    """Which of two that take a call is faster depends on its sizes; the table says who yields."""
+
+    def backend(name: str, **options: Any) -> Backend[Any, Any, Any, Any, Any, Any]:
+        return Backend(name, lambda inputs: name, **options)
+
+    def few(tokens: int) -> str | None:
+        return "few tokens" if tokens < 8 else None
+
+    first, second, reference = backend("one", yields=few), backend("two"), backend("reference")
+    both = Table("toy_yields", (first, second, reference))
+    assert [both.select(n, "cpu").name for n in (4, 8)] == ["two", "one"]
+    assert both.select(4, "cpu", "one").name == "one"
+    declining = replace(second, declines=lambda inputs: "takes nothing")
+    alone = Table("toy_yields_alone", (first, declining, reference))
+    assert alone.select(4, "cpu").name == "one"

@@ -47,6 +47,12 @@ def test_steps_never_take_more_than_all_may(tmp_path: Path) -> None:
     assert "three: LEFT OUT: no time is left" in said
 
 
+def test_other_steps_than_those_asked_for_are_left_out(tmp_path: Path) -> None:
+    """A GPU that is lent for minutes may be asked for one part again."""
+    said, _ = steps(tmp_path, "only=,b,\nstep a 5 echo x\nstep b 5 echo y", total=30)
+    assert "a: " not in said and "b: ok" in said
+
+
 def test_what_does_not_heed_an_interrupt_is_killed(tmp_path: Path) -> None:
     said, seconds = steps(tmp_path, "step deaf 1 bash -c \"trap '' INT; sleep 30; sleep 30\"", 20)
     assert "deaf: STOPPED after 1 s" in said and seconds < 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collavo_kernels._requirements import require
+from collavo_kernels._sdpa import sdpa_without_plans
 from collavo_kernels.nn.attention.masks import (
     interval_range,
     is_prefill_mask,
@@ -22,6 +23,7 @@ __all__ = [
     "prefill_mask",
     "read_prefill_mask",
     "register_attention",
+    "sdpa_without_plans",
 ]
 
 

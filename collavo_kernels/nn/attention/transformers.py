@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.import_utils import is_tracing
 
+from collavo_kernels._sdpa import sdpa_without_plans
 from collavo_kernels.nn.attention.masks import (
     interval_range,
     is_prefill_mask,
@@ -192,17 +193,18 @@ def crayon_attention_forward(
         attention_mask = visible_keys(
             length, keys, window=window, key_range=key_range, device=query.device
         )
-    out, _ = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
+    with sdpa_without_plans(query):
+        out, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
     return out, None
 
 

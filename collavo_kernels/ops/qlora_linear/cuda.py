@@ -1,17 +1,17 @@
 """CUDA C++ for sm_80 and later, on bitsandbytes' own bytes: decoding, prefill and backward.
 
 Up to ``FEW_TOKENS`` tokens two launches do everything and stream the packed weight. Beyond that the
-weight is decoded strip by strip into one buffer that stays in L2, with the adapters beside it, and
-PyTorch's matrix product runs on it: ``[x | h] [W | B]^T`` gives the whole sum in one float32
-accumulation. The backward does the same with columns, ``[g | h'] [W; A]``: strips of rows would
-have to be summed over in memory, in float32 or with a rounding each. The code has not run on a GPU
-yet (tests run it on an emulated one), so it serves only when asked for by name
-(``backend="cuda"``).
+weight is decoded into a buffer, with the adapters beside it, and PyTorch's matrix product runs on
+it: ``[x | h] [W | B]^T`` gives the whole sum in one float32 accumulation. The backward does the
+same with columns, ``[g | h'] [W; A]``. A weight that is larger than the buffer comes in strips; of
+columns there, since strips of rows would have to be summed over in memory, in float32 or with a
+rounding each.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,8 +54,12 @@ _MAX_DECODED_K = 1 << 25
 _RANK_TILE = 16
 # Rows of 16-bit numbers that start at multiples of 16 bytes.
 _ALIGNED = 8
-_STRIP_BYTES = 16 << 20
-
+# Decoding and multiplying strips that stay in L2 was slower on an H200 than one product of all:
+# each strip ends in a wave that leaves most of the processors idle.
+_STRIP_BYTES = 96 << 20
+# From one to the other Triton, which reads the packed weight, took 0.5 to 0.95 of the time there.
+_LEAST_YIELDED, _MOST_YIELDED = FEW_TOKENS + 1, 128
+_threads = threading.local()
 
 unavailable = cuda_reason
 
@@ -75,11 +79,22 @@ def declines(inputs: QLoRAInputs) -> str | None:
     return None
 
 
+def yields(inputs: QLoRAInputs) -> str | None:
+    """Say why Triton serves these inputs better, or None."""
+    tokens = inputs.x.numel() // inputs.x.shape[-1]
+    if inputs.x.dtype == torch.float32:
+        return "PyTorch's product may round float32 to fewer bits, where a program allows it"
+    if _LEAST_YIELDED <= tokens <= _MOST_YIELDED:
+        return f"{_LEAST_YIELDED} to {_MOST_YIELDED} tokens are too few to decode the weight for"
+    if tokens <= FEW_TOKENS and not _is_whole(inputs):
+        return "few tokens meet whole chunks of 64 columns here"
+    return None
+
+
 def forward(inputs: QLoRAInputs) -> QLoRAResult:
     """Return ``[M, N]`` in x's dtype, on the current stream; nothing waits for the device."""
-    m, k = inputs.x.shape
-    whole = k % _CHUNK == 0 and k <= _MAX_DECODED_K and inputs.block_size >= _CHUNK
-    if m <= FEW_TOKENS and whole and inputs.x.dtype != torch.float32:
+    few = inputs.x.shape[0] <= FEW_TOKENS and inputs.x.dtype != torch.float32
+    if few and _is_whole(inputs):
         return QLoRAResult(_forward_few(inputs))
     return QLoRAResult(_forward_many(inputs))
 
@@ -90,6 +105,7 @@ def backward(
     """Return the gradients that are wanted."""
     x, grad = inputs.x, grads.out.contiguous()
     dtype = x.dtype
+    _enter_context(grad)
     grads_a: list[Tensor | None] = [None] * len(inputs.a)
     grads_b: list[Tensor | None] = [None] * len(inputs.b)
     upstream: list[Tensor] = []
@@ -109,6 +125,19 @@ def backward(
         a=grads_a,
         b=grads_b,
     )
+
+
+def _is_whole(inputs: QLoRAInputs) -> bool:
+    """Say whether every row of the weight is made of chunks that have one scale."""
+    k = inputs.x.shape[-1]
+    return k % _CHUNK == 0 and k <= _MAX_DECODED_K and inputs.block_size >= _CHUNK
+
+
+def _enter_context(on: Tensor) -> None:
+    """Make a thread the device's: cuBLAS, called first in one of autograd's threads, warns."""
+    if not getattr(_threads, "entered", False):
+        torch.zeros(1, device=on.device)
+        _threads.entered = True
 
 
 def _forward_few(inputs: QLoRAInputs) -> Tensor:
@@ -208,13 +237,13 @@ def _join(left: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def _strips(joined: Tensor, count: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Cut ``count`` rows or columns of the weight into at least two strips.
+    """Cut ``count`` rows or columns of the weight into as few strips as the buffer allows.
 
     Yields:
         The first, one past the last, and memory for them; it is the same memory every time.
     """
     width, itemsize = joined.shape[1], joined.element_size()
-    strips = max(2, -(-width * count * itemsize // _STRIP_BYTES))
+    strips = -(-width * count * itemsize // _STRIP_BYTES)
     step = min(count, _round_up(-(-count // strips), _ALIGNED))
     memory = joined.new_empty(step * width)
     for start in range(0, count, step):

@@ -43,7 +43,7 @@ OPERATOR = Operator(
     result=QLoRAResult,
     backends=on_tokens(
         Backend.of("cpu", cpu, devices=("cpu",)),
-        Backend.of("cuda", cuda, devices=("cuda",), opt_in=True),
+        Backend.of("cuda", cuda, devices=("cuda",), yields=cuda.yields),
         Backend.of("triton", triton, devices=("cuda",)),
         Backend("reference", reference.forward, reference.backward),
     ),

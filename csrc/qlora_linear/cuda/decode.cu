@@ -19,11 +19,12 @@ struct Few {
 // Offsets within a warp's rows of codes take 32 bits.
 constexpr int64_t kMaxK = int64_t{1} << 25;
 
-// The least cluster that gives `wanted` blocks, as long as each has `least` units of K.
-int cluster_for(const Device& device, int64_t groups, int64_t wanted, int64_t units,
-                int64_t least) {
+// The largest cluster whose blocks all run at once, two on a processor, as long as each has `least`
+// units of K: the blocks of a second wave would have the processors to themselves.
+int cluster_for(const Device& device, int64_t groups, int64_t units, int64_t least) {
+  const int64_t room = 2 * device.processors;
   int size = 1;
-  while (device.clusters && size < 8 && groups * size < wanted && units >= 2 * size * least) {
+  while (device.clusters && size < 8 && 2 * size * groups <= room && units >= 2 * size * least) {
     size *= 2;
   }
   return size;
@@ -39,7 +40,7 @@ int launch_shrink(Few& few, void* stream) {
   Shrink& p = few.shrink;
   constexpr int64_t kBytes = 16 * kXVectors<kTokenTiles>;
   const int64_t chunks = p.k / kChunk;
-  const int cluster = cluster_for(few.device, few.tiles, 2 * few.device.processors, chunks, kWarps);
+  const int cluster = cluster_for(few.device, few.tiles, chunks, kWarps);
   const int64_t window = std::min(ceil_divide(chunks, cluster), shared_budget(few.device) / kBytes);
   p.window = static_cast<int>(window);
   Launch how{};
@@ -59,8 +60,7 @@ int launch_decode(Few& few, void* stream) {
   constexpr int64_t kBytes = 2 * 16 * kXVectors<kTokenTiles> + 2 * sizeof(float) * S::kRows;
   const int64_t slices = ceil_divide(p.weight.k, kSlice),
                 groups = ceil_divide(p.weight.n, S::kRows);
-  const int cluster =
-      cluster_for(few.device, groups, 2 * few.device.processors * 9 / 10, slices, S::kSplit);
+  const int cluster = cluster_for(few.device, groups, slices, S::kSplit);
   const int64_t room = (shared_budget(few.device) - kTableBytes - kCodeBytes) / kBytes;
   const int64_t window = std::min(ceil_divide(slices, cluster), room);
   p.window = static_cast<int>(window);

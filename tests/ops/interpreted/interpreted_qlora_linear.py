@@ -134,19 +134,25 @@ def test_what_an_idle_token_holds_reaches_no_adapter(tokens: int) -> None:
     assert torch.equal(out.isfinite().all(1), torch.arange(tokens) == 2)
 
 
-def test_rows_keep_infinity_and_nan_to_themselves() -> None:
-    # The sum over a row's tokens is a product with 0 and 1, where 0 * NaN would be NaN.
-    case = replace(next(c for c in SERVED if c.name == "few"), tokens=(80,), rows=70)
+@pytest.mark.parametrize("apart", [0, 640], ids=["together", "in_several_stretches"])
+def test_rows_keep_infinity_and_nan_to_themselves(apart: int) -> None:
+    # The sum over a row's tokens is a product with 0 and 1, where 0 * NaN would be NaN. Tokens far
+    # apart are summed by several programs, which both infinities of a row then come from.
+    tokens = 80 + apart
+    case = replace(next(c for c in SERVED if c.name == "few"), tokens=(tokens,), rows=70)
     inputs = make_call(case).inputs()
     assert inputs.row_index is not None
-    inputs.row_index.copy_(torch.arange(80) % 70)
-    inputs.row_index[75:] = -1
-    grad = torch.randn(80, inputs.out_features)
-    grad[1, 3], grad[71, 4] = float("inf"), float("nan")
-    grad[2, 5], grad[72, 5], grad[66, 6] = float("inf"), -float("inf"), -float("inf")
-    grad[78] = float("nan")
+    inputs.row_index.fill_(-1)
+    place = torch.arange(75)
+    place[60:] += apart
+    inputs.row_index[place] = torch.arange(75, dtype=torch.int32) % 70
+    grad = torch.randn(tokens, inputs.out_features)
+    grad[place[1], 3], grad[place[71], 4] = float("inf"), float("nan")
+    grad[place[2], 5], grad[place[72], 5] = float("inf"), -float("inf")
+    grad[place[66], 6] = -float("inf")
+    grad[place[74] + 3] = float("nan")
     found = backward(inputs, grad, [i == 6 for i in range(8)]).row_table
-    exact = torch.zeros(70, inputs.out_features).index_add_(0, inputs.row_index[:75], grad[:75])
+    exact = torch.zeros(70, inputs.out_features).index_add_(0, torch.arange(75) % 70, grad[place])
     assert found is not None
     torch.testing.assert_close(found, exact, equal_nan=True)
     assert found.isnan().sum() == 2 and found.isinf().sum() == 2

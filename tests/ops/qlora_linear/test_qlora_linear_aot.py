@@ -44,12 +44,11 @@ def types(
         **dict.fromkeys(("x", "halves", "out", "grad", "upstream", "value"), half),
         **dict.fromkeys(("factors", "a"), factors),
         **dict.fromkeys(("row_index", "errors"), "*i32"),
-        **dict.fromkeys(
-            ["m", "n", "k", "units", "steps", "splits", "columns", "place", "width", "rows"], "i32"
-        ),
+        **dict.fromkeys(("m", "n", "k", "units", "steps", "splits", "columns"), "i32"),
+        **dict.fromkeys(("place", "width", "rows", "stretch", "stretches", "count"), "i32"),
         "hidden": hidden,
         "mask": "*u8",
-        "shares": "*fp32",
+        **dict.fromkeys(("shares", "parts"), "*fp32"),
         "ranks": ranks,
         "scaling": ("fp32", "fp32"),
         "weight": Weight("*u8", absmax, "*fp32", "*fp32", "*fp32", half),
@@ -155,8 +154,14 @@ def test_gradients_of_factors_and_rows(target: str, dtype: torch.dtype) -> None:
     signature: dict[str, ArgumentType] = types(dtype) | {"ranks": "i32", "strides": ("i32", "i32")}
     values = known({"BIT": 1}, MASKED, launch.FACTOR)
     compiles(launch.factor_kernel, signature, target, values, launch.FACTOR_OPTIONS)
-    tile = _rows_triton.TILE
-    compiles(_rows_triton.sum_rows_kernel, signature, target, tile, _rows_triton.OPTIONS)
+    tile, options = _rows_triton.TILE, _rows_triton.options_of(dtype)
+    for stored in ("fp32", str(signature["grad"])[1:]):
+        signature["out"] = f"*{stored}"
+        compiles(_rows_triton.sum_rows_kernel, signature, target, tile, options)
+        adding = _rows_triton.add_stretches_kernel
+        some = {name: signature[name] for name in ("parts", "out", "count", "stretches")}
+        block = {"BLOCK": _rows_triton.ADD_BLOCK}
+        assert compile_ahead(adding, some, block, target, num_warps=4).spill_bytes == 0
 
 
 @pytest.mark.parametrize("kind", tiles.TILES)

@@ -268,17 +268,18 @@ def test_decoded_weight_is_bit_equal() -> None:
 
 
 @pytest.mark.parametrize("limit", [1 << 10, 40 << 10, 16 << 20])
-def test_the_weight_is_never_whole(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_are_few(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends in a wave of the product that fills a part of the GPU; only memory asks for any."""
     monkeypatch.setattr(cuda, "_STRIP_BYTES", limit)
     for width, count in ((320, 150), (64, 3000), (100, 40)):
         strips = list(cuda._strips(torch.empty(1, width, dtype=torch.bfloat16), count))
         starts, stops = [s for s, _, _ in strips], [s for _, s, _ in strips]
-        assert [0, *stops[:-1]] == starts and stops[-1] == count and len(strips) >= 2
+        assert [0, *stops[:-1]] == starts and stops[-1] == count
         assert len({memory.untyped_storage().data_ptr() for *_, memory in strips}) == 1
         # Strips start at multiples of 8, so that rows of an output stay aligned.
         assert all(start % 8 == 0 for start in starts)
         assert all(m.numel() * 2 <= max(limit, 8 * width * 2) for *_, m in strips)
-        assert all((stop - start) * 2 <= count + 16 for start, stop, _ in strips)
+        assert len(strips) == 1 or len(strips) * limit >= width * count * 2
     call = make_call(replace(EVERYTHING, tokens=(20,)), torch.float32)
     grad = torch.randn(20, EVERYTHING.n)
     out, grads = call.gradients(grad, "reference")

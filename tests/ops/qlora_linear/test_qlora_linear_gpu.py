@@ -11,7 +11,7 @@ from collavo_kernels import check
 from collavo_kernels.ops.qlora_linear import OPERATOR
 from collavo_kernels.testing import assert_within_budget
 from collavo_kernels.testing.cases.qlora_linear import CASES, QLoRACall, QLoRACase, make_call
-from collavo_kernels.testing.gpu import no_synchronisation, replayed
+from collavo_kernels.testing.gpu import no_synchronisation, replayed, rougher
 
 pytestmark = pytest.mark.gpu
 BACKENDS = [b.name for b in OPERATOR.backends if not b.devices or "cuda" in b.devices]
@@ -37,14 +37,23 @@ def test_within_budget(case: QLoRACase, dtype: torch.dtype, backend: str) -> Non
     exact, exact_grads = make_call(case, dtype).double().gradients(grad)
     low, low_grads = make_call(case, dtype).gradients(grad, "reference")
     on_gpu = grad.cuda()
+    plain, plain_grads = call.gradients(on_gpu, "reference")
     call.gradients(on_gpu, backend)
     with no_synchronisation():
         out, grads = call.gradients(on_gpu, backend)
     again, _ = call.gradients(on_gpu, backend)
     assert torch.equal(out, again)
-    assert_within_budget(out.cpu(), low, exact)
-    for i, (found, *others) in enumerate(zip(grads, low_grads, exact_grads, strict=True)):
-        assert_within_budget(found.cpu(), *others, name=f"gradient {i}")
+    honest = [
+        rougher(*each)
+        for each in zip(
+            [low, *low_grads], [plain, *plain_grads], [exact, *exact_grads], strict=True
+        )
+        if each[0].numel()
+    ]
+    found = [each for each in (out, *grads) if each.numel()]
+    true = [each for each in (exact, *exact_grads) if each.numel()]
+    for i, (one, *others) in enumerate(zip(found, honest, true, strict=True)):
+        assert_within_budget(one.cpu(), *others, name=f"result {i}")
     check()
 
 

@@ -41,7 +41,7 @@ from collavo_kernels.ops.qlora_linear.triton.hidden import prepare_kernel
 _MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
 # Constants of kernels whose tiles do not depend on the call, and options of their launches.
 LINEAR = {"BLOCK_R": 16, "GROUP": 8}
-SUM = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_R": 16}
+SUM = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 64}
 SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 PREPARE = {"BLOCK_P": 128}
 PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
