@@ -43,8 +43,8 @@ class Pair:
     ending: str = ""
 
     def is_ours(self, provider: str) -> bool:
-        """Whether this is our provider of the pair, on any backend."""
-        return re.fullmatch(f"ours(:(cpu|triton|cuda|library))?{self.ending}", provider) is not None
+        """Whether this is our provider of the pair, on a backend that serves unasked."""
+        return re.fullmatch(f"ours(:(cpu|triton|cuda))?{self.ending}", provider) is not None
 
 
 @dataclass(frozen=True)

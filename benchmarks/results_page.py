@@ -94,12 +94,19 @@ def _layer_notes(rows: Rows) -> Iterator[str]:
     wide, narrow = time(1, OURS + FLOAT32_ADAPTERS), ours
     if wide and narrow:
         yield f"Float32 adapters take {wide / narrow:.2f}x the time of bfloat16 ones at one token."
+    by_host = [fastest(rows, "4096x4096/m1/r64", "fwd", each) for each in (OURS, "peft")]
+    if by_host[0] and by_host[1] and by_host[0].wall_ms and by_host[1].wall_ms:
+        mine, theirs = (report.short_time(row.wall_ms) for row in by_host)  # type: ignore[union-attr]
+        yield (
+            "The table has the device's times, of calls in a CUDA graph. Without a graph the host "
+            f"is the slower: {mine} for a call of ours with one token, {theirs} for PEFT's."
+        )
     eight = [(m, found) for m in (1, 4, 16) if (found := time(m, "ours:int8"))]
     if eight:
         times = ", ".join(f"{report.short_time(found)} at {m}" for m, found in eight)
         yield f"8-bit activations, asked for by name, bring the base alone to (tokens): {times}."
     configs = [json.loads(row.config_json) for row in rows if row.provider == "bitsandbytes"]
-    if configs and not any(config.get("hub_kernel") for config in configs):
+    if rows[0].isa and configs and not any(config.get("hub_kernel") for config in configs):
         yield (
             "bitsandbytes, here and under PEFT, is without the CPU kernel that it loads from the "
             "Hugging Face hub where the package `kernels` is installed."

@@ -12,7 +12,7 @@ from benchmarks.headline import MODEL
 from benchmarks.ops.qlora_linear_cases import FLOAT32_ADAPTERS
 
 Rows = Sequence[report.Measurement]
-OURS = "ours(:(cpu|triton|cuda|library))?"
+OURS = "ours(:(cpu|triton|cuda))?"
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ ATTENTION = Table(
         Column("ours alone", "ours-alone(:.*)?"),
         Column("price of the crayon", OURS, kind="price", over="ours-alone(:.*)?"),
         Column("SDPA alone", "sdpa-alone(:.*)?"),
+        Column("ours around PyTorch's library, by name only", "ours:library"),
     ),
     (
         Line("7B (32 heads, 8 for keys), 320 tokens", "7b/s320/g8/b1", BOTH),

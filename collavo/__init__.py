@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from collavo_kernels import __version__
-
 if TYPE_CHECKING:
     from collavo.configuration import CollavoConfig as CollavoConfig
     from collavo.configuration import CollavoTextConfig as CollavoTextConfig
@@ -23,9 +21,11 @@ if TYPE_CHECKING:
     from collavo.processing.processor import CollavoProcessor as CollavoProcessor
     from collavo.train import CollavoTrainer as CollavoTrainer
     from collavo.train import CollavoTrainingArguments as CollavoTrainingArguments
+    from collavo_kernels import __version__ as __version__
     from collavo_kernels.nn import register_attention as register_attention
 
 _HOMES = {
+    "__version__": "collavo_kernels",
     "CollavoConfig": "collavo.configuration",
     "CollavoTextConfig": "collavo.configuration",
     "CollavoModel": "collavo.model.llava",
@@ -39,7 +39,7 @@ _HOMES = {
     "register_attention": "collavo_kernels.nn",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

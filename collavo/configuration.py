@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 import collavo._requirements  # noqa: F401  (before what it checks)
@@ -13,6 +14,14 @@ from transformers import AutoConfig, LlamaConfig, LlavaConfig, PretrainedConfig
 Value = TypeVar("Value")
 
 CRAYON_MODES = ("attention", "projection", "none")
+WAY_OF_LLAVA = (
+    "this is a LLaVA: load it with LlavaForConditionalGeneration.from_pretrained and give it the "
+    "crayon with collavo.apply_to_llava"
+)
+WAY_OF_OFFICIAL = (
+    "this is the official CoLLaVO: turn its tensors and config.json into a model of this package "
+    "with collavo.convert.convert_state_dict"
+)
 
 
 @strict
@@ -35,6 +44,9 @@ class CollavoTextConfig(LlamaConfig):
         lora_rank: R of the adapters; a dictionary by name where they differ.
         lora_alpha: An adapter's scaling is ``lora_alpha / lora_rank``; a dictionary by name where
             they differ.
+        lora_rank_pattern: Ranks of single layers where they are others, by adapter and by the
+            layer's name in the decoder (``{"vl": {"layers.0.self_attn.q_proj": 8}}``).
+        lora_alpha_pattern: alphas likewise.
         lora_dropout: Dropout on an adapter's input, while training.
         quantize: ``"nf4"`` keeps the decoder's linear layers in 4 bits, None keeps them dense.
         double_quant: Whether the 4-bit scales are quantised too.
@@ -64,6 +76,8 @@ class CollavoTextConfig(LlamaConfig):
     image_adapters: tuple[str, ...] | list[str] = ()
     lora_rank: int | dict[str, int] = 64
     lora_alpha: float | int | dict[str, float | int] = 64.0
+    lora_rank_pattern: dict[str, dict[str, int]] | None = None
+    lora_alpha_pattern: dict[str, dict[str, float | int]] | None = None
     lora_dropout: float | int = 0.0
     quantize: Literal["nf4"] | None = None
     double_quant: bool = True
@@ -100,10 +114,69 @@ class CollavoTextConfig(LlamaConfig):
             _check_rank(_of(self.lora_rank, name, "lora_rank"))
             _of(self.lora_alpha, name, "lora_alpha")
 
+        for field in ("lora_rank_pattern", "lora_alpha_pattern"):
+            patterns = getattr(self, field) or {}
+            if unknown := [name for name in patterns if name not in self.adapters]:
+                raise ValueError(f"{field}: {unknown} are not among adapters {list(self.adapters)}")
+            for value in (v for layers in patterns.values() for v in layers.values()):
+                if field == "lora_rank_pattern":
+                    _check_rank(value)
+
     def adapter_size(self, name: str) -> tuple[int, float]:
-        """Return rank and alpha of one adapter."""
+        """Return rank and alpha of one adapter, as most of its layers have them."""
         rank = _of(self.lora_rank, name, "lora_rank")
         return int(rank), float(_of(self.lora_alpha, name, "lora_alpha"))
+
+    def layer_sizes(self, name: str) -> dict[str, tuple[int, float]]:
+        """Return rank and alpha of one adapter in the layers that have others, by their names."""
+        rank, alpha = self.adapter_size(name)
+        ranks = (self.lora_rank_pattern or {}).get(name, {})
+        alphas = (self.lora_alpha_pattern or {}).get(name, {})
+        layers = [*ranks, *(layer for layer in alphas if layer not in ranks)]
+        return {n: (int(ranks.get(n, rank)), float(alphas.get(n, alpha))) for n in layers}
+
+    def set_adapter_sizes(self, sizes: Mapping[str, Mapping[str, tuple[int, float]]]) -> None:
+        """Record what every layer's adapters are: what most layers have, and what differs.
+
+        Args:
+            sizes: Rank and alpha by adapter and by the layer's name in the decoder.
+        """
+        usual = {name: _usual(layers.values()) for name, layers in sizes.items()}
+        self._set_usual(usual)
+        different: list[dict[str, dict[str, Any]]] = []
+        for place in (0, 1):
+            patterns = {
+                name: {n: size[place] for n, size in layers.items() if size[place] != known[place]}
+                for (name, layers), known in zip(sizes.items(), usual.values(), strict=True)
+            }
+            different.append({name: found for name, found in patterns.items() if found})
+        self.lora_rank_pattern, self.lora_alpha_pattern = (each or None for each in different)
+
+    def _set_usual(self, sizes: Mapping[str, tuple[int, float]]) -> None:
+        if len(set(sizes.values())) == 1:
+            self.lora_rank, self.lora_alpha = next(iter(sizes.values()))
+        elif sizes:
+            self.lora_rank = {name: size[0] for name, size in sizes.items()}
+            self.lora_alpha = {name: size[1] for name, size in sizes.items()}
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read ``config.json``: a decoder's, a LLaMA's, or that of a whole CoLLaVO with one inside.
+
+        Args:
+            pretrained_model_name_or_path: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: naming the folder and the ``model_type``.
+        """
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") not in ("llama", CollavoConfig.model_type):
+            check_model_type(values, str(pretrained_model_name_or_path), cls.model_type)
+        return values, rest
 
     def add_adapters(self, names: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
         """Append adapters of one rank and alpha to those that are there; all get the dropout.
@@ -129,16 +202,45 @@ class CollavoTextConfig(LlamaConfig):
         sizes = {name: self.adapter_size(name) for name in self.adapters}
         sizes |= dict.fromkeys(names, (rank, float(alpha)))
         self.adapters = tuple(sizes)
-        if len(set(sizes.values())) == 1:
-            self.lora_rank, self.lora_alpha = rank, float(alpha)
-        else:
-            self.lora_rank = {name: size[0] for name, size in sizes.items()}
-            self.lora_alpha = {name: size[1] for name, size in sizes.items()}
+        self._set_usual(sizes)
 
     @property
     def crayon_scaling(self) -> float:
         """The factor of the crayon branch in projection mode."""
         return 1.0 if self.crayon_alpha is None else self.crayon_alpha / self.crayon_rank
+
+
+def _usual(sizes: Iterable[tuple[int, float]]) -> tuple[int, float]:
+    """Return the rank that most layers have, and the alpha."""
+    ranks, alphas = (Counter(values) for values in zip(*sizes, strict=True))
+    return ranks.most_common(1)[0][0], float(alphas.most_common(1)[0][0])
+
+
+def check_model_type(values: Mapping[str, Any], where: str, expected: str) -> None:
+    """Raise unless a configuration is of a kind of model, and name the way for its relatives.
+
+    Args:
+        values: ``config.json`` as a dictionary.
+        where: What to call it.
+        expected: The ``model_type`` that it has to have.
+
+    Raises:
+        FileNotFoundError: if it is empty: transformers reads a file that is not there as that.
+        ValueError: naming the ``model_type``.
+    """
+    if not values:
+        raise FileNotFoundError(f"{where}: has no config.json")
+    kind = values.get("model_type")
+    if kind == expected:
+        return
+    way = "give a folder that save_pretrained of this package wrote"
+    if "CoLLaVOModel" in (values.get("architectures") or ()) or str(kind).startswith("internlm"):
+        way = WAY_OF_OFFICIAL
+    elif kind == "llava":
+        way = WAY_OF_LLAVA
+    elif kind == "collavo_llava":
+        way = "this is a LLaVA that apply_to_llava changed: load it with collavo.load_pretrained"
+    raise ValueError(f"{where}: expected model_type {expected!r}, got {kind!r}; {way}")
 
 
 def _names(names: Sequence[str], field: str) -> tuple[str, ...]:
@@ -236,6 +338,8 @@ class CollavoConfig(LlavaConfig):
     image_adapters: ClassVar[_TextField[tuple[str, ...]]] = _TextField()
     lora_rank: ClassVar[_TextField[int | dict[str, int]]] = _TextField()
     lora_alpha: ClassVar[_TextField[float | dict[str, float]]] = _TextField()
+    lora_rank_pattern: ClassVar[_TextField[dict[str, dict[str, int]] | None]] = _TextField()
+    lora_alpha_pattern: ClassVar[_TextField[dict[str, dict[str, float]] | None]] = _TextField()
     lora_dropout: ClassVar[_TextField[float]] = _TextField()
     quantize: ClassVar[_TextField[str | None]] = _TextField()
     double_quant: ClassVar[_TextField[bool]] = _TextField()
@@ -250,6 +354,24 @@ class CollavoConfig(LlavaConfig):
         super().__post_init__(**kwargs)
         if self.crayon_embed_dim is None:
             self.crayon_embed_dim = self.vision_config.hidden_size
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read ``config.json``; that of another kind of model is refused, not read in part.
+
+        Args:
+            pretrained_model_name_or_path: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: naming the folder and the ``model_type``.
+        """
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_model_type(values, str(pretrained_model_name_or_path), cls.model_type)
+        return values, rest
 
 
 def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
@@ -275,5 +397,58 @@ def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
     return CollavoTextConfig(**{**values, **overrides})
 
 
+@strict
+class CollavoLlavaConfig(LlavaConfig):
+    """A LLaVA that ``apply_to_llava`` gave the crayon, as it is saved and loaded again.
+
+    Args:
+        crayon: What ``apply_to_llava`` made of it: ``decoder`` (the fields that
+            :class:`CollavoTextConfig` adds), ``base`` (block size and double quantisation of 4-bit
+            weights; None where they are dense; by the layer's name where they differ),
+            ``num_crayon_classes``, ``max_crayon_number`` and ``crayon_embed_dim``.
+
+    Example:
+        >>> CollavoLlavaConfig().model_type
+        'collavo_llava'
+    """
+
+    model_type = "collavo_llava"
+
+    crayon: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields; a patched LLaVA has the name of its own class."""
+        found: dict[str, Any] = super().to_dict()
+        return found | {"architectures": ["CollavoLlavaForConditionalGeneration"]}
+
+    def decoder_settings(self) -> CollavoTextConfig:
+        """Return what the decoder's layers are.
+
+        Raises:
+            ValueError: if ``crayon`` is not of the form above.
+        """
+        settings = (self.crayon or {}).get("decoder")
+        if not isinstance(settings, dict) or not set(settings) <= set(TEXT_FIELDS):
+            raise ValueError(
+                f"crayon: expected the settings that a saved patched LLaVA has, got {self.crayon!r}"
+            )
+        return CollavoTextConfig(**settings)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read ``config.json``; see ``CollavoConfig.get_config_dict``.
+
+        Args:
+            pretrained_model_name_or_path: As in transformers.
+            **kwargs: As in transformers.
+        """
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_model_type(values, str(pretrained_model_name_or_path), cls.model_type)
+        return values, rest
+
+
+AutoConfig.register(CollavoLlavaConfig.model_type, CollavoLlavaConfig, exist_ok=True)
 AutoConfig.register(CollavoTextConfig.model_type, CollavoTextConfig, exist_ok=True)
 AutoConfig.register(CollavoConfig.model_type, CollavoConfig, exist_ok=True)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
-from safetensors import SafetensorError
-from transformers.utils import PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
+from collavo._arguments import expect_path
+from collavo.configuration import CollavoConfig, CollavoLlavaConfig, check_model_type
 from collavo.model.files import read_tensors as read_tensors
 from collavo.model.files import weight_files as weight_files
+from collavo.model.inventory import expect_none
 from collavo.model.llava import CollavoForConditionalGeneration
+from collavo.model.patched import CollavoLlavaForConditionalGeneration
+from collavo.panoptic.json_files import read_object
 from collavo.processing.processor import CollavoProcessor
+from collavo.writing import check_settled
 
 
-def load_pretrained(folder: str | PathLike[str], **kwargs: Any) -> CollavoForConditionalGeneration:
+def load_pretrained(
+    folder: str | PathLike[str], **kwargs: Any
+) -> CollavoForConditionalGeneration | CollavoLlavaForConditionalGeneration:
     """Load a model folder and accept no tensor too few, too many, or of another shape.
 
-    transformers' ``from_pretrained`` only warns, and draws what is missing at random.
+    A folder in which a LLaVA that ``apply_to_llava`` changed was saved gives that LLaVA again: with
+    its crayon and adapters, and its decoder in the 4 bits it had.
 
     Args:
         folder: A folder that ``save_pretrained`` wrote.
@@ -41,24 +48,40 @@ def load_pretrained(folder: str | PathLike[str], **kwargs: Any) -> CollavoForCon
             ...
         FileNotFoundError: no-such-folder: no such model folder
     """
-    files = weight_files(folder)
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{Path(folder) / 'config.json'}: missing from the model folder")
-    try:
-        model, info = CollavoForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    expect_path("folder", folder, "a model folder")
+    if _config_values(folder).get("model_type") == CollavoLlavaConfig.model_type:
+        return cast(
+            CollavoLlavaForConditionalGeneration,
+            _load_whole(CollavoLlavaForConditionalGeneration, folder, kwargs),
         )
-    except SafetensorError as error:
-        names = ", ".join(str(file) for file in files)
-        raise ValueError(f"{names}: not a complete safetensors file ({error})") from error
-    mismatched = [
-        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
-    ]
-    _expect_none(folder, "tensors are missing", info["missing_keys"])
-    _expect_none(folder, "tensors have no place in the model", info["unexpected_keys"])
-    _expect_none(folder, "tensors have another shape than the model's", mismatched)
-    loaded: CollavoForConditionalGeneration = model
-    return loaded
+    return _load_collavo(folder, kwargs)
+
+
+def _load_collavo(
+    folder: str | PathLike[str], kwargs: dict[str, Any]
+) -> CollavoForConditionalGeneration:
+    return cast(
+        CollavoForConditionalGeneration,
+        _load_whole(CollavoForConditionalGeneration, folder, kwargs),
+    )
+
+
+def _load_whole(kind: Any, folder: str | PathLike[str], kwargs: dict[str, Any]) -> object:
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
+    expect_none(str(folder), "tensors are missing", info["missing_keys"])
+    return cast(object, model)
+
+
+def _config_values(folder: str | PathLike[str]) -> dict[str, Any]:
+    """Read ``config.json``, which says what kind of model the folder holds."""
+    expect_path("folder", folder, "a model folder")
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such model folder")
+    check_settled(folder)
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing from the model folder")
+    return read_object(path, utf8=True)
 
 
 def load_folder(
@@ -83,13 +106,16 @@ def load_folder(
             ...
         FileNotFoundError: no-such-folder: no such model folder
     """
-    weight_files(folder)  # a folder that is none is said to be none, not to lack a processor
+    expect_path("folder", folder, "a model folder")
+    # A folder that is none, or another model's, is said to be that and not to lack a processor.
+    check_model_type(_config_values(folder), str(folder), CollavoConfig.model_type)
+    weight_files(folder)
     if not (Path(folder) / PROCESSOR_NAME).is_file():
         raise FileNotFoundError(
             f"{Path(folder) / PROCESSOR_NAME}: missing from the model folder; save the model's "
             "processor there with save_pretrained"
         )
-    model = load_pretrained(folder, **kwargs)
+    model = _load_collavo(folder, kwargs)
     processor = _load_processor(folder)
     _check_pair(folder, model.config, processor)
     return model, processor
@@ -121,13 +147,3 @@ def _check_pair(folder: str | PathLike[str], config: Any, processor: CollavoProc
                 f"{folder}: its processor has {name} {found} and its model {wanted}; save the "
                 "processor that the model was trained with"
             )
-
-
-def _expect_none(folder: str | PathLike[str], what: str, names: Iterable[str]) -> None:
-    listed = sorted(names)
-    if listed:
-        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-        raise ValueError(
-            f"{folder}: {what}: {', '.join(listed[:5])}{more}; "
-            "the weights and config.json are not of the same model"
-        )

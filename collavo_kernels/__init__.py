@@ -1,5 +1,6 @@
 """Fast, exact kernels for vision-language models that see objects."""
 
+from collavo_kernels import _console as _console  # first: before torch
 from collavo_kernels._flags import check
 from collavo_kernels.ops.crayon_attention import CrayonAttentionOutput, crayon_attention
 from collavo_kernels.ops.panoptic_lookup import CrayonMap, decode_colours, panoptic_lookup

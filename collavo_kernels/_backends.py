@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -39,6 +40,7 @@ _Wanted = TypeVar("_Wanted", contravariant=True)
 _Gradients = TypeVar("_Gradients", covariant=True)
 Reason = str | None
 _operators: set[str] = set()
+_said_slow: set[str] = set()
 
 
 def _never(*_: Any) -> Reason:
@@ -111,7 +113,8 @@ class Backend(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         devices: Device types it runs on; empty means any.
         unavailable: Says why it cannot run on this machine at all, or None.
         declines: Says why it cannot take these inputs, or None.
-        opt_in: Serves only when asked for by name (code that has not yet run on its hardware).
+        opt_in: Serves only when asked for by name: code that has not yet run on its hardware, or
+            has a cost that not every program should pay.
         yields: Says why a later backend serves these inputs better, or None. It is not asked where
             this one was asked for by name, and serves where no later one but the reference does.
     """
@@ -196,15 +199,24 @@ class Table(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
         requested = self.requested(requested)
         if requested:
             return self._named(inputs, device_type, requested)
+        missing: Reason = None
         yielding = None
         for backend in self.backends[:-1]:
-            if backend.opt_in or backend.reason_against(device_type) is not None:
+            if backend.opt_in:
                 continue
-            if backend.declines(inputs) is None:
+            reason = backend.reason_against(device_type)
+            if reason is not None:
+                if device_type in backend.devices and _might_take(backend, inputs):
+                    missing = reason
+            elif backend.declines(inputs) is None:
                 if backend.yields(inputs) is None:
                     return backend
                 yielding = yielding or backend
-        return yielding or self.reference
+        if yielding is not None:
+            return yielding
+        if missing and self.reference.declines(inputs) is None:
+            _say_slow_once(self.name, device_type, missing)
+        return self.reference
 
     def requested(self, name: str = "") -> str:
         """Return the backend asked for: by name, else by the environment variable, else ``""``."""
@@ -239,6 +251,27 @@ class Table(Generic[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
                 f"backend: {requested!r} cannot serve this call of {self.name}: {reason}"
             )
         return backend
+
+
+def _say_slow_once(operator: str, device_type: str, reason: str) -> None:
+    """Warn that calls are slow, once for a device type: pip hides what a build prints."""
+    if device_type in _said_slow:
+        return
+    _said_slow.add(device_type)
+    warnings.warn(
+        f"{operator} runs on its reference backend, slower with the same results, since on "
+        f"{device_type} {reason}; 'collavo info' shows every operator's backend",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _might_take(backend: Any, inputs: Any) -> bool:
+    """Tell whether a backend that is not here would take inputs; where it cannot say, yes."""
+    try:
+        return backend.declines(inputs) is None
+    except ImportError:
+        return True
 
 
 def environment_choice(operator: str) -> str:

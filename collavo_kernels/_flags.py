@@ -18,7 +18,8 @@ _MESSAGES = {
     ROW_INDEX_OUT_OF_RANGE: "row_index: an entry lies outside the table; it was treated as -1",
     KEY_RANGE_INVERTED: "key_range: a range is inverted or leaves the sequence; it was clipped",
     CRAYON_INDEX_OUT_OF_RANGE: (
-        "crayon_index: an entry is no row of its sample; it was treated as -1"
+        "crayon_index: an entry is no row of its sample, or its sample has not as many image "
+        "tokens; it was treated as -1"
     ),
 }
 _words: dict[torch.device, Tensor] = {}

@@ -20,8 +20,9 @@ from torch import Tensor
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_CODES = {"best": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+ISA_VARIABLE = "COLLAVO_ISA"
 BEST_ISA = ISA_CODES["best"]
-_REBUILD = "reinstall the package with a C++ compiler (see CONTRIBUTING.md)"
+_REBUILD = "mend that and pip install again with --force-reinstall --no-deps --no-cache-dir"
 
 
 def native() -> ModuleType | None:
@@ -94,26 +95,34 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("collavo_kernels._C")
     except ModuleNotFoundError:
-        return None, f"the compiled module was not built; {_REBUILD}"
+        return None, f"the compiled module was not built ({_build_reason('_C')}); {_REBUILD}"
     except Exception as error:
         return None, f"the compiled module does not load ({error!r}); {_REBUILD}"
-    wanted = os.environ.get("COLLAVO_ISA", "best")
+    wanted = os.environ.get(ISA_VARIABLE, "").strip() or "best"
     if wanted != "best":
         if wanted not in module.isas():
             usable = ", ".join(module.isas())
             raise ValueError(
-                f"COLLAVO_ISA: expected best or one of {usable} on this machine, got {wanted!r}"
+                f"{ISA_VARIABLE}: expected best or one of {usable} on this machine, got {wanted!r}"
             )
         module.use_isa(ISA_CODES[wanted])
     module.attach_thread_pool()
     return module, None
 
 
+def _build_reason(module: str) -> str:
+    """Return what setup.py wrote in the place of a module that it did not build."""
+    try:
+        return Path(__file__).with_name(f"{module}.reason").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return "no build was tried here: these are the bare sources"
+
+
 @functools.cache
 def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
     file = Path(__file__).with_name("_cuda" + importlib.machinery.EXTENSION_SUFFIXES[0])
     if not file.exists():
-        return None, "the CUDA library was not built (no nvcc when the package was installed)"
+        return None, f"the CUDA library was not built ({_build_reason('_cuda')})"
     try:
         library = ctypes.CDLL(str(file))
         library.collavo_cuda_error_string.restype = ctypes.c_char_p

@@ -113,7 +113,11 @@ class Operator(Table[Inputs, Result, Saved, OutputGrads, Wanted, Gradients]):
 
     def __call__(self, inputs: Inputs, backend: str = "") -> Result:
         """Call the operator through PyTorch."""
-        return self.bundled(self._dispatch(inputs, backend))
+        try:
+            return self.bundled(self._dispatch(inputs, backend))
+        except NotImplementedError:  # the dispatcher has no words for a tensor's kind
+            self.validate(inputs)
+            raise
 
     def run(self, inputs: Inputs, backend: str = "") -> Result:
         """Check the inputs and let the backend that serves compute."""

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Before 2.9 a CPU makes scores of S x S elements for ``enable_gqa``. A version compares itself with
 # a string.
 _TAKES_GQA = torch.__version__ >= "2.9"
-_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass
+class _Switch:
+    """How many calls are inside, and what cuDNN's switch was before the first of them."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    inside: int = 0
+    before: bool = True
+
+
+_switch = _Switch()
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -55,7 +68,33 @@ def sdpa_without_plans(query: Tensor) -> AbstractContextManager[None]:
     """
     if not query.is_cuda or torch.compiler.is_compiling():
         return nullcontext()
-    return cast("AbstractContextManager[None]", sdpa_kernel(_WITHOUT_PLANS))
+    return cudnn_left_out()
+
+
+@contextmanager
+def cudnn_left_out() -> Iterator[None]:
+    """Switch cuDNN's attention off and, as the last of all threads to leave, back to what it was.
+
+    PyTorch's switches are the process's. The other kernels' stay as the user has them; where they
+    are all off, nothing is changed.
+    """
+    cuda: Any = torch.backends.cuda
+    others = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled)
+    if not any(enabled() for enabled in others):
+        yield
+        return
+    with _switch.lock:
+        if _switch.inside == 0:
+            _switch.before = cuda.cudnn_sdp_enabled()
+            cuda.enable_cudnn_sdp(False)
+        _switch.inside += 1
+    try:
+        yield
+    finally:
+        with _switch.lock:
+            _switch.inside -= 1
+            if _switch.inside == 0:
+                cuda.enable_cudnn_sdp(_switch.before)
 
 
 def folded(
@@ -68,7 +107,7 @@ def folded(
     batch, heads, length, size = query.shape
     mask, kv_heads = options.get("attn_mask"), key.shape[1]
     for_all = mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
-    if length > 1 or heads == kv_heads or not for_all or options.get("is_causal"):
+    if length != 1 or heads == kv_heads or not for_all or options.get("is_causal"):
         return query, key, value, options
     return query.reshape(batch, kv_heads, heads // kv_heads, size), key, value, options
 

@@ -7,11 +7,13 @@ checked inside the operators, where no host synchronisation is needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+_Entry = TypeVar("_Entry")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
@@ -19,7 +21,9 @@ REFERENCE_DTYPES = (*FLOAT_DTYPES, torch.float64)
 def describe(value: object) -> str:
     """Say what came: a tensor as its dtype, shape and device, anything else as its type."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        shape = "of unequal shapes" if value.is_nested else list(value.shape)
+        return f"{dtype} {shape} on {value.device}"
     return type(value).__name__
 
 
@@ -47,11 +51,13 @@ def expect_tensor(
         The tensor itself.
 
     Raises:
-        TypeError: if it is no tensor or has another dtype.
+        TypeError: if it is no dense tensor or has another dtype.
         ValueError: if its shape or device is another.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {describe(value)}{_suffix(hint)}")
+    if not is_dense(value):
+        raise TypeError(f"{argument}: expected a dense tensor, got {_layout_of(value)}")
     if dtypes is not None and value.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{argument}: expected dtype {names}, got {describe(value)}{_suffix(hint)}")
@@ -65,6 +71,18 @@ def expect_tensor(
             f"{argument}: expected a tensor on {device}, got {describe(value)}{_suffix(hint)}"
         )
     return value
+
+
+def is_dense(value: Tensor) -> bool:
+    """Say whether a tensor's elements lie in memory at strides, which all that reads them needs."""
+    return value.layout is torch.strided and not value.is_nested
+
+
+def _layout_of(value: Tensor) -> str:
+    if value.is_nested:
+        return f"a nested one, {describe(value)}; torch.nested.to_padded_tensor makes it dense"
+    layout = str(value.layout).removeprefix("torch.").removeprefix("_")
+    return f"one of layout {layout}, {describe(value)}; to_dense() makes it dense"
 
 
 def _shape_matches(value: Tensor, shape: Sequence[int | str | torch.SymInt]) -> bool:
@@ -82,6 +100,35 @@ def _suffix(hint: str) -> str:
     return f"; {hint}" if hint else ""
 
 
+def expect_number(argument: str, value: float) -> float:
+    """Check that an argument is a real number and return it.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, np.number)):
+        raise TypeError(f"{argument}: expected a number, got {describe(value)}")
+    return value
+
+
+def expect_list(argument: str, value: Sequence[_Entry], of: str) -> Sequence[_Entry]:
+    """Check that an argument is a list or tuple, no bundle of its own, and return it.
+
+    Args:
+        argument: Its name.
+        value: What came.
+        of: What its entries are, for the message.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if type(value) is list or type(value) is tuple:
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, str) or hasattr(value, "_fields"):
+        raise TypeError(f"{argument}: expected a list of {of}, got {describe(value)}")
+    return value
+
+
 def expect_choice(argument: str, value: str, choices: Sequence[str]) -> str:
     """Check that a string argument is one of its choices and return it.
 
@@ -97,8 +144,11 @@ def expect_int(argument: str, value: int, *, minimum: int, maximum: int | None =
     """Check that an integer argument lies in its range and return it.
 
     Raises:
-        ValueError: if it does not.
+        TypeError: if it is no integer.
+        ValueError: if it is out of range.
     """
+    if not isinstance(value, (int, torch.SymInt, np.integer)):
+        raise TypeError(f"{argument}: expected an integer, got {describe(value)}")
     if value < minimum or (maximum is not None and value > maximum):
         upper = "" if maximum is None else f" and at most {maximum}"
         raise ValueError(f"{argument}: expected at least {minimum}{upper}, got {value}")

@@ -21,7 +21,8 @@ import torch
 
 from collavo_kernels import __version__, ops
 from collavo_kernels._backends import ENVIRONMENT_VARIABLE, environment_choice
-from collavo_kernels._native import cuda_reason, native, native_reason
+from collavo_kernels._console import run_command
+from collavo_kernels._native import ISA_VARIABLE, cuda_reason, native, native_reason
 from collavo_kernels._register import AnyBackend, AnyOperator
 from collavo_kernels._requirements import OLDEST_TRANSFORMERS, RequirementError, require
 
@@ -40,6 +41,7 @@ __all__ = [
     "processor_name",
     "require",
     "run",
+    "run_command",
 ]
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "safetensors")
@@ -125,7 +127,9 @@ def collect() -> Report:
         cuda_kernels={"loaded": cuda_reason() is None, "reason": cuda_reason()},
         peers={name: _peer_version(name) for name in PEERS},
         environment={
-            name: os.environ[name] for name in (ENVIRONMENT_VARIABLE,) if name in os.environ
+            name: os.environ[name]
+            for name in (ENVIRONMENT_VARIABLE, ISA_VARIABLE)
+            if os.environ.get(name)
         },
         operators=[
             operator_report(operator, device)
@@ -198,14 +202,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; returns the exit status 0.
+    """Print the report; returns the exit status, 0 unless the output takes no more.
 
     Args:
         argv: The command line without the program's name; None takes ``sys.argv``.
     """
-    parser = argparse.ArgumentParser(prog="python -m collavo_kernels", description=__doc__)
+    program = "python -m collavo_kernels"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    own_process = argv is None
+    return run_command(program, lambda: run(parser.parse_args(argv)), own_process=own_process)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -245,7 +251,8 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
-    pairs = re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", cpuinfo.read_text(), re.M)
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    pairs = re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.M)
     found = dict(reversed(pairs))  # the first processor's stay
     name = found.get("model name") or platform.processor() or platform.machine()
     numbered = re.search(r"\d", name) is not None

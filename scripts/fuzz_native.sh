@@ -78,7 +78,7 @@ export COLLAVO_FUZZ_NOTE=$PWD/case.json COLLAVO_FUZZ_AGAIN=$again
 export COLLAVO_BACKEND= PYTHONPATH=$PWD PYTHONMALLOC=malloc OMP_WAIT_POLICY=passive
 rm -f "$COLLAVO_FUZZ_NOTE"
 # Not captured: a sanitizer's report would be lost with the process.
-LD_PRELOAD=$preload "$python" -m pytest tests/fuzz -p no:cacheprovider -p no:faulthandler -q -rs -s \
+LD_PRELOAD=$preload "$python" -m pytest tests/fuzz/test_fuzz_{native,setup}.py -p no:cacheprovider -p no:faulthandler -q -rs -s \
   --hypothesis-seed="$seed" ${again:+-k again}
 status=$?
 if [ $status -ne 0 ]; then

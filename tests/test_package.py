@@ -175,6 +175,16 @@ def test_no_environment_variable_but_the_documented_ones() -> None:
         assert "getenv" not in path.read_text(), f"{name(path)} reads the environment"
 
 
+def test_text_files_name_their_encoding() -> None:
+    """The locale's is another in a container, where one run cannot read what another wrote."""
+    for path in files(".py", folders=PACKAGES):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                named = "encoding" in {keyword.arg for keyword in node.keywords}
+                text = node.func.attr in ("read_text", "write_text")
+                assert named or not text, f"{name(path)}:{node.lineno}: no encoding"
+
+
 UNFINISHED = r"\b(TODO|FIXME|XXX|HACK)\b|\bplaceholder (function|implementation)\b|\bfor now\b"
 PLACES = r"(?<![\w.])/(work|root|home|mnt|Users)/\w"
 OUTSIDE = r"\.\./shared\b|\bROOT\.parent\b"

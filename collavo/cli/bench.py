@@ -8,6 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+_RUN = """
+import runpy, signal
+if hasattr(signal, "SIGPIPE"):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+runpy.run_module({name!r}, run_name="__main__", alter_sys=True)
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``collavo bench``."""
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for package in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install 'collavo-kernels[test]'")
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q"]
+    command = [*_python_module("pytest"), "benchmarks/", "--benchmark-only", "-q"]
     command += ["--full"] if args.full else []
     command += ["--save-results"] if args.save else []
     command += ["--device", args.device] if args.device else []
@@ -50,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     command += ["-k", args.expression] if args.expression else []
     status = subprocess.run(command, cwd=root, check=False).returncode
     if status == 0 and args.save:
-        plots = [sys.executable, "-m", "benchmarks.plots"]
+        plots = _python_module("benchmarks.plots")
         status = subprocess.run(plots, cwd=root, check=False).returncode
-    return status
+    return status if status >= 0 else 128 - status  # a signal ended it
+
+
+def _python_module(name: str) -> list[str]:
+    """Return the command that runs a module and that a closed pipe ends without a word."""
+    return [sys.executable, "-c", _RUN.format(name=name)]

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from collavo.panoptic.coco import check_same_size, find_panoptic_map, read_image
+from collavo.cli import expect_text
+from collavo.panoptic.coco import find_panoptic_map
+from collavo.panoptic.images import read_image
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,9 +49,14 @@ def _questions(given: str | None) -> Iterator[str]:
             line = input("> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"standard input: expected text in {error.encoding}, got the byte "
+                f"0x{error.object[error.start]:02x}; PYTHONIOENCODING names another encoding"
+            ) from None
         if not line:
             return
-        yield line
+        yield expect_text("standard input", line)
 
 
 class _Chat:
@@ -58,6 +65,8 @@ class _Chat:
     def __init__(self, args: argparse.Namespace) -> None:
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
+        if args.question is not None:
+            expect_text("--question", args.question)
         if (args.panoptic is None) != (args.annotations is None):
             missing = "--annotations" if args.annotations is None else "--panoptic"
             raise ValueError(f"{missing}: --panoptic and --annotations go together")
@@ -67,8 +76,7 @@ class _Chat:
         self.image = None if args.image is None else read_image(args.image)
         self.panoptic = None
         if self.image is not None and args.panoptic is not None:
-            self.panoptic = find_panoptic_map(args.panoptic, args.annotations)
-            check_same_size(self.panoptic, args.panoptic, self.image, args.image)
+            self.panoptic = find_panoptic_map(args.panoptic, args.annotations, image=args.image)
         self.options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
         self.object_text = args.object_text
         self.model, self.processor = _load(args.model, args.dtype, args.device)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from collavo import writing
+
 if TYPE_CHECKING:
     from collavo.demo.report import Check
 
@@ -52,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
     from collavo.demo.estimate import estimate_seconds, in_words
     from collavo.demo.experiment import Experiment
     from collavo.demo.settings import FULL, QUICK
+    from collavo.model.files import weight_patterns
 
     settings = replace(QUICK if args.quick else FULL, ablations=args.ablations)
     args.output.mkdir(parents=True, exist_ok=True)
+    writing.check_file(args.output / "report.json")
     start = time.perf_counter()
     print(
         f"collavo demo, seed {args.seed}: {in_words(estimate_seconds(settings))} on this machine "
@@ -72,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     answers.draw_answers(experiment.test, shown, answered, picture)
     results.seconds["total"] = round(time.perf_counter() - start, 1)
     report.write_json(args.output / "report.json", results, found, settings, args.seed)
-    experiment.model.save_pretrained(args.output / "model")
-    experiment.processor.save_pretrained(args.output / "model")
+    with writing.written_folder(args.output / "model", weight_patterns()) as partial:
+        experiment.model.save_pretrained(partial)
+        experiment.processor.save_pretrained(partial)
     print(f"\n{report.table(results)}\n")
     print(report.check_lines(found))
     print(f"\nheld-out scene, {picture}:\n{answers.scene_lines(answered)}")

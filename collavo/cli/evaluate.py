@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from collavo import writing
+from collavo.cli import expect_text
 from collavo.evaluation import (
     CRAYON_USES,
     ObjectScore,
@@ -65,6 +67,12 @@ def run(args: argparse.Namespace) -> int:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1")
+    for name, words in (("--suffix", [args.suffix]), ("--candidates", args.candidates or [])):
+        for word in words:
+            expect_text(name, word)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        writing.check_file(args.output)  # before the hours that the answers may take
     samples = CocoPanopticDataset(args.images, args.panoptic, args.annotations)
     questions = []
     if "c2b" in args.tasks:
@@ -123,8 +131,11 @@ def _write(
     if args.output is None:
         print(text, end="")
     else:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
+        try:
+            writing.write_file(args.output, text.encode())
+        except OSError:
+            print(text, end="")  # the scores are not lost with the file
+            raise
     # The table is for people: where JSON goes to the standard output, it goes beside it.
     print(table(results), file=sys.stdout if args.output else sys.stderr)
 

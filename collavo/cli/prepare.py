@@ -1,14 +1,13 @@
 """``collavo prepare``: turn a COCO panoptic folder into shards of crayon maps and instructions.
 
 The exit status is 0 if all was prepared, 3 if something was skipped and the rest is done, 2 after
-an error and 130 after Ctrl-C. A run that was broken off goes on where it stopped when it is
-started again.
+an error, 130 after Ctrl-C and 143 after SIGTERM. A run that was broken off goes on where it stopped
+when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from collavo.panoptic.coco_index import CocoFolder, find_coco_folder
@@ -16,7 +15,6 @@ from collavo.panoptic.instructions import TEMPLATES
 from collavo.prepared.shards import PrepareSettings
 
 SKIPPED_STATUS = 3
-INTERRUPTED_STATUS = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +85,9 @@ def run(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         again = "without --overwrite " if args.overwrite else ""
-        print(
-            f"collavo prepare: interrupted; run it again {again}to go on where it stopped",
-            file=sys.stderr,
-        )
-        return INTERRUPTED_STATUS
-    # A file's name may hold characters that no encoding has.
-    encoding = sys.stdout.encoding or "utf-8"
-    print(report.summary().encode(encoding, "backslashreplace").decode(encoding))
+        hint = f"run it again {again}to go on where it stopped"
+        raise KeyboardInterrupt(hint) from None
+    print(report.summary())
     return SKIPPED_STATUS if report.skipped else 0
 
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from collavo.panoptic import detections_from_map, format_objects
-from collavo.panoptic.coco import check_same_size, find_panoptic_map, read_image
+from collavo.panoptic.coco import find_panoptic_map
+from collavo.panoptic.images import read_image
 from collavo.pictures.drawing import VIEWS, check_suffix, save_scene
 
 
@@ -51,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-number: expected at least 0, got {args.max_number}")
     output = check_suffix(args.output or f"{args.image.stem}-crayon.png")
     image = read_image(args.image)
-    panoptic = find_panoptic_map(args.panoptic, args.annotations)
-    check_same_size(panoptic, args.panoptic, image, args.image)
+    panoptic = find_panoptic_map(args.panoptic, args.annotations, image=args.image)
     save_scene(
         output,
         image,

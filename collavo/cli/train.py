@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from transformers import HfArgumentParser, set_seed
 
 from collavo.panoptic.coco import CocoPanopticDataset
-from collavo.panoptic.maps import MapInput
+from collavo.panoptic.coco_index import Skipped
 from collavo.prepared.read import PreparedDataset
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.schedule import STEP_KINDS
@@ -43,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vl-data", type=Path, nargs="*", default=[], help="JSON files in LLaVA's format (cit)"
     )
     group.add_argument("--vl-images", type=Path, help="folder that their image paths start from")
+    group.add_argument(
+        "--vl-coco-images",
+        type=Path,
+        help="folder among --vl-images whose pictures have COCO's maps, such as coco/train2017 "
+        "(default: wherever one picture alone ends in a name that COCO lists)",
+    )
     group.add_argument("--max-length", type=int, help="longest sequence, in tokens")
     group.add_argument("--lora-rank", type=int, default=64, help="rank of new adapters (cit)")
     group.add_argument("--lora-alpha", type=float, default=64.0, help="alpha of new adapters (cit)")
@@ -66,13 +74,15 @@ def run(args: argparse.Namespace) -> int:
     from collavo.train.trainer import CollavoTrainer
 
     training = training_arguments(args)
+    _check_workers(args, training)
     samples = coco_samples(args)
     model, processor = load_folder(args.model)
     if isinstance(samples, PreparedDataset):
         samples.check_crayon(
             grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
         )
-    image_data, vl_data = datasets(args, training, samples, processor.max_number)
+    skipped = list(samples.skipped) if isinstance(samples, CocoPanopticDataset) else []
+    image_data, vl_data = datasets(args, training, samples, processor.max_number, skipped.append)
     missing = [name for name in STEP_KINDS if name not in model.config.adapters]
     if training.stage == "cit" and missing:
         set_seed(training.seed)  # new adapters are drawn before the trainer sets it
@@ -87,12 +97,32 @@ def run(args: argparse.Namespace) -> int:
         data_collator=CrayonCollator(processor, max_length=args.max_length),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=args.resume or training.resume_from_checkpoint)
+    resume = args.resume or training.resume_from_checkpoint
+    if trainer.is_world_process_zero():
+        if not resume:
+            trainer.unusable.begin()  # train() would forget what is added now
+        for one in skipped:
+            trainer.unusable(one)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"model saved in {training.output_dir}")
+        if trainer.unusable.summary():
+            print(trainer.unusable.summary())
+    trainer.save_state()
     return 0
+
+
+def _check_workers(args: argparse.Namespace, training: CollavoTrainingArguments) -> None:
+    """Raise if there will be workers that do not know of ``--max-pixels``: only a fork does."""
+    context = getattr(training, "dataloader_multiprocessing_context", None)
+    kind = context or multiprocessing.get_start_method()
+    if args.max_pixels is not None and training.dataloader_num_workers and kind != "fork":
+        raise ValueError(
+            "--max-pixels: expected with --dataloader_num_workers 0, or with "
+            f"--dataloader_multiprocessing_context fork, got {training.dataloader_num_workers} "
+            f"workers of kind {kind!r}, which start with Pillow's own limit"
+        )
 
 
 def training_arguments(args: argparse.Namespace) -> CollavoTrainingArguments:
@@ -126,7 +156,7 @@ def coco_samples(args: argparse.Namespace) -> Samples | None:
         raise ValueError(f"{missing[0]}: expected with {', '.join(parts)}, got none")
     if args.prepared is not None:
         return PreparedDataset(args.prepared, args.coco_images)
-    return CocoPanopticDataset(args.coco_images, args.panoptic, args.annotations)
+    return CocoPanopticDataset(args.coco_images, args.panoptic, args.annotations, skip_faults=True)
 
 
 def datasets(
@@ -134,13 +164,19 @@ def datasets(
     training: CollavoTrainingArguments,
     samples: Samples | None,
     max_number: int,
+    on_skip: Callable[[Skipped], None] | None = None,
 ) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
-    """Build the two data sets; an image of the VL data has the map that COCO has for its name.
+    """Build the two data sets; images of the VL data have the maps that COCO has for them.
+
+    Malformed records of the VL data are left out and handed to ``on_skip``.
 
     Raises:
-        ValueError: if the stage needs a data set that was not named.
+        ValueError: if the stage needs a data set that was not named, or it is not clear which of
+            the VL data's images a map is for.
     """
     from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
+    from collavo.train.picture_maps import PictureMaps
+    from collavo.train.sampler import JoinedDataset
 
     if samples is None and (training.stage == "cpt" or training.vl_probability < 1.0):
         raise ValueError(
@@ -160,16 +196,21 @@ def datasets(
     if training.stage == "cpt" or not args.vl_data:
         return image_data, None
 
-    def panoptic_map(path: Path) -> MapInput | None:
-        index = None if samples is None else samples.index_of(path.name)
-        if samples is None or index is None:
-            return None
-        if isinstance(samples, PreparedDataset):
-            return samples.crayon(index)
-        return samples.panoptic_map(index)
-
     parts = [
-        ConversationDataset.from_llava_json(path, images=args.vl_images, panoptic=panoptic_map)
+        ConversationDataset.from_llava_json(path, images=args.vl_images, on_skip=on_skip)
         for path in args.vl_data
     ]
-    return image_data, ConcatDataset(parts)
+    if samples is not None:
+        folder = args.vl_coco_images
+        if folder is not None and args.vl_images is not None:
+            folder = args.vl_images / folder
+        pictures = [path for part in parts for path in part.pictures()]
+        first = training.process_index == 0
+        maps = PictureMaps(samples, pictures, folder=folder, sizes=first)
+        for part in parts:
+            part.panoptic = maps
+        if first:
+            print(maps.summary())
+    elif args.vl_coco_images is not None:
+        raise ValueError("--vl-coco-images: expected with --coco-images, whose maps it is about")
+    return image_data, JoinedDataset(parts)

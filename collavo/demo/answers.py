@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from collavo import writing
 from collavo.demo.experiment import Experiment
 from collavo.demo.model import GRID
 from collavo.demo.storage import Scenes
@@ -104,7 +105,8 @@ def draw_answers(scenes: Scenes, image: int, answered: list[Answered], path: Pat
             text = _short(answer) + _verdict(row.question, answer)
             draw.text((x, y), text, fill=_colour(row.question, answer), font=font)
         y += line
-    sheet.save(path)
+    with writing.written_file(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def _short(answer: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from collavo import writing
 from collavo.demo import base
 from collavo.demo.construction import Before, base_state, same_state
 from collavo.demo.conversations import Talk, Talks, base_talk, image_talk, list_talk, vl_talk
@@ -32,6 +33,7 @@ from collavo.evaluation import (
     score,
 )
 from collavo.evaluation.answering import CrayonUse, with_crayon
+from collavo.model.files import weight_patterns
 from collavo.model.llava import CollavoForConditionalGeneration
 from collavo.processing.processor import CollavoProcessor
 
@@ -187,8 +189,9 @@ class Experiment:
             name: one.setdefault(tensor.data_ptr(), tensor.to(torch.bfloat16))
             for name, tensor in self.model.state_dict().items()
         }
-        self.model.save_pretrained(folder, state_dict=halved)
-        self.processor.save_pretrained(folder)
+        with writing.written_folder(folder, weight_patterns()) as partial:
+            self.model.save_pretrained(partial, state_dict=halved)
+            self.processor.save_pretrained(partial)
 
     def _texts(self) -> Iterator[str]:
         for talk in (base_talk, list_talk, image_talk, vl_talk):

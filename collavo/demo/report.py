@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from collavo import writing
 from collavo.demo.experiment import Results
 from collavo.demo.settings import Settings
 from collavo_kernels import info
@@ -209,7 +210,7 @@ def write_json(
     }
     # A line an entry: to be read, and to be compared by line.
     entries = ",\n".join(f"{json.dumps(key)}: {_entry(value)}" for key, value in content.items())
-    path.write_text(f"{{\n{entries}\n}}\n", encoding="utf-8")
+    writing.write_file(path, f"{{\n{entries}\n}}\n".encode())
 
 
 def _entry(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collavo.demo.report import ROWS, differences
+from collavo.panoptic.json_files import read_object
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def read_reports(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """
     reports = []
     for path in paths:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report, dict) or "cit" not in report.get("measurements", {}):
+        report = read_object(path)
+        if "cit" not in report.get("measurements", {}):
             raise ValueError(f"{path}: expected a report.json of collavo demo")
         reports.append(report)
     return reports

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from collavo import writing
 from collavo.demo.scenes import SIZE, STUFF_NAMES, THING_NAMES, Scene
 from collavo.panoptic import (
     CocoPanopticDataset,
@@ -54,6 +55,7 @@ def write_scenes(folder: Path, scenes: Iterable[Scene]) -> None:
     """
     for name in ("images", "panoptic"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "panoptic.json").unlink(missing_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes, start=1):
@@ -68,7 +70,8 @@ def write_scenes(folder: Path, scenes: Iterable[Scene]) -> None:
         "annotations": annotations,
         "categories": coco_categories(class_index(n) for n in (*THING_NAMES, *STUFF_NAMES)),
     }
-    (folder / "panoptic.json").write_text(json.dumps(content), encoding="utf-8")
+    # The last file: with it, the scenes are all there.
+    writing.write_file(folder / "panoptic.json", json.dumps(content).encode())
 
 
 def _segments_info(scene: Scene) -> list[dict[str, Any]]:

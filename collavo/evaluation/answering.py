@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from collavo._arguments import expect_like
 from collavo.evaluation.questions import ObjectQuestion
 from collavo.panoptic.coco import CocoPanopticDataset
 from collavo.processing.processor import CollavoProcessor
@@ -54,6 +55,9 @@ def answer_questions(
     """
     if crayon not in CRAYON_USES:
         raise ValueError(f"crayon: expected one of {', '.join(CRAYON_USES)}, got {crayon!r}")
+    expect_like("model", model, "a model", has=("generate", "training"))
+    expect_like("processor", processor, "a CollavoProcessor", has=("tokenizer", "prompt"))
+    expect_like("samples", samples, "a CocoPanopticDataset", has=("panoptic_map", "__len__"))
     answers = [""] * len(questions)
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training

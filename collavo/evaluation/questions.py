@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from collavo._arguments import expect_like
 from collavo.panoptic.categories import NUM_THINGS, class_index, display_name, is_thing
 from collavo.panoptic.coco import CocoPanopticDataset
 from collavo.panoptic.text import Detection, detections_from_map, format_box
@@ -137,6 +138,7 @@ def box_questions(
 
 
 def _images(samples: CocoPanopticDataset, limit: int | None) -> range:
+    expect_like("samples", samples, "a CocoPanopticDataset", has=("panoptic_map", "__len__"))
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least one image, got {limit}")
     return range(len(samples) if limit is None else min(limit, len(samples)))

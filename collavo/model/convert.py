@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collavo._arguments import expect_like
 from collavo.configuration import CollavoConfig, CollavoTextConfig
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,13 @@ def convert_state_dict(
     Args:
         official_state_dict: The tensors by their official names.
         official_config: The official ``config.json`` as a dictionary. It may also hold
-            ``vision_config`` (CLIP's fields; sizes that the tensors show are read from them) and
-            ``lora`` (``{"alpha": ...}``, by default the rank), or hold all of these as ``{"config":
-            ..., "clip_config": ..., "lora": ...}``.
+            ``vision_config`` (CLIP's fields; sizes that the tensors show are read from them),
+            ``lora`` (``{"alpha": ...}``, by default the rank) and ``special``
+            (``{"image_token_index": ...}``, the id of the image token), or hold all of these as
+            ``{"config": ..., "clip_config": ..., "lora": ..., "special": ...}``. By default the
+            image token is the embedding's last row, beyond the words that the head can say; the
+            official loader adds that row after loading, so where there is none a row of zeros is
+            added, which the image's features replace.
 
     Returns:
         The configuration and a state dict for
@@ -103,11 +108,17 @@ def convert_state_dict(
         rearranging are the given ones, not copies.
 
     Raises:
+        TypeError: if an argument is no dictionary.
         ValueError: naming the tensors that are missing or that have no place, or the field of the
             configuration.
 
     Source: released CoLLaVO code, InternLM2 with PLoRA.
     """
+    for name, value in (
+        ("official_state_dict", official_state_dict),
+        ("official_config", official_config),
+    ):
+        expect_like(name, value, "a dictionary", has=("items", "get"), hint="load the file first")
     official = _Official(official_state_dict)
     text = dict(official_config.get("config", official_config))
     config = _config(official, text, official_config)
@@ -116,6 +127,7 @@ def convert_state_dict(
         _convert_layer(official, state, index, config)
     for old, new in _OUTER.items():
         state[new] = official.take(old)
+    _add_image_token(state, config)
     for old, new in _CONNECTORS.items():
         for part in ("weight", "bias"):
             state[f"{new}.{part}"] = official.take(f"{old}.{part}")
@@ -127,8 +139,8 @@ def convert_state_dict(
 
 
 def _config(official: _Official, text: dict[str, Any], given: Mapping[str, Any]) -> CollavoConfig:
-    rows, _ = official.shape("model.tok_embeddings.weight")
     vocabulary, _ = official.shape("output.weight")
+    image_token, rows = _image_token(official, given.get("special") or {})
     rank, _ = official.shape("model.layers.0.attention.wqkv.Plora_A.weight")
     crayon_rank, _ = official.shape("model.layers.0.attention.wqkv.Plora_seg_A.weight")
     classes, width = official.shape("seg_prompt_embed.weight")
@@ -141,7 +153,6 @@ def _config(official: _Official, text: dict[str, Any], given: Mapping[str, Any])
         raise ValueError(f"official_config: expected the field {missing[0]!r}")
     vision = _vision_config(official, given)
     grid = vision["image_size"] // vision["patch_size"]
-    special = given.get("special", {})
     return CollavoConfig(
         text_config=CollavoTextConfig(
             **{name: text[name] for name in _TEXT_FIELDS if name in text},
@@ -159,7 +170,7 @@ def _config(official: _Official, text: dict[str, Any], given: Mapping[str, Any])
             lora_alpha=scaling * rank,
         ),
         vision_config={"model_type": "clip_vision_model", **vision},
-        image_token_index=special.get("image_token_index", rows - 1),
+        image_token_index=image_token,
         image_seq_length=grid * grid,
         vision_feature_layer=vision.get("select_layer", -1),
         num_crayon_classes=classes - 1,
@@ -167,6 +178,35 @@ def _config(official: _Official, text: dict[str, Any], given: Mapping[str, Any])
         crayon_embed_dim=width,
         architectures=["CollavoForConditionalGeneration"],
     )
+
+
+def _image_token(official: _Official, special: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the image token's id and how many rows the embedding has with it."""
+    rows, _ = official.shape("model.tok_embeddings.weight")
+    vocabulary, _ = official.shape("output.weight")
+    if rows < vocabulary:
+        raise ValueError(
+            f"official_state_dict: expected at least the head's {vocabulary} rows in "
+            f"model.tok_embeddings.weight, got {rows}"
+        )
+    token = special.get("image_token_index")
+    if token is None:
+        token = rows - 1 if rows > vocabulary else rows
+    if type(token) is not int or not 0 <= token <= rows:
+        raise ValueError(
+            "official_config: special: expected an image_token_index from 0 to the embedding's "
+            f"{rows} rows, got {token!r}; give the tokenizer's id of <image>"
+        )
+    return token, max(rows, token + 1)
+
+
+def _add_image_token(state: dict[str, Tensor], config: CollavoConfig) -> None:
+    """Add the image token's row to an embedding that was saved before the token was added."""
+    name = _OUTER["model.tok_embeddings.weight"]
+    table = state[name]
+    if 0 < table.shape[0] <= config.image_token_index:
+        logger.info("model.tok_embeddings.weight: a row is added for the image token")
+        state[name] = torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
 def _vision_config(official: _Official, given: Mapping[str, Any]) -> dict[str, Any]:

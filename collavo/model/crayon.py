@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from collavo.model.described import describe_llava
 from collavo.model.layer import BRANCHES
-from collavo.model.rows import flatten_rows
+from collavo.model.pretrained import SavedWhole
+from collavo.model.rows import CrayonRows, flatten_rows
 from collavo.model.turns import is_packed, new_images, repeat_images
 from collavo_kernels.nn import (
     CrayonInputs,
@@ -48,7 +51,9 @@ class CrayonModelMixin:
         **kwargs: Any,
     ) -> Any:
         """Run LLaVA's forward with the crayon; inputs as in ``CrayonGenerationMixin.forward``."""
-        images = self._image_tokens(input_ids, inputs_embeds)
+        images = self.image_tokens(input_ids, inputs_embeds)
+        if input_ids is None and pixel_values is None:
+            self._check_images_are_found(images, past_key_values, kwargs)
         table, index = self._crayon_table(images, crayon_index, crayon_class, crayon_number)
         fused, key_range = self._fused(
             attention_mask, position_ids, past_key_values, images.shape[1]
@@ -68,8 +73,18 @@ class CrayonModelMixin:
             **kwargs,
         )
 
-    def _image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Return bool ``[B, S]``: where the image's tokens stand."""
+    def image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return bool ``[B, S]``: where the image's tokens stand.
+
+        Args:
+            input_ids: int64 ``[B, S]`` or None.
+            inputs_embeds: ``[B, S, hidden_size]``, read where there are no ids. An image token is
+                one that has the embedding of ``config.image_token_id``: none where features have
+                taken its place.
+
+        Raises:
+            ValueError: if both are None.
+        """
         if input_ids is not None:
             return cast(Tensor, input_ids == self.config.image_token_id)
         if inputs_embeds is None:
@@ -79,6 +94,19 @@ class CrayonModelMixin:
             (), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device
         )
         return cast(Tensor, (inputs_embeds == embed(token)).all(-1))
+
+    def _check_images_are_found(self, images: Tensor, cache: Any, inputs: dict[str, Any]) -> None:
+        """Raise where adapters of image tokens would miss images that stand in the embeddings."""
+        if not self.crayon_image_adapters or inputs.get("mm_encoder_outputs"):
+            return
+        is_prefill = cache is None or int(cache.get_seq_length()) == 0
+        if is_prefill and not bool(images.any()):
+            raise ValueError(
+                "inputs_embeds: expected embeddings of image tokens with pixel_values, or "
+                f"input_ids, since the adapters {list(self.crayon_image_adapters)} act on image "
+                "tokens alone; got neither: where features are merged in already no image token "
+                "can be found"
+            )
 
     def _crayon_table(
         self,
@@ -98,7 +126,8 @@ class CrayonModelMixin:
                 f"{missing[0]}: expected all of {', '.join(CRAYON_INPUTS)} or none of them"
             )
         rows = flatten_rows(images, crayon_index, crayon_class, crayon_number)
-        return self.crayon_prompt.project(rows.row_class, rows.row_number), rows.row_index
+        # Called, not asked: offload brings weights to a module when it is called.
+        return self.crayon_prompt(rows), rows.row_index
 
     def _idle_table(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return, in training, a table whose one row no token has, else None twice.
@@ -110,7 +139,7 @@ class CrayonModelMixin:
             return None, None
         row = torch.zeros(1, dtype=torch.int32, device=images.device)
         index = torch.full_like(images, -1, dtype=torch.int32)
-        return self.crayon_prompt.project(row, row), index
+        return self.crayon_prompt(CrayonRows(row, row, index)), index
 
     def _fused(
         self, attention_mask: Any, position_ids: Tensor | None, past_key_values: Any, length: int
@@ -152,7 +181,7 @@ class CrayonModelMixin:
         return mask, torch.full((table.shape[0],), on_image, dtype=torch.uint8, device=mask.device)
 
 
-class CrayonGenerationMixin:
+class CrayonGenerationMixin(SavedWhole):
     """Put before ``LlavaForConditionalGeneration``: the crayon in ``forward`` and ``generate``."""
 
     config: Any
@@ -221,22 +250,32 @@ class CrayonGenerationMixin:
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        *args: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Leave images and their crayon out of every step that reads them from the cache.
 
-        A later turn may bring its new images alone or those of the whole conversation.
+        A later turn may bring its new images alone or those of the whole conversation. The
+        parameters have the names that transformers looks for (``generate(inputs_embeds=...)``).
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         cached = kwargs.get("use_cache", True)
         if not is_first_iteration and cached:
             dropped: tuple[str, ...] = CRAYON_INPUTS
         elif self._image_is_cached(inputs):
-            dropped = (*CRAYON_INPUTS, "pixel_values")
+            dropped = (*CRAYON_INPUTS, "pixel_values", "mm_encoder_outputs")
         else:
             dropped = ()
             inputs |= new_images(inputs, input_ids, self.config)
@@ -267,24 +306,33 @@ class CrayonGenerationMixin:
             input_ids=input_ids,
             **model_kwargs,
         )
-        if expand_size > 1 and pixels is not None and input_ids is not None:
-            tokens = (input_ids == self.config.image_token_id).sum(1)
+        if expand_size > 1 and pixels is not None:
+            embeds = model_kwargs.get("inputs_embeds")
+            # Beside embeddings the ids are those of the answer so far: none.
+            ids = input_ids if embeds is None else None
+            tokens = cast(Any, self.model).image_tokens(ids, embeds).sum(1)
             inputs["pixel_values"] = repeat_images(pixels, tokens, expand_size)
         return expanded, inputs
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, under the names that the model has.
+    def _get_candidate_generator(
+        self, *args: Any, model_kwargs: Any, assistant_model: Any = None, **kwargs: Any
+    ) -> Any:
+        """Keep from an assistant model the inputs that its forward does not know.
 
-        transformers writes a LLaVA model under its old names; a checkpoint of those could not be
-        resumed, since loading a state dict does not translate.
-
-        Args:
-            save_directory: The folder.
-            *args: As in transformers.
-            **kwargs: As in transformers.
+        It has no use for them: transformers gives an assistant no images, however it is called.
         """
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if assistant_model is not None:
+            known = inspect.signature(assistant_model.forward).parameters
+            unknown = {name for name in (*CRAYON_INPUTS, "pixel_values") if name not in known}
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in unknown}
+        return super()._get_candidate_generator(  # type: ignore[misc]
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def saved_config(self) -> Any:
+        """Return the configuration to save; that of a patched LLaVA says what was done to it."""
+        settings = getattr(self, "crayon_settings", None)
+        return self.config if settings is None else describe_llava(self, settings)
 
     def crayon_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what CPT trains: queries, crayon MLP and, in projection mode, every A and B."""

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from collavo.configuration import CollavoTextConfig
 from collavo.model.linear import CollavoLinear
+from collavo.model.peft_layers import copy_adapters, is_peft_layer
 from collavo_kernels.nn import (
     ATTENTION_PROJECTIONS,
     CrayonAttention,
@@ -115,11 +116,44 @@ class CrayonLayerMixin:
         """Run ``forward``, the crayon's table beside the hidden states.
 
         Re-entrant checkpointing takes gradients to tensors among the positional arguments alone.
+
+        Raises:
+            ValueError: if none of those asks for a gradient under it: what is trained inside the
+                layer would get none; or if adapters act on image tokens alone and nothing says
+                where those are.
         """
+        if crayon is None:
+            self._check_adapters()
         table = None if crayon is None else crayon.table
         if crayon is not None:
             crayon = _with_table(crayon, None)
+        if getattr(self, "gradient_checkpointing", False):
+            self._check_checkpointing(hidden_states, table)
         return super().__call__(hidden_states, table, crayon=crayon, **kwargs)  # type: ignore[misc]
+
+    def _check_adapters(self) -> None:
+        names = getattr(cast(Any, self).mlp.gate_proj, "image_adapters", ())
+        if names:
+            raise ValueError(
+                f"crayon: expected the image tokens' places, on which alone {list(names)} act, got "
+                "None: the decoder was called by itself; call the LLaVA model around it"
+            )
+
+    def _check_checkpointing(self, hidden_states: Tensor, table: Tensor | None) -> None:
+        module = cast(nn.Module, self)
+        arguments = getattr(module._gradient_checkpointing_func, "keywords", None)
+        if not module.training or arguments is None or not arguments.get("use_reentrant", True):
+            return
+        asks = hidden_states.requires_grad or (table is not None and table.requires_grad)
+        if torch.is_grad_enabled() and not asks:
+            trained = [name for name, p in module.named_parameters() if p.requires_grad]
+            if trained:
+                raise ValueError(
+                    f"gradient checkpointing: expected an input of the layer that asks for a "
+                    f"gradient, or use_reentrant=False, got neither, so {trained[0]} would get "
+                    "none; enable it with {'use_reentrant': False}, or call "
+                    "model.enable_input_require_grads()"
+                )
 
     def forward(
         self,
@@ -181,6 +215,8 @@ class LayerSettings:
 
     Attributes:
         adapters: Rank and alpha of each adapter, by name, in the order of the mask's bits.
+        sizes: Rank and alpha where a layer has others: by adapter and the layer's name.
+        image_adapters: Those that act on image tokens alone.
     """
 
     crayon_mode: Literal["attention", "projection", "none"] = "attention"
@@ -188,6 +224,8 @@ class LayerSettings:
     crayon_scaling: float = 1.0
     crayon_dropout: float = 0.0
     adapters: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, tuple[int, float]]] = field(default_factory=dict)
+    image_adapters: tuple[str, ...] = ()
     lora_dropout: float = 0.0
     quantize: str | None = None
     double_quant: bool = True
@@ -197,13 +235,14 @@ class LayerSettings:
     @classmethod
     def from_config(cls, config: CollavoTextConfig) -> LayerSettings:
         """Read the settings from a text configuration."""
-        own = ("adapters", "adapter_dtype")
+        own = ("adapters", "sizes", "adapter_dtype")
         given = {
             name: getattr(config, name) for name in cls.__dataclass_fields__ if name not in own
         }
         return cls(
             **given,
             adapters={name: config.adapter_size(name) for name in config.adapters},
+            sizes={name: config.layer_sizes(name) for name in config.adapters},
             adapter_dtype=trainable_dtype(config),
         )
 
@@ -230,7 +269,7 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
     """
     attention, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
     made = {
-        name: convert_linear(getattr(attention, name), settings, name)
+        name: convert_linear(getattr(attention, name), settings, name_in_decoder(layer, name))
         for name in ATTENTION_PROJECTIONS
     }
     layer.self_attn = CollavoAttention.from_attention(
@@ -243,7 +282,9 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
         projections=cast("dict[str, nn.Module]", made),
     )
     for name in MLP_PROJECTIONS:
-        setattr(mlp, name, convert_linear(getattr(mlp, name), settings, name))
+        setattr(
+            mlp, name, convert_linear(getattr(mlp, name), settings, name_in_decoder(layer, name))
+        )
     if settings.crayon_mode == "projection":
         device = made["q_proj"].weight.device
         for name in MLP_BRANCHES:
@@ -267,7 +308,8 @@ def adapt_layer(layer: nn.Module, settings: LayerSettings) -> None:
         settings: What to make of it.
     """
     for parent, name in decoder_linears(layer):
-        setattr(parent, name, convert_linear(getattr(parent, name), settings, name))
+        full_name = name_in_decoder(layer, name)
+        setattr(parent, name, convert_linear(getattr(parent, name), settings, full_name))
     freeze_linears(layer)
 
 
@@ -290,17 +332,49 @@ def decoder_linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         yield cast(nn.Module, layer.mlp), name
 
 
+def name_in_decoder(layer: nn.Module, name: str) -> str:
+    """Return the name that a linear layer of a decoder layer has in the decoder.
+
+    Args:
+        layer: The decoder layer.
+        name: One of the names that ``decoder_linears`` yields.
+    """
+    part = "self_attn" if name in ATTENTION_PROJECTIONS else "mlp"
+    return f"layers.{cast(Any, layer.self_attn).layer_idx}.{part}.{name}"
+
+
+def adapter_sizes(decoder: nn.Module) -> dict[str, dict[str, tuple[int, float]]]:
+    """Return rank and alpha by adapter and by the linear layer's name in the decoder.
+
+    Args:
+        decoder: Its ``layers`` are such that ``build_layer`` made.
+    """
+    sizes: dict[str, dict[str, tuple[int, float]]] = {}
+    for layer in cast(nn.ModuleList, decoder.layers):
+        for parent, name in decoder_linears(layer):
+            linear = cast(CollavoLinear, getattr(parent, name))
+            full_name = name_in_decoder(layer, name)
+            for adapter in linear.adapter_names:
+                sizes.setdefault(adapter, {})[full_name] = linear.adapter_size(adapter)
+    return sizes
+
+
 def convert_linear(linear: nn.Module, settings: LayerSettings, name: str) -> CollavoLinear:
     """Return a ``CollavoLinear`` with the settings' adapters; a dense weight is shared.
 
     Args:
-        linear: ``nn.Linear``, bitsandbytes' ``Linear4bit`` or ``CollavoLinear`` (changed in place).
+        linear: ``nn.Linear``, bitsandbytes' ``Linear4bit``, one of these inside PEFT's LoRA layer
+            (its adapters are copied), or ``CollavoLinear`` (changed in place).
         settings: What to make of it.
         name: What to call it in an error.
 
     Raises:
         ValueError: if the layer is of another kind.
     """
+    if is_peft_layer(linear):
+        converted = convert_linear(cast(nn.Module, linear.base_layer), settings, name)
+        copy_adapters(linear, converted)
+        return converted.train(linear.training)
     options: dict[str, Any] = {
         "adapters": (),
         "dropout": settings.lora_dropout,
@@ -319,12 +393,15 @@ def convert_linear(linear: nn.Module, settings: LayerSettings, name: str) -> Col
         made = cast(CollavoLinear, CollavoLinear.from_bitsandbytes(linear, **options))
     else:
         raise ValueError(
-            f"{name}: expected nn.Linear or bitsandbytes' Linear4bit, got {type(linear).__name__}; "
+            f"{name}: expected nn.Linear or bitsandbytes' Linear4bit, got "
+            f"{type(linear).__module__}.{type(linear).__qualname__}; "
             "merge or unload other wrappers (PEFT: merge_and_unload()) first"
         )
     if settings.quantize is not None and not made.quantized:
         made.quantize(settings.quant_block_size, settings.double_quant)
-    for adapter, (rank, alpha) in settings.adapters.items():
+    made.image_adapters = tuple(settings.image_adapters)
+    for adapter, usual in settings.adapters.items():
         if adapter not in made.adapter_names:
+            rank, alpha = settings.sizes.get(adapter, {}).get(name, usual)
             made.add_adapter(adapter, rank, alpha, settings.adapter_dtype or torch.float32)
     return made.train(linear.training)

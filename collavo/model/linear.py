@@ -28,10 +28,7 @@ class CollavoLinear(DualQLoRALinear):
             dtype: dtype of its A and B.
         """
         device = self.weight.device
-        self.lora_A[name] = LoRAFactor(rank, self.in_features, device, dtype)
-        self.lora_B[name] = LoRAFactor(self.out_features, rank, device, dtype)
-        self.adapter_names = (*self.adapter_names, name)
-        self.scaling[name] = alpha / rank
+        self._make_adapter(name, rank, alpha, device, dtype)
         for factor, zero in ((self.lora_A[name], False), (self.lora_B[name], True)):
             cast(Any, factor).starts_at_zero = zero
             if device.type != "meta":
@@ -54,9 +51,13 @@ class CollavoLinear(DualQLoRALinear):
     def draw_base(self, std: float) -> None:
         """Draw the base from a normal distribution, unless a checkpoint brought it.
 
+        A base on "meta" is left there: nothing can be drawn, or offload keeps its values.
+
         Args:
             std: Its standard deviation.
         """
+        if self.weight.is_meta:
+            return
         if self.weight_scales is None:
             init.normal_(self.weight, mean=0.0, std=std)
         elif not getattr(self.weight, "_is_hf_initialized", False):
@@ -75,7 +76,7 @@ class CollavoLinear(DualQLoRALinear):
         # transformers plans a load from the state dict of a model on "meta". Without bytes there is
         # no bitsandbytes layout: the parameters themselves stand for it, and the loader
         # (collavo.model.files) brings the file to them.
-        if self.weight.is_meta:
+        if self._has_no_values():
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)

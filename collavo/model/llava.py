@@ -9,30 +9,30 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModel, AutoModelForImageTextToText
 from transformers.models.llava.modeling_llava import (
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from collavo.configuration import CollavoConfig
 from collavo.model import text as _registers_text_model  # noqa: F401
 from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
-from collavo.model.files import (
-    HUB_OPTIONS,
-    bytes_from_bitsandbytes,
-    local_folder,
-    read_tensors,
-    weight_files,
+from collavo.model.described import update_settings
+from collavo.model.layer import (
+    LayerSettings,
+    adapt_layer,
+    decoder_linears,
+    name_in_decoder,
+    trainable_dtype,
 )
-from collavo.model.layer import LayerSettings, adapt_layer, trainable_dtype
-from collavo.model.linear import CollavoLinear, init_leaf
-from collavo_kernels.nn import CrayonPrompt
+from collavo.model.linear import init_leaf
+from collavo.model.pretrained import LoadedWhole, SavedWhole
+from collavo_kernels.nn import CrayonPrompt, has_own_forward
 
 
-class CollavoModel(CrayonModelMixin, LlavaModel):
+class CollavoModel(CrayonModelMixin, LoadedWhole, SavedWhole, LlavaModel):  # type: ignore[misc]
     """CLIP tower, projector, crayon prompt and decoder, without the language-model head.
 
     Args:
@@ -66,8 +66,15 @@ class CollavoModel(CrayonModelMixin, LlavaModel):
         if not init_leaf(module):
             super()._init_weights(module)
 
+    def saved_config(self) -> CollavoConfig:
+        """Return the configuration, after it has followed what crayon and adapters are now."""
+        update_settings(self.config.text_config, self, self.language_model)
+        return self.config
 
-class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditionalGeneration):
+
+class CollavoForConditionalGeneration(  # type: ignore[misc]
+    CrayonGenerationMixin, LoadedWhole, LlavaForConditionalGeneration
+):
     r"""The CoLLaVO vision-language model.
 
     Image tokens carry the panoptic segment they lie in: the Crayon Prompt, one vector per segment,
@@ -108,56 +115,10 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
-    ) -> Any:
-        """Load a model as transformers does; 4-bit weights are read from bitsandbytes' layout.
-
-        Args:
-            pretrained_model_name_or_path: A folder or a hub id.
-            *model_args: As in transformers.
-            **kwargs: As in transformers.
-
-        Raises:
-            ValueError: naming the part of a 4-bit weight that is missing or does not fit.
-        """
-        name = pretrained_model_name_or_path
-        if name is None or kwargs.get("state_dict") is not None:
-            return super().from_pretrained(name, *model_args, **kwargs)
-        config = kwargs.get("config")
-        if config is None:
-            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            config = cls.config_class.from_pretrained(name, **hub)
-        if getattr(config, "quantize", None) is None:
-            return super().from_pretrained(name, *model_args, **kwargs)
-        folder = local_folder(name, kwargs)
-        tensors, dtypes = bytes_from_bitsandbytes(read_tensors(weight_files(folder)))
-        kwargs |= {"config": config, "state_dict": tensors}
-        loaded = super().from_pretrained(None, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for key, module in model.named_modules():
-            if isinstance(module, CollavoLinear) and module.quantized:
-                module.base_dtype = dtypes.get(f"{key}.weight", module.base_dtype)
-        model.config.name_or_path = str(name)
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return loaded
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with the dtype of crayon and adapters in the configuration.
-
-        Args:
-            save_directory: The folder.
-            *args: As in transformers.
-            **kwargs: As in transformers.
-        """
-        own = [*self.crayon_parameters()]
-        own += [p for name in self.config.adapters for p in self.adapter_parameters(name)]
-        dtypes = {parameter.dtype for parameter in own}
-        if len(dtypes) == 1:
-            self.config.text_config.adapter_dtype = str(dtypes.pop()).removeprefix("torch.")
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def saved_config(self) -> CollavoConfig:
+        """Return the configuration, after it has followed what crayon and adapters are now."""
+        update_settings(self.config.text_config, self, self.model.language_model)
+        return self.config
 
     def add_dual_qlora(
         self,
@@ -189,12 +150,14 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
             The model itself.
 
         Raises:
-            ValueError: if an adapter of one of the names exists, or a setting is no possible one;
-                the model is then as it was.
+            ValueError: if an adapter of one of the names exists, a setting is no possible one, or
+                layers to change are offloaded; the model is then as it was.
 
         Source: arXiv 2402.11248, section 4 (NF4, double quantisation, R = alpha = 64).
         """
         config = self.config.text_config
+        if adapters or (quantize and config.quantize is None):
+            _refuse_offloaded(self.model.language_model.layers)
         config.add_adapters(adapters, rank, alpha, dropout)
         self.model.crayon_adapters = tuple(config.adapters)
         if quantize and config.quantize is None:
@@ -217,6 +180,19 @@ class CollavoForConditionalGeneration(CrayonGenerationMixin, LlavaForConditional
                 "beyond the output head (config.extra_embeddings), so one size cannot describe both"
             )
         return super().resize_token_embeddings(*args, **kwargs)
+
+
+def _refuse_offloaded(layers: Any) -> None:
+    """Raise if linear layers of a decoder are offloaded: their hooks keep what they had."""
+    for layer in layers:
+        for parent, name in decoder_linears(layer):
+            linear = getattr(parent, name)
+            if linear.weight.is_meta and has_own_forward(linear):
+                raise ValueError(
+                    f"add_dual_qlora: {name_in_decoder(layer, name)} is offloaded and cannot be "
+                    "changed; load the model without a device map, change and save it, and "
+                    "load that with the map"
+                )
 
 
 AutoModel.register(CollavoConfig, CollavoModel, exist_ok=True)

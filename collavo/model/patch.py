@@ -3,104 +3,51 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from functools import cache
+import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from collavo.configuration import CollavoTextConfig
 from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
+from collavo.model.handle import HOOKS_OFF, LlavaHandle, replaced_linears, with_mixin
 from collavo.model.layer import (
-    BRANCHES,
-    MLP_BRANCHES,
     MLP_PROJECTIONS,
+    CollavoAttention,
     CrayonLayerMixin,
     CrayonMLPMixin,
     LayerSettings,
     build_layer,
     freeze_linears,
 )
-from collavo_kernels.nn import CrayonPrompt
+from collavo.model.peft_layers import (
+    PatchedPeftMixin,
+    PatchedTunerMixin,
+    active_adapters,
+    inner_model,
+    is_peft_layer,
+)
+from collavo_kernels.nn import CrayonPrompt, has_own_forward
 
 DECODERS = ("llama", "mistral", "qwen2")
 # By the class that wrote their forward: layers and MLPs that compute what the mixins do.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
-
-
-class LlavaHandle:
-    """What ``apply_to_llava`` changed, and the way back.
-
-    Attributes:
-        model: The model.
-        settings: What its decoder layers were made to be.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration, settings: LayerSettings) -> None:
-        self.model = model
-        self.settings = settings
-        self._classes: list[tuple[nn.Module, type]] = []
-        self._modules: list[tuple[nn.Module, str, nn.Module]] = []
-        self._attributes: list[tuple[nn.Module, str]] = []
-        self._trainable = [(p, p.requires_grad) for p in model.parameters()]
-        self._applied = True
-
-    def undo(self) -> LlavaForConditionalGeneration:
-        """Take the crayon and the adapters out again: the model is what it was, to the last bit.
-
-        Classes, modules, their hooks and what requires a gradient come back as they were. Dense
-        weights are shared while the crayon is in, so what training did to them stays.
-
-        Returns:
-            The model.
-
-        Raises:
-            ValueError: if it has been undone before.
-        """
-        if not self._applied:
-            raise ValueError(
-                "undo: the model was restored before; apply_to_llava makes a new handle"
-            )
-        for parent, name, module in reversed(self._modules):
-            setattr(parent, name, module.train(parent.training))
-            for branch in MLP_BRANCHES:
-                if hasattr(parent, branch):
-                    delattr(parent, branch)
-        for owner, name in self._attributes:
-            delattr(owner, name)
-        for module, original in self._classes:
-            module.__class__ = original
-        for parameter, flag in self._trainable:
-            parameter.requires_grad_(flag)
-        self._applied = False
-        return self.model
-
-    def added_state_dict(self) -> dict[str, Tensor]:
-        """Return what was added, by its name in the model: crayon prompt, branches, adapters.
-
-        ``model.load_state_dict(..., strict=False)`` on a model with the same settings takes it.
-        """
-        parts = {"crayon_prompt", "lora_A", "lora_B", *BRANCHES}
-        # Not from the state dict: it would bring every 4-bit weight into its saved order.
-        named = cast(nn.Module, self.model).named_parameters()
-        return {name: p.detach() for name, p in named if parts & set(name.split("."))}
-
-    def _keep(self, parent: nn.Module, name: str) -> None:
-        self._modules.append((parent, name, cast(nn.Module, getattr(parent, name))))
-
-    def _reclass(self, module: nn.Module, mixin: type) -> None:
-        self._classes.append((module, type(module)))
-        module.__class__ = _with_mixin(cast(Any, mixin), cast(Any, type(module)))
-
-    def _attach(self, owner: nn.Module, **values: Any) -> None:
-        for name, value in values.items():
-            setattr(owner, name, value)
-            self._attributes.append((owner, name))
+# Where a module keeps what runs around its forward and backward.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def apply_to_llava(
@@ -130,8 +77,13 @@ def apply_to_llava(
     ``undo``: dense ones where weights are quantised, and bitsandbytes' codes, which the new layers
     share until CPU kernels bring their own into panels. Drop it if you will not undo.
 
+    Where PEFT has adapters on the decoder, those that are active become adapters of the same names,
+    with copies of their weights; undone, PEFT's own are back. Until then a ``PeftModel`` around
+    them refuses to save, load, merge, add or switch adapters.
+
     Args:
-        model: With a LLaMA, Mistral or Qwen2 decoder; linear layers plain, or bitsandbytes' NF4.
+        model: With a LLaMA, Mistral or Qwen2 decoder; linear layers plain, or bitsandbytes' NF4,
+            each with or without PEFT's LoRA around it. A ``PeftModel``: the model inside is meant.
         crayon_mode: As in ``CollavoTextConfig``.
         num_crayon_classes: Classes of the segmenter.
         max_crayon_number: Largest instance number with a vector of its own.
@@ -142,7 +94,7 @@ def apply_to_llava(
         image_adapters: Those of them that act on image tokens only.
         lora_rank: R of the adapters.
         lora_alpha: Their scaling is ``lora_alpha / lora_rank``.
-        lora_dropout: Dropout on their input, while training.
+        lora_dropout: Dropout on their input, while training; that of PEFT's is not taken over.
         quantize: ``"nf4"`` quantises the decoder's linear layers; None leaves them as they are.
         double_quant: Whether to quantise the scales too.
         adapter_dtype: dtype of crayon and adapters; None is float32.
@@ -155,15 +107,22 @@ def apply_to_llava(
         ValueError: if it has the crayon already, another decoder, or hooks and wrappers that this
             change would bypass; or for settings that ``CollavoTextConfig`` refuses.
     """
+    wrapper, model = model, inner_model(model)
     _check_model(model)
+    decoder = cast(Any, model.model).language_model
+    brought = active_adapters(decoder)
+    tuned = any(map(is_peft_layer, decoder.modules()))
+    if brought and not isinstance(adapters, str):
+        adapters = (*adapters, *brought)
+    sizes = dict.fromkeys(adapters, (lora_rank, lora_alpha)) | brought
     text = CollavoTextConfig(
         crayon_mode=crayon_mode,
         crayon_rank=crayon_rank,
         crayon_alpha=crayon_scaling * crayon_rank,
         adapters=cast(Any, adapters),
         image_adapters=cast(Any, image_adapters),
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
+        lora_rank={name: size[0] for name, size in sizes.items()},
+        lora_alpha={name: size[1] for name, size in sizes.items()},
         lora_dropout=lora_dropout,
         quantize=quantize,
         double_quant=double_quant,
@@ -173,73 +132,126 @@ def apply_to_llava(
     try:
         _apply_to_layers(handle)
         inner = cast(nn.Module, model.model)
-        config: Any = model.config
-        prompt = None
-        if crayon_mode != "none":
-            prompt = CrayonPrompt(
-                num_crayon_classes,
-                max_crayon_number,
-                crayon_embed_dim or config.vision_config.hidden_size,
-                config.get_text_config().hidden_size,
-                zero_init=crayon_mode == "attention",
-                device=model.device,
-                dtype=handle.settings.adapter_dtype,
-            ).train(model.training)
-        handle._attach(
+        handle.attach(
             inner,
-            crayon_prompt=prompt,
+            crayon_prompt=_make_prompt(
+                handle, num_crayon_classes, max_crayon_number, crayon_embed_dim
+            ),
             crayon_adapters=text.adapters,
             crayon_image_adapters=text.image_adapters,
         )
-        handle._reclass(inner, CrayonModelMixin)
-        handle._reclass(model, CrayonGenerationMixin)
+        handle.attach(cast(nn.Module, model), crayon_settings=text)
+        handle.reclass(inner, CrayonModelMixin)
+        handle.reclass(model, CrayonGenerationMixin)
+        _set_peft_aside(handle, wrapper if tuned else model, trains=bool(adapters))
     except Exception:
-        handle.undo()
+        handle.restore()
         raise
     return handle
+
+
+def _set_peft_aside(handle: LlavaHandle, wrapper: Any, *, trains: bool) -> None:
+    """Keep PEFT from saving and changing what is no longer its own, until ``undo``."""
+    model: Any = handle.model
+    if trains and getattr(model, "is_quantized", False):
+        # transformers trains a 4-bit model through PEFT's adapters alone, which it looks for.
+        handle.override(model, "is_quantized", False)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # By this flag transformers saves PEFT's adapters alone, never the crayon.
+        handle.override(model, "_hf_peft_config_loaded", False)
+    if wrapper is not model:
+        warnings.warn(
+            "model: the adapters of this PeftModel are apply_to_llava's now, and it would save "
+            "none: train and save get_base_model() in its place",
+            stacklevel=3,
+        )
+        handle.reclass(wrapper, PatchedPeftMixin)
+        handle.reclass(wrapper.base_model, PatchedTunerMixin)
+
+
+def _make_prompt(
+    handle: LlavaHandle, num_classes: int, max_number: int, embed_dim: int | None
+) -> CrayonPrompt | None:
+    if handle.settings.crayon_mode == "none":
+        return None
+    model, config = handle.model, cast(Any, handle.model.config)
+    return CrayonPrompt(
+        num_classes,
+        max_number,
+        embed_dim or config.vision_config.hidden_size,
+        config.get_text_config().hidden_size,
+        zero_init=handle.settings.crayon_mode == "attention",
+        device=model.device,
+        dtype=handle.settings.adapter_dtype,
+    ).train(model.training)
 
 
 def _apply_to_layers(handle: LlavaHandle) -> None:
     decoder: Any = cast(Any, handle.model.model).language_model
     for layer in decoder.layers:
-        handle._keep(layer, "self_attn")
+        attention = layer.self_attn
+        handle.keep(layer, layer, "self_attn")
         for name in MLP_PROJECTIONS:
-            handle._keep(layer.mlp, name)
+            handle.keep(layer, layer.mlp, name)
         build_layer(layer, decoder.config, handle.settings)
-        handle._reclass(layer.mlp, CrayonMLPMixin)
-        handle._reclass(layer, CrayonLayerMixin)
+        _take_over(attention, layer.self_attn)
+        handle.reclass(layer.mlp, CrayonMLPMixin)
+        handle.reclass(layer, CrayonLayerMixin)
         if handle.settings.adapters:
             freeze_linears(layer)
+    handle.replaced()
 
 
-@cache
-def _with_mixin(mixin: Any, original: Any) -> Any:
-    # Name and module stay: transformers looks classes up by both.
-    body: Mapping[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), dict(body))
+def _take_over(attention: nn.Module, made: nn.Module) -> None:
+    """Let the new attention be of the old one's class and have its hooks, later ones too.
+
+    transformers' own are among them: those that record ``output_attentions``, by class.
+    """
+    made.__class__ = with_mixin(cast(Any, CollavoAttention), cast(Any, type(attention)))
+    for name in (*HOOKS, "_is_full_backward_hook"):
+        setattr(made, name, getattr(attention, name))
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, LlavaForConditionalGeneration):
         raise TypeError(
-            f"model: expected LlavaForConditionalGeneration, got {type(model).__name__}"
+            f"model: expected LlavaForConditionalGeneration, got {type(model).__name__}; "
+            "LlavaForConditionalGeneration.from_pretrained loads one"
         )
     if isinstance(model, CrayonGenerationMixin):
-        raise ValueError("model: has the crayon already; call undo() on its handle first")
+        raise ValueError(
+            "model: has the crayon already; call undo() on its handle, or load the LLaVA anew"
+        )
     kind = model.config.get_text_config().model_type
     if kind not in DECODERS:
         raise ValueError(f"model: expected a decoder of type {', '.join(DECODERS)}, got {kind!r}")
     decoder = cast(Any, model.model).language_model
+    changed = [model, cast(nn.Module, model.model)]
     for layer in decoder.layers:
         _check_forward(layer, LAYERS)
         _check_forward(layer.mlp, MLPS)
-    layers = [part for layer in decoder.layers for part in (layer, layer.self_attn, layer.mlp)]
-    for module in (model, model.model, *layers):
-        if "forward" in vars(module):
+        changed += [layer, layer.self_attn, layer.mlp]
+        for name, linear in replaced_linears(layer):
+            _check_linear(name, linear)
+            changed.append(linear)
+    for module in changed:
+        if has_own_forward(module):
             raise ValueError(
                 f"model: {type(module).__name__} has a forward of its own instance (a device map's "
-                "hooks, or another patch), which the crayon would bypass; take it off first"
+                "hooks, or another patch), which the crayon would bypass; take it off first "
+                f"({HOOKS_OFF}), and put device maps and offload on after apply_to_llava"
             )
+        # Accelerate's hooks, taken off, leave the class's own method as an attribute.
+        module.__dict__.pop("forward", None)
+
+
+def _check_linear(name: str, linear: nn.Module) -> None:
+    """Raise where a linear layer does more than its class says."""
+    if any(getattr(linear, hooks) for hooks in HOOKS):
+        raise ValueError(
+            f"{name}: expected a linear layer without hooks, which the layer that takes its place "
+            "would not run; remove them, or put them on the attention, the MLP or the decoder layer"
+        )
 
 
 def _check_forward(module: nn.Module, known: tuple[str, ...]) -> None:

@@ -41,8 +41,8 @@ def flatten_rows(
 
     Raises:
         ValueError: if shapes disagree; on the CPU also if a sample has more image tokens than P, or
-            an entry of ``crayon_index`` is no row of its sample. Elsewhere such an entry counts as
-            -1 and ``collavo_kernels.check()`` reports it.
+            rows for more image tokens than it has, or an entry of ``crayon_index`` is no row of its
+            sample. Elsewhere such an entry counts as -1 and ``collavo_kernels.check()`` reports it.
 
     Example:
         >>> import torch
@@ -54,8 +54,14 @@ def flatten_rows(
     _check_shapes(image_tokens, crayon_index, crayon_class, crayon_number)
     batch, rows = crayon_class.shape
     places = crayon_index.shape[1]
+    counts = image_tokens.sum(1, keepdim=True)
+    beyond = torch.arange(places, device=image_tokens.device) >= counts
+    surplus = beyond & (crayon_index >= 0)
     if image_tokens.device.type == "cpu":
-        _check_places(image_tokens, places)
+        _check_places(counts, surplus)
+    else:  # both become entries that are no row, which is reported
+        checked_crayon_index(torch.where(counts > places, rows, -1), rows)
+        crayon_index = torch.where(surplus, rows, crayon_index)
     crayon_index = checked_crayon_index(crayon_index, rows)
     offset = torch.arange(batch, device=crayon_index.device)[:, None] * rows
     shifted = torch.where(crayon_index >= 0, crayon_index + offset, -1).to(torch.int32)
@@ -90,11 +96,21 @@ def _check_shapes(
         )
 
 
-def _check_places(image_tokens: Tensor, places: int) -> None:
-    counts = image_tokens.sum(1)
-    if bool((counts > places).any()):
-        sample = int((counts > places).nonzero()[0])
+def _check_places(counts: Tensor, surplus: Tensor) -> None:
+    """Raise unless every image token has an entry, and every row an image token."""
+    places = surplus.shape[1]
+    missing, left = counts[:, 0] > places, surplus.any(1)
+    if bool((missing | left).any()):
+        sample = int((missing | left).nonzero()[0])
+        count = int(counts[sample])
+        if bool(missing[sample]):
+            raise ValueError(
+                f"crayon_index: sample {sample} has {count} image tokens and crayon_index has "
+                f"{places} columns; give one entry per image token (-1 = no row)"
+            )
         raise ValueError(
-            f"crayon_index: sample {sample} has {int(counts[sample])} image tokens in input_ids "
-            f"and crayon_index has {places} columns; give one entry per image token (-1 = no row)"
+            f"crayon_index: sample {sample} has {count} image tokens and a row for image token "
+            f"{int(surplus[sample].nonzero()[-1])} (from 0); give the crayon of these images on "
+            "their grid, and input_ids, or inputs_embeds with the image token's own embedding: "
+            "where features are merged in already no image token can be found"
         )

@@ -10,8 +10,10 @@ from transformers import AutoModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from collavo.configuration import CollavoTextConfig
+from collavo.model.described import update_settings
 from collavo.model.layer import CrayonLayerMixin, CrayonMLPMixin, LayerSettings, build_layer
 from collavo.model.linear import init_leaf
+from collavo.model.pretrained import LoadedWhole, SavedWhole
 from collavo_kernels.nn import CrayonAttention
 
 
@@ -29,7 +31,7 @@ class CollavoDecoderLayer(CrayonLayerMixin, LlamaDecoderLayer):  # type: ignore[
         build_layer(self, config, LayerSettings.from_config(config))
 
 
-class CollavoTextModel(LlamaModel):
+class CollavoTextModel(LoadedWhole, SavedWhole, LlamaModel):  # type: ignore[misc]
     """LLaMA's decoder with CoLLaVO layers, and embedding rows for tokens the head cannot generate.
 
     Args:
@@ -53,6 +55,11 @@ class CollavoTextModel(LlamaModel):
             rows = config.vocab_size + config.extra_embeddings
             self.embed_tokens = nn.Embedding(rows, config.hidden_size, self.padding_idx)
         self.post_init()
+
+    def saved_config(self) -> CollavoTextConfig:
+        """Return the configuration, after it has followed what crayon and adapters are now."""
+        update_settings(self.config, self, self)
+        return self.config
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -26,9 +26,9 @@ from collavo.panoptic.coco import (
     CocoPanopticDataset,
     PanopticSample,
     find_panoptic_map,
-    read_image,
 )
 from collavo.panoptic.coco_index import Skipped, find_coco_folder
+from collavo.panoptic.images import read_image
 from collavo.panoptic.instructions import (
     TEMPLATES,
     Instruction,

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
+from collavo._arguments import expect_path
 from collavo.panoptic.coco_index import (
     CocoIndex,
     CocoRecord,
     Skipped,
     categories_of,
     find_coco_folder,
-    list_of,
-    load_json,
 )
+from collavo.panoptic.file_names import FileNames, absolute, inner_name
+from collavo.panoptic.images import describe_orientation
+from collavo.panoptic.images import read_image as read_image
+from collavo.panoptic.images import read_image_size as read_image_size
+from collavo.panoptic.json_files import list_of, read_object
 from collavo.panoptic.maps import PanopticMap, PathLike, parse_segments, read_panoptic_colours
-
-_T = TypeVar("_T")
-_UNREADABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +77,9 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         keep_crowd: bool = True,
         skip_faults: bool = False,
     ) -> None:
+        expect_path("images", images, "a folder of images")
+        expect_path("panoptic", panoptic, "a folder of panoptic PNGs")
+        expect_path("annotations", annotations, "a COCO panoptic JSON")
         self.images = Path(images)
         self.panoptic = Path(panoptic)
         self.annotations = Path(annotations)
@@ -92,7 +90,7 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         self._records = self._index.records
         self._check_files(self.images, [r.image for r in self._records])
         self._check_files(self.panoptic, [r.png for r in self._records])
-        self._by_name = {record.image: i for i, record in enumerate(self._records)}
+        self._names = FileNames([r.image for r in self._records], str(self.annotations))
 
     @classmethod
     def from_folder(
@@ -163,7 +161,8 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         path = self.images / record.image
         image = read_image(path)
         panoptic = self.panoptic_map(index)
-        check_same_size(panoptic, self.panoptic / record.png, image, path)
+        size = image.height, image.width
+        check_sizes(panoptic.size, self.panoptic / record.png, size, path)
         return PanopticSample(image, panoptic, record.image_id, path)
 
     def panoptic_map(self, index: int) -> PanopticMap:
@@ -181,21 +180,33 @@ class CocoPanopticDataset(Dataset[PanopticSample]):
         colours = read_panoptic_colours(self.panoptic / record.png)
         return PanopticMap.from_segments(colours, ids.tolist(), classes.tolist())
 
+    def map_path(self, index: int) -> Path:
+        """Return the path of a sample's panoptic PNG.
+
+        Args:
+            index: 0..len-1, or counted from the end.
+        """
+        return self.panoptic / self._records[index].png
+
     def file_name(self, index: int) -> str:
-        """Return the file name of a sample's image, as the JSON has it.
+        """Return the file name of a sample's image, as the JSON has it, in slashes.
 
         Args:
             index: 0..len-1, or counted from the end.
         """
         return self._records[index].image
 
-    def index_of(self, file_name: str) -> int | None:
-        """Return the index of the sample whose image has this file name, or None.
+    def index_of(self, file_name: PathLike) -> int | None:
+        """Return the index of the sample whose image a name or path means, or None.
 
         Args:
-            file_name: As the JSON has it, e.g. ``"000000000139.jpg"``.
+            file_name: As the JSON has it, e.g. ``"000000000139.jpg"``, or a path; the image whose
+                name shares the most last components with it is meant.
+
+        Raises:
+            ValueError: naming both, if two images fit alike.
         """
-        return self._by_name.get(file_name)
+        return self._names.best(Path(file_name))
 
     def num_segments(self, index: int) -> int:
         """Return how many segments are listed for a sample, without reading any picture.
@@ -222,98 +233,102 @@ def check_folders(images: Path, panoptic: Path) -> None:
             raise FileNotFoundError(f"{argument}: there is no folder {folder}")
 
 
-def read_image(path: PathLike) -> Image.Image:
-    """Read an image file as RGB.
-
-    Args:
-        path: Any format that Pillow reads.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no image or is truncated.
-    """
-    return _read(Path(path), lambda picture: picture.convert("RGB"))
-
-
-def read_image_size(path: PathLike) -> tuple[int, int]:
-    """Read an image's height and width from its header; its pixels are not decoded.
-
-    Args:
-        path: Any format that Pillow reads.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no image.
-    """
-    return _read(Path(path), lambda picture: (picture.height, picture.width))
-
-
-def _read(path: Path, take: Callable[[Image.Image], _T]) -> _T:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such image")
-    try:
-        with Image.open(path) as picture:
-            return take(picture)
-    except _UNREADABLE as error:
-        raise ValueError(f"{path}: the image is unreadable or truncated ({error})") from error
-
-
-def check_same_size(
-    panoptic: PanopticMap, png: PathLike, image: Image.Image, path: PathLike
-) -> None:
-    """Raise unless a map has as many pixels as its image.
-
-    Args:
-        panoptic: The map.
-        png: Its file.
-        image: The image.
-        path: Its file.
-
-    Raises:
-        ValueError: naming both files, if the sizes differ.
-    """
-    check_sizes(panoptic.size, png, (image.height, image.width), path)
-
-
 def check_sizes(
     size: tuple[int, int], png: PathLike, image_size: tuple[int, int], path: PathLike
 ) -> None:
     """Raise unless a map and its image have the same height and width.
 
+    A map belongs to the image as it is shown: where EXIF turns a photo, the map is upright too.
+
     Args:
         size: Height and width of the map.
         png: Its file.
-        image_size: Height and width of the image.
+        image_size: Height and width of the image as it is shown.
         path: Its file.
 
     Raises:
         ValueError: naming both files, if the sizes differ.
     """
     if size != image_size:
+        turned = describe_orientation(path)
+        way = "; a map is that of the image as shown: turn it alike" if turned else ""
         raise ValueError(
             f"{png}: the map is {size[1]}x{size[0]}, "
-            f"its image {path} is {image_size[1]}x{image_size[0]}"
+            f"its image {path} is {image_size[1]}x{image_size[0]}{turned}{way}"
         )
 
 
-def find_panoptic_map(png: PathLike, annotations: PathLike) -> PanopticMap:
-    """Read one panoptic PNG with the entry of a COCO panoptic JSON that names its file.
+def find_panoptic_map(
+    png: PathLike, annotations: PathLike, *, image: PathLike | None = None
+) -> PanopticMap:
+    """Read one panoptic PNG with the entry of a COCO panoptic JSON that is its own.
+
+    The entry is the one whose ``file_name`` shares the most last components with the PNG's path, so
+    that ``val/0001.png`` never gets what stands about ``train/0001.png``.
 
     Args:
         png: The PNG.
         annotations: The JSON.
+        image: The image that the map is wanted for, by its path; None checks none.
 
     Raises:
-        FileNotFoundError: if either is not there.
-        ValueError: naming the file and the key, if the JSON does not list the PNG, its entry is
-            malformed, or the PNG is unreadable.
+        FileNotFoundError: if one of them is not there.
+        ValueError: naming the file and the key, if the JSON does not list the PNG, two entries fit
+            it alike, the entry is another file's or malformed, or the PNG is unreadable; naming
+            both, if the image has another size or the JSON says that the map is another image's.
     """
     png, path = Path(png), Path(annotations)
-    content = load_json(path)
+    content = read_object(path)
     table = categories_of(content, str(path))
-    for entry in list_of(content, "annotations", str(path)):
-        if isinstance(entry, Mapping) and Path(str(entry.get("file_name"))).name == png.name:
-            where = f"{path}: annotation of {png.name}"
-            ids, classes = parse_segments(list_of(entry, "segments_info", where), table, where)
-            return PanopticMap.from_segments(read_panoptic_colours(png), ids, classes)
-    raise ValueError(f"{path}: expected an annotation with file_name {png.name!r}, found none")
+    entry = _entry_of(png, list_of(content, "annotations", str(path)), path)
+    where = f"{path}: annotation of {png.name}"
+    ids, classes = parse_segments(list_of(entry, "segments_info", where), table, where)
+    panoptic = PanopticMap.from_segments(read_panoptic_colours(png), ids, classes)
+    if image is not None:
+        check_sizes(panoptic.size, png, read_image_size(image), image)
+        _check_image(Path(image), png, entry, content, str(path))
+    return panoptic
+
+
+def _entry_of(png: Path, entries: list[Any], path: Path) -> Mapping[str, Any]:
+    place = absolute(png)
+    names = _listed_names(entries)
+    listed = FileNames(names, str(path))
+    found = listed.best(place)
+    if found is None:
+        raise ValueError(f"{path}: expected an annotation with file_name {png.name!r}, found none")
+    # A name that differs further up is that of a moved file, or of another one that is there too.
+    if listed.whole(place) != found:
+        inner = inner_name(names[found], f"{path}: annotations[{found}]: file_name")
+        other = next((p for f in place.parents if (p := f / inner).is_file()), None)
+        if other is not None and not (place.is_file() and other.samefile(place)):
+            raise ValueError(
+                f"{path}: expected an annotation of {png}, found only {names[found]!r}, which is "
+                f"{other}"
+            )
+    entry: Mapping[str, Any] = entries[found]
+    return entry
+
+
+def _check_image(
+    image: Path, png: Path, entry: Mapping[str, Any], content: Mapping[str, Any], where: str
+) -> None:
+    """Raise if the JSON says that the image is another one than the map's."""
+    images = content.get("images")
+    if not isinstance(images, list):
+        return
+    try:
+        found = FileNames(_listed_names(images), where).best(absolute(image))
+    except ValueError:
+        return  # several have that name; any may be meant
+    number = images[found].get("id") if found is not None else None
+    if found is not None and number != entry.get("image_id"):
+        raise ValueError(
+            f"{where}: {image} is its image {number}, and the map {png} is of image "
+            f"{entry.get('image_id')}; give the map of the image"
+        )
+
+
+def _listed_names(entries: list[Any]) -> list[str]:
+    names = (entry.get("file_name") if isinstance(entry, Mapping) else None for entry in entries)
+    return [name if isinstance(name, str) else "" for name in names]

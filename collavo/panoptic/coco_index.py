@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from collavo.panoptic.file_names import inner_name
+from collavo.panoptic.json_files import flag, integer, key_of, list_of, read_object, shown
 from collavo.panoptic.maps import PathLike, category_table, parse_segments
-
-_T = TypeVar("_T")
 
 
 class CocoFolder(NamedTuple):
@@ -80,8 +79,8 @@ class CocoRecord:
     """Where one sample lies, and which entries of the flat segment lists belong to it.
 
     Args:
-        image: The image's file name.
-        png: The panoptic PNG's file name.
+        image: The image's file name, within the images' folder.
+        png: The panoptic PNG's file name, within theirs.
         image_id: COCO's number of the image.
         start: First entry of the segment lists.
         stop: One past the last.
@@ -140,7 +139,7 @@ class CocoIndex:
                 has no image, a file or an id occurs twice, or a category is unknown.
         """
         index = cls(Path(path))
-        _Reader(index, keep_crowd, skip_faults, limit).read(load_json(index.path))
+        _Reader(index, keep_crowd, skip_faults, limit).read(read_object(index.path))
         return index
 
     def segments(self, record: CocoRecord) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -198,7 +197,7 @@ class _Reader:
 
     def forget_faults(self, count: int, images: list[Any]) -> None:
         """Keep, of the annotations' faults, which come first, those of these images."""
-        numbers = [entry.get("id") for entry in images if isinstance(entry, Mapping)]
+        numbers = {integer(entry.get("id")) for entry in images if isinstance(entry, Mapping)}
         faults = zip(self.index.skipped[:count], self.owners, strict=True)
         kept = [fault for fault, owner in faults if owner is not None and owner in numbers]
         self.index.skipped[:count] = kept
@@ -223,18 +222,19 @@ class _Reader:
         self,
         entry: object,
         by_image: Mapping[int, Mapping[str, Any]],
-        table: Mapping[int, int],
+        table: Mapping[int, int | str],
         position: str,
     ) -> None:
         where = self.where
         number = key_of(entry, "id", int, f"{where}: {position}")
         name = key_of(entry, "file_name", str, f"{where}: {position}")
+        name = inner_name(name, f"{where}: {position}: file_name")
         annotation = by_image.get(number)
         if annotation is None:
             raise ValueError(f"{where}: image {number} ({name}) has no annotation")
         label = f"{where}: annotation of image {number}"
-        png = key_of(annotation, "file_name", str, label)
-        infos = self.kept(list_of(annotation, "segments_info", label))
+        png = inner_name(key_of(annotation, "file_name", str, label), f"{label}: file_name")
+        infos = self.kept(list_of(annotation, "segments_info", label), label)
         ids, classes = parse_segments(infos, table, label)
         named = (f"image id {number}", f"image {name}", f"map {png}")
         for text in named:
@@ -246,43 +246,30 @@ class _Reader:
         self.ids += ids
         self.classes += classes
 
-    def kept(self, infos: list[Any]) -> list[Any]:
+    def kept(self, infos: list[Any], label: str) -> list[Any]:
         if self.keep_crowd:
             return infos
-        return [i for i in infos if not (isinstance(i, Mapping) and i.get("iscrowd"))]
+        places = enumerate(infos)
+        return [one for i, one in places if not _is_crowd(one, f"{label}: segments_info[{i}]")]
 
     def check_orphans(self, images: list[Any], by_image: Mapping[int, Mapping[str, Any]]) -> None:
-        numbers = (entry.get("id") for entry in images if isinstance(entry, Mapping))
-        listed = {number for number in numbers if isinstance(number, int)}
+        listed = {integer(entry.get("id")) for entry in images if isinstance(entry, Mapping)}
         for number in sorted(by_image.keys() - listed):
             name = str(by_image[number].get("file_name"))
             text = f"{self.where}: image_id {number} is annotated and not in 'images'"
             self.fault(name, ValueError(text))
 
 
-def load_json(path: Path) -> Mapping[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no JSON or holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"annotations: there is no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _is_crowd(info: object, where: str) -> bool:
+    value = info.get("iscrowd") if isinstance(info, Mapping) else None
+    crowd = False if value is None else flag(value)
+    if crowd is None:
+        raise ValueError(f"{where}: expected 'iscrowd' as 0 or 1, got {shown(value)}")
+    return crowd
 
 
-def categories_of(content: Mapping[str, Any], where: str) -> Mapping[int, int]:
-    """Return the class index of every category id of a JSON.
+def categories_of(content: Mapping[str, Any], where: str) -> Mapping[int, int | str]:
+    """Return the class index, or an own class's name, of every category id of a JSON.
 
     Args:
         content: Of the JSON; without ``categories`` COCO's own ids are meant.
@@ -297,39 +284,3 @@ def categories_of(content: Mapping[str, Any], where: str) -> Mapping[int, int]:
         return category_table(list_of(content, "categories", where))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def list_of(content: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """Return a list of a JSON object.
-
-    Args:
-        content: The object.
-        key: The list's key.
-        where: What to call the object in messages.
-
-    Raises:
-        ValueError: naming ``where`` and the key, if there is no list.
-    """
-    value = content.get(key)
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: expected a list {key!r}, got {type(value).__name__}")
-    return value
-
-
-def key_of(entry: object, key: str, kind: type[_T], where: str) -> _T:
-    """Return a value of a JSON object.
-
-    Args:
-        entry: What should be an object.
-        key: The value's key.
-        kind: The value's type.
-        where: What to call the object in messages.
-
-    Raises:
-        ValueError: naming ``where`` and the key, if there is no such value.
-    """
-    value = entry.get(key) if isinstance(entry, Mapping) else None
-    # JSON's true and false are integers to Python.
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{where}: expected {key!r} as {kind.__name__}, got {value!r}")
-    return value

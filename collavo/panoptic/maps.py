@@ -6,7 +6,6 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from collavo import writing
 from collavo.panoptic.categories import CATEGORY_TO_INDEX, NUM_CLASSES, class_index
+from collavo.panoptic.images import ImageInput, check_pixels, read_image
+from collavo.panoptic.json_files import integer, shown
 from collavo_kernels import MAX_MAP_SIDE, CrayonMap, decode_colours
 
 PathLike = str | Path
@@ -63,7 +65,8 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the file, if it is no PNG, is truncated, has no pixels or too many for
-            the lookup on a side, or is paletted, grayscale, 16-bit or RGBA.
+            the lookup on a side or for ``PIL.Image.MAX_IMAGE_PIXELS``, or is paletted, grayscale,
+            16-bit or RGBA.
 
     Source: COCO panoptic's file format.
     """
@@ -77,6 +80,26 @@ def read_panoptic_colours(path: PathLike) -> Tensor:
             return torch.from_numpy(np.array(picture))  # a copy that may be written to
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the panoptic PNG is truncated or damaged ({error})") from error
+
+
+def read_panoptic_size(path: PathLike) -> tuple[int, int]:
+    """Read a COCO panoptic PNG's height and width from its header; its pixels are not decoded.
+
+    Args:
+        path: As of :func:`read_panoptic_colours`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if its header is not that of a panoptic PNG.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such panoptic PNG")
+    with path.open("rb") as file:
+        head = file.read(26)
+    _check_png_header(path, head)
+    width, height = struct.unpack(">II", head[16:24])
+    return height, width
 
 
 def _check_png_header(path: Path, head: bytes) -> None:
@@ -98,6 +121,7 @@ def _check_png_header(path: Path, head: bytes) -> None:
             f"{path}: expected a map of at most {MAX_MAP_SIDE} pixels per side, "
             f"got {width}x{height}"
         )
+    check_pixels(width, height, str(path))
 
 
 def write_panoptic_png(path: PathLike, segmentation: Tensor) -> None:
@@ -120,7 +144,8 @@ def write_panoptic_png(path: PathLike, segmentation: Tensor) -> None:
     if ids.max() > _MAX_ID:
         raise ValueError(f"segmentation: expected ids of at most {_MAX_ID}, got {ids.max()}")
     channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
-    Image.fromarray(channels).save(path, format="PNG")
+    with writing.written_file(path, sync=False) as temporary:
+        Image.fromarray(channels).save(temporary, format="PNG")
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +302,7 @@ class PanopticMap:
 
     @classmethod
     def from_segmenter(
-        cls, segmenter: Callable[[Image.Image], object], image: Image.Image
+        cls, segmenter: Callable[[Image.Image], object], image: ImageInput
     ) -> PanopticMap:
         """Run any segmenter on an image.
 
@@ -286,11 +311,13 @@ class PanopticMap:
                 mapping as transformers' panoptic post-processing gives it: ``segmentation``
                 ``[H, W]`` (ids; <= 0 is no segment) and ``segments_info`` with ``id`` and
                 ``label_id`` (a class index).
-            image: The image.
+            image: As :func:`~collavo.panoptic.read_image` takes it; the segmenter sees what that
+                returns.
 
         Raises:
             TypeError: if the segmenter returns something else.
-            ValueError: if its result has a missing key, an id twice or a class out of range.
+            ValueError: if the image is unreadable, or the result has a missing key, an id twice or
+                a class out of range.
 
         Example:
             >>> def left_half_is_a_horse(image):
@@ -301,7 +328,7 @@ class PanopticMap:
             >>> scene.segment_classes.tolist()
             [17]
         """
-        result = segmenter(image.convert("RGB"))
+        result = segmenter(read_image(image))
         return result if isinstance(result, PanopticMap) else cls.from_result(result)
 
     @classmethod
@@ -352,37 +379,45 @@ def _tensor(values: Any) -> Tensor:
     return torch.as_tensor(values)
 
 
-def category_table(categories: Sequence[Mapping[str, Any]] | None) -> Mapping[int, int]:
+def category_table(categories: Sequence[Mapping[str, Any]] | None) -> Mapping[int, int | str]:
     """Return the class index of every category id of a JSON's ``categories``.
+
+    A class of the file's own has its name, as messages show it, in the index's place: only a
+    segment of it is a fault.
 
     Args:
         categories: Entries with ``id`` and ``name``; None means COCO's own.
 
     Raises:
-        ValueError: if an entry lacks a key, an id occurs twice or a name is no COCO class.
+        ValueError: if an entry lacks an id, or an id occurs twice.
+
+    Example:
+        >>> category_table([{"id": "1", "name": "sky"}, {"id": 2.0, "name": "drone"}])
+        {1: 119, 2: "'drone'"}
     """
     if categories is None:
         return CATEGORY_TO_INDEX
-    table: dict[int, int] = {}
+    table: dict[int, int | str] = {}
     for position, entry in enumerate(categories):
         number = _entry(entry, "id", "categories", position)
         if number in table:
             raise ValueError(f"categories[{position}]: id {number} is listed twice")
-        name = entry.get("name")
-        if not isinstance(name, str):
-            raise ValueError(f"categories[{position}]: expected a 'name', got {name!r}")
-        table[number] = class_index(name)
+        name: Any = entry.get("name")
+        try:
+            table[number] = class_index(name)
+        except (ValueError, TypeError):
+            table[number] = shown(name)
     return table
 
 
 def parse_segments(
-    segments_info: Sequence[Mapping[str, Any]], table: Mapping[int, int], where: str
+    segments_info: Sequence[Mapping[str, Any]], table: Mapping[int, int | str], where: str
 ) -> tuple[list[int], list[int]]:
     """Check a ``segments_info`` list and return its ids and class indices.
 
     Args:
         segments_info: One mapping per segment with ``id`` and ``category_id``.
-        table: Class index of every category id.
+        table: Class index, or an own class's name, of every category id.
         where: What to call the list in messages, such as its file.
 
     Raises:
@@ -398,19 +433,23 @@ def parse_segments(
             raise ValueError(f"{where}: segment id {segment} is listed twice")
         if not 0 < segment <= _MAX_ID:
             raise ValueError(f"{where}: expected a segment id in 1..{_MAX_ID}, got {segment}")
-        if category not in table:
+        label = table.get(category)
+        if label is None:
             raise ValueError(f"{where}: segment {segment} has the unknown category_id {category}")
+        if isinstance(label, str):
+            raise ValueError(
+                f"{where}: segment {segment} has category_id {category}: expected a COCO panoptic "
+                f"class, got {label}"
+            )
         seen.add(segment)
         ids.append(segment)
-        classes.append(table[category])
+        classes.append(label)
     return ids, classes
 
 
 def _entry(info: object, key: str, where: str, position: int) -> int:
     value = info.get(key) if isinstance(info, Mapping) else None
-    if type(value) is int:  # by far the commonest, in files of a million segments
-        return value
-    # Segmenters count with NumPy, whose integers are no ``int``.
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{where}[{position}]: expected an integer {key!r}, got {value!r}")
-    return int(value)
+    number = integer(value)
+    if number is None:
+        raise ValueError(f"{where}[{position}]: expected an integer {key!r}, got {shown(value)}")
+    return number

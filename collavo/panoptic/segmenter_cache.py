@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from collavo import writing
+from collavo._arguments import expect_like, expect_path
+from collavo.panoptic.images import ImageInput, read_image
 from collavo.panoptic.maps import PanopticMap, PathLike
 
 # Part of every key: a change of what is stored, or of how keys are made, leaves old files unread.
@@ -38,13 +40,14 @@ _DAMAGED = (
 class CachedSegmenter:
     """A segmenter that looks on disk first; itself a segmenter, for any number of workers.
 
-    A map is found again by the image's mode, size and pixels and by the segmenter's settings, never
-    by a file's name. The settings are asked for at every call, so a changed threshold or weight
-    never gets an old map. Files lie in subfolders named by the first two digits of the key
-    (``folder/3f/3f09....npz``) and hold plain arrays; a file is written beside its place and then
-    renamed, so no reader sees half of one. What cannot be read is computed again and replaced, with
-    a warning. A writer that is killed leaves a ``.tmp`` file that nobody reads; such files may be
-    deleted while nothing writes to the folder.
+    A map is found again by the size and pixels of the image as shown and by the segmenter's
+    settings, never by a file's name. The settings are asked for at every call, so a changed
+    threshold or weight never gets an old map. Files lie in subfolders named by the first two digits
+    of the key (``folder/3f/3f09....npz``) and hold plain arrays; a file is written beside its place
+    and then renamed, so no reader sees half of one. What cannot be read is computed again and
+    replaced, and what cannot be written is returned all the same, each with a warning. A writer
+    that is killed leaves a ``.tmp`` file that nobody reads; such files may be deleted while nothing
+    writes to the folder.
 
     Args:
         segmenter: Takes an RGB image and returns what ``PanopticMap.from_segmenter`` understands.
@@ -77,6 +80,8 @@ class CachedSegmenter:
         *,
         settings: Mapping[str, Any] | str | None = None,
     ) -> None:
+        expect_like("segmenter", segmenter, "a segmenter", has=("__call__",))
+        expect_path("folder", folder, "the cache's folder")
         self.segmenter = segmenter
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
@@ -94,15 +99,16 @@ class CachedSegmenter:
             "settings": self._settings,
         }
 
-    def __call__(self, image: Image.Image) -> PanopticMap:
+    def __call__(self, image: ImageInput) -> PanopticMap:
         """Return the map of an image, from disk or from the segmenter.
 
         Args:
-            image: Any image; the segmenter sees it in RGB, and so does the key.
+            image: As :func:`~collavo.panoptic.read_image` takes it; what that returns is what the
+                segmenter sees and the key is made of.
         """
         return self.batch([image])[0]
 
-    def batch(self, images: Sequence[Image.Image]) -> list[PanopticMap]:
+    def batch(self, images: Sequence[ImageInput]) -> list[PanopticMap]:
         """Return the maps of several images; the segmenter gets those that are not on disk.
 
         It gets them together if it has a ``batch`` of its own.
@@ -111,7 +117,7 @@ class CachedSegmenter:
             images: As in a call.
         """
         settings = self._settings_json()
-        pictures = [image.convert("RGB") for image in images]
+        pictures = [read_image(image) for image in images]
         keys = [_key(picture, settings) for picture in pictures]
         maps: dict[str, PanopticMap] = {}
         missing: dict[str, Image.Image] = {}
@@ -181,18 +187,20 @@ class CachedSegmenter:
 
     def _write(self, key: str, panoptic: PanopticMap) -> None:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Same folder, hence same file system: the rename is atomic. A name of its own for every
-        # write: two workers with the same image both succeed, and the later rename wins.
-        temporary = path.with_name(f"{key}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
         arrays: dict[str, Any] = {name: getattr(panoptic, name).numpy() for name in _FIELDS}
+        content = BytesIO()
+        np.savez_compressed(content, key=np.array(key), **arrays)
         try:
-            with temporary.open("xb") as file:
-                np.savez_compressed(file, key=np.array(key), **arrays)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Every write has a name of its own: two workers with the same image both succeed, and
+            # the later rename wins. What a power failure damages is made again.
+            writing.write_file(path, content.getvalue(), sync=False)
+        except OSError as error:
+            # A run of hours does not end because its cache is full.
+            warnings.warn(
+                f"{self.folder}: a map could not be kept there and will be made again ({error})",
+                stacklevel=4,
+            )
 
 
 def _key(image: Image.Image, settings: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from collavo.panoptic.categories import NUM_CLASSES, class_index
+from collavo.panoptic.images import ImageInput, read_image
 from collavo.panoptic.maps import PanopticMap
 
 MASK2FORMER = "facebook/mask2former-swin-large-coco-panoptic"
@@ -162,11 +163,12 @@ class TransformersSegmenter:
             classes=classes,
         )
 
-    def __call__(self, image: Image.Image) -> PanopticMap:
+    def __call__(self, image: ImageInput) -> PanopticMap:
         """Segment one image.
 
         Args:
-            image: An RGB image.
+            image: As :func:`~collavo.panoptic.read_image` takes it; the model sees what that
+                returns.
 
         Returns:
             A map of ``grid`` cells, or of the image's pixels, whose ids 1, 2, ... follow the order
@@ -175,14 +177,14 @@ class TransformersSegmenter:
         return self.batch([image])[0]
 
     @torch.no_grad()
-    def batch(self, images: Sequence[Image.Image]) -> list[PanopticMap]:
+    def batch(self, images: Sequence[ImageInput]) -> list[PanopticMap]:
         """Segment several images of any sizes.
 
         Images that the processor gives the same size go through the model together. None is
         padded: a map is what the image alone would give, up to rounding.
 
         Args:
-            images: RGB images.
+            images: As in a call.
 
         Returns:
             One map per image, as a call gives it.
@@ -190,7 +192,8 @@ class TransformersSegmenter:
         Raises:
             ValueError: if the processor itself pads images, which would shift the map.
         """
-        inputs = [self._inputs(image) for image in images]
+        pictures = [read_image(image) for image in images]
+        inputs = [self._inputs(picture) for picture in pictures]
         groups: dict[torch.Size, list[int]] = {}
         for position, one in enumerate(inputs):
             groups.setdefault(one["pixel_values"].shape, []).append(position)
@@ -198,7 +201,7 @@ class TransformersSegmenter:
         for group in groups.values():
             together = {key: torch.cat([inputs[i][key] for i in group]) for key in inputs[group[0]]}
             outputs = self.model(**together)
-            sizes = [self.grid or (images[i].height, images[i].width) for i in group]
+            sizes = [self.grid or (pictures[i].height, pictures[i].width) for i in group]
             maps |= zip(group, self.post_process(outputs, sizes), strict=True)
         return [maps[i] for i in range(len(images))]
 
@@ -247,7 +250,7 @@ class TransformersSegmenter:
 
     def _inputs(self, image: Image.Image) -> dict[str, Tensor]:
         task = {} if self._kind.task is None else {"task_inputs": [self._kind.task]}
-        made = self.processor(images=[image.convert("RGB")], return_tensors="pt", **task)
+        made = self.processor(images=[image], return_tensors="pt", **task)
         if not made["pixel_mask"].all():
             raise ValueError(
                 "processor: expected one that resizes without padding, but it padded an image; "

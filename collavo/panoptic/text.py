@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from collavo._arguments import expect_like
 from collavo.panoptic.categories import display_name
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def detections_from_crayon(crayon: CrayonMap, image: int = 0) -> list[Detection]
     Source: paper section 3; the released code numbers and boxes by list position instead, which
         goes wrong where the list is not in the order of the ids.
     """
+    expect_like("crayon", crayon, "a CrayonMap", has=("row_index",))
     count = crayon.row_index.shape[0]
     if not 0 <= image < count:
         raise ValueError(f"image: expected 0..{count - 1}, got {image}")
@@ -141,6 +143,7 @@ def detections_from_map(panoptic: PanopticMap, *, max_number: int = 20) -> list[
     """
     from collavo_kernels import panoptic_lookup
 
+    expect_like("panoptic", panoptic, "a PanopticMap", has=("segmentation", "segment_ids"))
     crayon = panoptic_lookup(
         [panoptic.segmentation],
         [panoptic.segment_ids],

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from collavo import writing
+from collavo._arguments import expect_path
+from collavo.panoptic.images import RAISE_LIMIT, ImageInput, read_image
 from collavo.panoptic.maps import PanopticMap, PathLike
 from collavo.pictures.canvas import (
     AnyCanvas,
@@ -34,12 +37,14 @@ _HEADING_FONT, _TITLE_FONT = 15, 18
 _SMALLEST = 240
 # A sheet may be this wide, however small its views are.
 _SCREEN = 900
+# A cell is at least a pixel wide, and a grid not wider than its view or than this.
+_MOST_CELLS = 2000
 # A legend is never set in more columns than this.
 _MOST_COLUMNS = 4
 
 
 def draw_scene(
-    image: Image.Image,
+    image: ImageInput,
     panoptic: PanopticMap,
     *,
     grid: tuple[int, int] = (24, 24),
@@ -54,11 +59,12 @@ def draw_scene(
     crayon, which the legend explains. Colours are the palette's for colour-blind readers.
 
     Args:
-        image: The image.
+        image: The image, as :func:`~collavo.panoptic.read_image` takes it.
         panoptic: Its panoptic map, of any size.
-        grid: Height and width of the crayon grid.
+        grid: Height and width of the crayon grid, at most 2000 each.
         max_number: Largest instance number.
-        panel: Longer side of the drawn image in pixels, at least 240.
+        panel: Longer side of the drawn image in pixels, at least 240; the views may have
+            ``PIL.Image.MAX_IMAGE_PIXELS`` together.
         title: Stands over the picture.
         panels: Which views, in this order: some of ``"overlay"``, ``"boxes"``, ``"grid"`` and
             ``"legend"``.
@@ -67,8 +73,8 @@ def draw_scene(
         An RGB picture of the views, side by side as there is room.
 
     Raises:
-        ValueError: if the image is empty, the grid or the panel is too small, or the panels are
-            none, unknown or named twice.
+        ValueError: if the image is empty or unreadable, the grid or the panel is too small or too
+            large, or the panels are none, unknown or named twice.
 
     Example:
         >>> import torch
@@ -79,14 +85,15 @@ def draw_scene(
         >>> picture.mode
         'RGB'
     """
-    _check(image, panel, panels)
+    photo = read_image(image)
+    _check(photo, grid, panel, panels)
     scene = SceneRows.of(panoptic, grid, max_number)
-    return _compose(PixelCanvas, image, scene, panel, title, panels).image
+    return _compose(PixelCanvas, photo, scene, panel, title, panels).image
 
 
 def save_scene(
     path: PathLike,
-    image: Image.Image,
+    image: ImageInput,
     panoptic: PanopticMap,
     *,
     grid: tuple[int, int] = (24, 24),
@@ -112,6 +119,7 @@ def save_scene(
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        OSError: naming the file, if it cannot be written; an older picture is still there.
         ValueError: if the suffix is another one, or as :func:`draw_scene`.
 
     Example:
@@ -124,17 +132,21 @@ def save_scene(
         ...     "#1 horse" in path.read_text(encoding="utf-8")
         True
     """
+    expect_path("path", path, "the picture to write")
     path = check_suffix(path)
-    _check(image, panel, panels)
+    photo = read_image(image)
+    _check(photo, grid, panel, panels)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     scene = SceneRows.of(panoptic, grid, max_number)
     if path.suffix.lower() == ".png":
-        _compose(PixelCanvas, image, scene, panel, title, panels).image.save(path, "PNG")
+        picture = _compose(PixelCanvas, photo, scene, panel, title, panels).image
+        with writing.written_file(path) as temporary:
+            picture.save(temporary, "PNG")
         return
     new = partial(VectorCanvas, title=_printable(title))
-    source = _compose(new, image, scene, panel, title, panels).source()
-    path.write_bytes(source.encode("utf-8"))
+    source = _compose(new, photo, scene, panel, title, panels).source()
+    writing.write_file(path, source.encode("utf-8"))
 
 
 def check_suffix(path: PathLike) -> Path:
@@ -153,14 +165,30 @@ def check_suffix(path: PathLike) -> Path:
     return path
 
 
-def _check(image: Image.Image, panel: int, panels: Sequence[str]) -> None:
-    if not image.width or not image.height:
-        raise ValueError(f"image: expected at least one pixel, got {image.width} x {image.height}")
+def _check(photo: Image.Image, grid: tuple[int, int], panel: int, panels: Sequence[str]) -> None:
+    if max(grid) > _MOST_CELLS:
+        raise ValueError(
+            f"grid: expected at most {_MOST_CELLS} cells per side in a picture, got {grid}"
+        )
     if panel < _SMALLEST:
         raise ValueError(f"panel: expected at least {_SMALLEST} pixels, got {panel}")
     known = not isinstance(panels, str) and set(panels) <= set(VIEWS)
     if not known or not panels or len(set(panels)) < len(panels):
         raise ValueError(f"panels: expected some of {list(VIEWS)}, each once, got {panels!r}")
+    views = max(1, sum(name != "legend" for name in panels))
+    width, height = _view_size(photo, panel)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and views * width * height > limit:
+        most = max(_SMALLEST, int(panel * (limit / (views * width * height)) ** 0.5))
+        raise ValueError(
+            f"panel: expected at most {most} pixels (--panel-size), got {panel}: {views} views of "
+            f"{width} x {height} have more than {limit:,} pixels; {RAISE_LIMIT}"
+        )
+
+
+def _view_size(photo: Image.Image, panel: int) -> tuple[int, int]:
+    scale = panel / max(photo.size)
+    return max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
 
 
 def _compose(
@@ -172,10 +200,9 @@ def _compose(
     panels: Sequence[str],
 ) -> AnyCanvas:
     """Draw the views and put them on the sheet that needs the least paper."""
-    scale = panel / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    smooth = Image.Resampling.LANCZOS if scale < 4 else Image.Resampling.NEAREST
-    photo = image.convert("RGB").resize(size, smooth)
+    few = panel < 4 * max(image.size)
+    smooth = Image.Resampling.LANCZOS if few else Image.Resampling.NEAREST
+    photo = image.resize(_view_size(image, panel), smooth)
     drawn = {name: _piece(new, name, photo, scene) for name in panels if name != "legend"}
     limit = max(round(1.2 * (2 * panel + _MARGIN)), _SCREEN)
     sheets = []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from collavo._arguments import expect_like
 from collavo.panoptic.categories import NUM_THINGS, display_name
 from collavo.panoptic.maps import PanopticMap
 from collavo.pictures.labels import Rectangle, Rows
@@ -46,6 +47,7 @@ class SceneRows:
             grid: Height and width of the crayon grid.
             max_number: Largest instance number.
         """
+        expect_like("panoptic", panoptic, "a PanopticMap", has=("segmentation", "segment_ids"))
         lists: dict[str, Any] = {
             "segment_ids": [panoptic.segment_ids],
             "segment_classes": [panoptic.segment_classes],

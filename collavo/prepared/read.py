@@ -14,7 +14,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from collavo.panoptic.coco import check_sizes, read_image
+from collavo._arguments import expect_path
+from collavo.panoptic.coco import check_sizes
+from collavo.panoptic.file_names import FileNames, inner_name
+from collavo.panoptic.images import read_image
 from collavo.panoptic.instructions import Instruction
 from collavo.panoptic.maps import PathLike
 from collavo.prepared.shards import MANIFEST, PrepareSettings, Shard, read_manifest
@@ -42,7 +45,7 @@ class PreparedSample:
     instructions: tuple[Instruction, ...]
 
     def image(self) -> Image.Image:
-        """Read the image as RGB.
+        """Read the image as :func:`~collavo.panoptic.read_image` does.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -74,6 +77,7 @@ class PreparedDataset(Dataset[PreparedSample]):
     """
 
     def __init__(self, folder: PathLike, images: PathLike | None = None) -> None:
+        expect_path("folder", folder, "a prepared folder")
         self.folder = Path(folder)
         self.images = None if images is None else Path(images)
         if self.images is not None and not self.images.is_dir():
@@ -95,7 +99,7 @@ class PreparedDataset(Dataset[PreparedSample]):
                 f"got {self._starts[-1]}"
             )
         self._num_objects = np.concatenate([shard.num_objects.numpy() for shard in shards])
-        self._by_name: dict[str, int] | None = None
+        self._names: FileNames | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Mapped files stay behind; a worker opens its own.
@@ -116,11 +120,12 @@ class PreparedDataset(Dataset[PreparedSample]):
         Raises:
             IndexError: if there is no such sample.
             FileNotFoundError: naming the shard that has gone.
-            ValueError: naming the shard that is damaged.
+            ValueError: naming the shard that is damaged or names a file outside of the folder.
         """
         shard, place = self._find(index)
         line = shard.image(place)
-        path = Path(line.file_name) if self.images is None else self.images / line.file_name
+        name = inner_name(line.file_name, f"{shard.lines}: file_name")
+        path = Path(name) if self.images is None else self.images / name
         size = (line.height, line.width)
         return PreparedSample(path, line.image_id, size, shard.crayon(place), line.instructions)
 
@@ -153,17 +158,20 @@ class PreparedDataset(Dataset[PreparedSample]):
         shard, place = self._find(index)
         return shard.file_names[place]
 
-    def index_of(self, file_name: str) -> int | None:
-        """Return the index of the sample whose image has this file name, or None.
+    def index_of(self, file_name: PathLike) -> int | None:
+        """Return the index of the sample whose image a name or path means, or None.
 
         Args:
-            file_name: As the JSON has it, e.g. ``"000000000139.jpg"``.
+            file_name: As of ``CocoPanopticDataset.index_of``.
+
+        Raises:
+            ValueError: naming both, if two images fit alike.
         """
-        if self._by_name is None:
+        if self._names is None:
             shards = (self._shard(number) for number in range(len(self._starts) - 1))
             names = (name for shard in shards for name in shard.file_names)
-            self._by_name = {name: index for index, name in enumerate(names)}
-        return self._by_name.get(file_name)
+            self._names = FileNames(names, str(self.folder))
+        return self._names.best(Path(file_name))
 
     def check_crayon(self, *, grid: tuple[int, int], max_number: int, reduce: str) -> None:
         """Raise unless the crayons were made as a processor would make them.

@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from collavo import writing
 from collavo.panoptic.coco_index import Skipped
 from collavo.panoptic.instructions import TEMPLATES, Instruction, check_templates
 from collavo_kernels import MAX_MAP_SIDE, CrayonMap
@@ -174,21 +175,6 @@ def skipped_line(skipped: Skipped) -> bytes:
     return json.dumps({"skipped": skipped.name, "reason": skipped.reason}).encode() + b"\n"
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is either there as a whole or not there at all.
-
-    Args:
-        path: Where; the file beside it with ``.tmp`` at its end is written over.
-        content: The bytes.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the lock ends with the process at the latest.
@@ -293,8 +279,8 @@ def write_shard(
         "file_names": torch.frombuffer(names, dtype=torch.uint8) if names else _EMPTY,
     }
     line_file, tensor_file = shard_files(folder, number)
-    write_file(line_file, b"".join(lines))
-    write_file(tensor_file, save({k: v.contiguous() for k, v in tensors.items()}))
+    writing.write_file(line_file, b"".join(lines))
+    writing.write_file(tensor_file, save({k: v.contiguous() for k, v in tensors.items()}))
 
 
 def _map(path: Path) -> Any:

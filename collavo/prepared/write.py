@@ -24,10 +24,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from collavo.panoptic.coco import check_folders, check_sizes, read_image, read_image_size
+from collavo import writing
+from collavo._arguments import expect_like
+from collavo.panoptic.coco import check_folders, check_sizes
 from collavo.panoptic.coco_index import CocoFolder, CocoIndex, CocoRecord, Skipped
+from collavo.panoptic.images import read_image, read_image_size
 from collavo.panoptic.instructions import build_instructions
-from collavo.panoptic.maps import PathLike, read_panoptic_colours
+from collavo.panoptic.maps import PathLike, read_panoptic_colours, read_panoptic_size
 from collavo.panoptic.text import detections_by_image
 from collavo.prepared.shards import (
     FORMAT,
@@ -40,7 +43,6 @@ from collavo.prepared.shards import (
     lock_folder,
     read_manifest,
     shard_files,
-    write_file,
     write_shard,
 )
 from collavo.prepared.streaming import skip_line
@@ -50,9 +52,11 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 # Maps of one lookup: 15 MB of colours, and calls so few that their fixed cost is lost in decoding.
 _CHUNK = 16
+# Pixels of the maps that wait for a lookup, and of those that one takes: 100 MB of colours each.
+_PIXELS = 2**25
 # What a run writes, and no more than that is ever removed.
 _OWN = re.compile(
-    rf"(shard-[0-9]{{5,}}\.(jsonl|safetensors)|{re.escape(MANIFEST)}|{re.escape(REPORT)})(\.tmp)?"
+    rf"(shard-[0-9]{{5,}}\.(jsonl|safetensors)|{re.escape(MANIFEST)}|{re.escape(REPORT)})"
 )
 
 
@@ -124,9 +128,17 @@ def prepare_folder(
             output was made with other settings or inputs (saying which), has other files or is
             being written by another run.
     """
+    expect_like(
+        "coco",
+        coco,
+        "a CocoFolder",
+        has=("images", "panoptic", "annotations"),
+        hint="find_coco_folder(root, split) finds one",
+    )
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     settings = settings or PrepareSettings()
+    expect_like("settings", settings, "PrepareSettings", has=("grid", "limit"))
     coco = CocoFolder(*(Path(os.path.abspath(path)) for path in coco))
     check_folders(coco.images, coco.panoptic)
     index = CocoIndex.read(coco.annotations, skip_faults=True, limit=settings.limit)
@@ -139,6 +151,7 @@ def prepare_folder(
     folder.mkdir(parents=True, exist_ok=True)
     _check_own(folder)
     with lock_folder(folder):
+        writing.settle(folder)
         _open_output(folder, manifest, overwrite)
         report = _write_shards(folder, coco, index, settings, workers, progress)
         _finish(folder, manifest, report)
@@ -162,7 +175,7 @@ def _write_shards(
         bar.update(sum(len(part) for part, there in zip(parts, done, strict=True) if there))
         pending = [number for number, there in enumerate(done) if not there]
         jobs = (record for number in pending for record in parts[number])
-        decoded = _in_order(builder.decode, jobs, workers)
+        decoded = _in_order(builder.decode, jobs, workers, builder.pixels)
         for number in pending:
             results = islice(decoded, len(parts[number]))
             crayon, entries = builder.build(parts[number], results, bar.update)
@@ -177,6 +190,14 @@ class _Builder:
         self.coco = coco
         self.index = index
         self.settings = settings
+
+    def pixels(self, record: CocoRecord) -> int:
+        """Read how many pixels a map has, from its header; 0 if decoding will tell its fault."""
+        try:
+            height, width = read_panoptic_size(self.coco.panoptic / record.png)
+        except (ValueError, OSError):
+            return 0
+        return height * width
 
     def decode(self, record: CocoRecord) -> Tensor | Skipped:
         """Read a map, uint8 ``[H, W, 3]``, and check it against its image."""
@@ -212,22 +233,25 @@ class _Builder:
     ) -> tuple[CrayonMap, list[PreparedImage | Skipped]]:
         maps: list[CrayonMap] = []
         entries: list[PreparedImage | Skipped] = []
-        pairs = zip(records, results, strict=True)
-        while chunk := list(islice(pairs, _CHUNK)):
-            crayon = self.look_up(chunk)
-            maps.append(crayon)
-            images = iter(detections_by_image(crayon))
-            for record, result in chunk:
-                if isinstance(result, Skipped):
-                    entries.append(result)
-                    continue
-                instructions = build_instructions(next(images), self.settings.templates)
-                height, width = result.shape[:2]
-                entries.append(
-                    PreparedImage(record.image_id, record.image, height, width, tuple(instructions))
-                )
+        jobs, done = iter(records), iter(results)
+        while chunk := _chunk(jobs, done):
+            maps.append(self.look_up(chunk))
+            entries += self.describe(chunk, maps[-1])
             update(len(chunk))
+            chunk.clear()  # its maps would live while the next ones are decoded
         return CrayonMap.cat(maps), entries
+
+    def describe(
+        self, chunk: Sequence[tuple[CocoRecord, Tensor | Skipped]], crayon: CrayonMap
+    ) -> Iterator[PreparedImage | Skipped]:
+        images = iter(detections_by_image(crayon))
+        for record, result in chunk:
+            if isinstance(result, Skipped):
+                yield result
+                continue
+            instructions = build_instructions(next(images), self.settings.templates)
+            height, width = result.shape[:2]
+            yield PreparedImage(record.image_id, record.image, height, width, tuple(instructions))
 
     def look_up(self, chunk: Sequence[tuple[CocoRecord, Tensor | Skipped]]) -> CrayonMap:
         kept = [(record, one) for record, one in chunk if isinstance(one, Tensor)]
@@ -242,19 +266,40 @@ class _Builder:
         )
 
 
-def _in_order(work: Callable[[_T], _R], jobs: Iterable[_T], workers: int) -> Iterator[_R]:
-    """Yield the results of jobs in their order; a bounded number of them is under way."""
+def _in_order(
+    work: Callable[[_T], _R], jobs: Iterable[_T], workers: int, size: Callable[[_T], int]
+) -> Iterator[_R]:
+    """Yield the results of jobs in their order; a bounded number and size of them is under way."""
     waiting: deque[Future[_R]] = deque()
+    sizes: deque[int] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for job in jobs:
-            waiting.append(pool.submit(work, job))
-            if len(waiting) > 2 * _CHUNK:
+            pixels = size(job)
+            while waiting and (len(waiting) >= 2 * _CHUNK or sum(sizes) + pixels > _PIXELS):
+                sizes.popleft()
                 yield waiting.popleft().result()
+            waiting.append(pool.submit(work, job))
+            sizes.append(pixels)
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _chunk(
+    records: Iterator[CocoRecord], results: Iterator[Tensor | Skipped]
+) -> list[tuple[CocoRecord, Tensor | Skipped]]:
+    """Take what one lookup gets."""
+    chunk: list[tuple[CocoRecord, Tensor | Skipped]] = []
+    pixels = 0
+    for record in records:  # not zipped: that would hold the last map until it has the next
+        result = next(results)
+        chunk.append((record, result))
+        pixels += result.numel() // 3 if isinstance(result, Tensor) else 0
+        if len(chunk) >= _CHUNK or pixels >= _PIXELS:
+            break
+    return chunk
 
 
 def _fingerprint(coco: CocoFolder) -> dict[str, str]:
@@ -289,8 +334,8 @@ def _check_own(folder: Path) -> None:
         read_manifest(folder / MANIFEST)
         return
     # A run that was killed at once has left no more than its lock and a temporary file.
-    names = (file.name for file in folder.iterdir() if file.suffix != ".tmp")
-    others = sorted(name for name in names if name != LOCK)
+    names = (file.name for file in folder.iterdir())
+    others = sorted(name for name in names if name != LOCK and not writing.is_temporary(name))
     if others:
         raise ValueError(
             f"{folder}: expected a new or empty folder, or one of an earlier run, found "
@@ -337,7 +382,7 @@ def _report(folder: Path, shards: int, resumed: int, faults: Sequence[Skipped]) 
 
 
 def _finish(folder: Path, manifest: dict[str, Any], report: PrepareReport) -> None:
-    write_file(folder / REPORT, "".join(skip_line(one) for one in report.skipped).encode())
+    writing.write_file(folder / REPORT, "".join(skip_line(one) for one in report.skipped).encode())
     if not report.images:
         raise ValueError(
             f"{folder}: not one image could be prepared; {REPORT} there says why for "
@@ -354,4 +399,4 @@ def _finish(folder: Path, manifest: dict[str, Any], report: PrepareReport) -> No
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    writing.write_file(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,29 +1,19 @@
-"""What the processor makes of a batch: images by prompt, checked and padded crayons, labels."""
+"""What the processor makes of a batch: images by prompt, checked and padded crayons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from collavo.panoptic.images import ImageInput
 from collavo_kernels import CrayonMap
-
-ImageInput: TypeAlias = Image.Image | str | Path
-Conversation: TypeAlias = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a prompt, and whether the model has to say it."""
-
-    text: str
-    is_answer: bool
 
 
 def check_crayon(
@@ -54,14 +44,42 @@ def check_crayon(
             f"{crayon.num_cells}; look the map up with the processor's grid"
         )
     for name, values, most in (
-        ("class", crayon.row_class, num_classes),
-        ("number", crayon.row_number, max_number),
+        ("a row's class", crayon.row_class, num_classes),
+        ("a row's number", crayon.row_number, max_number),
+        # In a batch a row outside would be one of another image.
+        ("a cell's row_index", crayon.row_index, crayon.num_rows - 1),
     ):
         if values.numel() and int(values.max()) > most:
             raise ValueError(
-                f"{where}: expected a row's {name} to be at most {most}, as the processor's "
+                f"{where}: expected {name} to be at most {most}, as the processor's "
                 f"crayon has it, got {int(values.max())}"
             )
+        if values.numel() and int(values.min()) < 0:
+            raise ValueError(
+                f"{where}: expected {name} to be at least 0, got {int(values.min())}; look the map "
+                "up again"
+            )
+
+
+def check_upright(size: tuple[int, int], picture: Image.Image, where: str) -> None:
+    """Raise if a map has the picture's size with its sides exchanged.
+
+    Maps may have any size, but this one is that of the photo as stored, before EXIF turned it.
+
+    Args:
+        size: Height and width of the map.
+        picture: The image as it is shown.
+        where: What to call the map in the message.
+
+    Raises:
+        ValueError: naming ``where`` and both sizes.
+    """
+    if size != (picture.height, picture.width) and size == picture.size:
+        raise ValueError(
+            f"{where}: expected the map of the image as shown, but the map of {size[1]}x{size[0]} "
+            f"lies on its side, the image is {picture.width}x{picture.height}; turn the map as "
+            "EXIF turns the image"
+        )
 
 
 def flatten_images(images: ImageInput | Sequence[Any] | None) -> Iterator[ImageInput]:
@@ -71,18 +89,19 @@ def flatten_images(images: ImageInput | Sequence[Any] | None) -> Iterator[ImageI
         images: None gives nothing.
 
     Raises:
-        TypeError: if something is neither an image nor a path.
+        TypeError: if something is neither an image nor a path nor an array.
     """
     if images is None:
         return
-    if isinstance(images, Image.Image | str | Path):
+    if isinstance(images, Image.Image | str | Path | np.ndarray):
         yield images
     elif isinstance(images, Sequence):
         for one in images:
             yield from flatten_images(one)
     else:
         raise TypeError(
-            f"images: expected PIL images, paths or lists of them, got {type(images).__name__}"
+            "images: expected PIL images, paths, NumPy arrays or lists of them, "
+            f"got {type(images).__name__}"
         )
 
 
@@ -130,32 +149,3 @@ def batch_crayon(crayon: CrayonMap, counts: Sequence[int]) -> dict[str, Tensor]:
         label[sample, : stop - start] = crayon.row_class[start:stop]
         number[sample, : stop - start] = crayon.row_number[start:stop]
     return {"crayon_index": index, "crayon_class": label, "crayon_number": number}
-
-
-def answer_labels(
-    pieces: Sequence[Piece],
-    input_ids: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-    ignore_index: int,
-) -> list[int]:
-    """Keep the token ids of answers and put ``ignore_index`` everywhere else.
-
-    Args:
-        pieces: The prompt's text, in order.
-        input_ids: Its token ids.
-        offsets: First and one-past-last character of every token; equal for added ones.
-        ignore_index: What the loss leaves out.
-    """
-    spans, position = [], 0
-    for piece in pieces:
-        if piece.is_answer:
-            spans.append((position, position + len(piece.text)))
-        position += len(piece.text)
-    labels, current = [], 0
-    for token, (start, stop) in zip(input_ids, offsets, strict=True):
-        if stop > start:
-            while current < len(spans) and spans[current][1] <= start:
-                current += 1
-        inside = current < len(spans) and start < stop and stop > spans[current][0]
-        labels.append(token if inside else ignore_index)
-    return labels

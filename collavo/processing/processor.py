@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from collavo._arguments import expect_like
 from collavo.configuration import CollavoConfig
-from collavo.panoptic.coco import read_image
+from collavo.panoptic.images import ImageInput, read_image
 from collavo.panoptic.maps import MapInput, PanopticMap
 from collavo.panoptic.text import detections_by_image, object_prefix
 from collavo.processing.batch import (
-    Conversation,
-    ImageInput,
-    Piece,
-    answer_labels,
     batch_crayon,
     check_crayon,
+    check_upright,
     flatten_images,
     images_per_prompt,
 )
 from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, OBJECTS_MARKER
+from collavo.processing.labels import (
+    IGNORE_INDEX,
+    check_not_cut,
+    special_texts,
+    tokenize_answers,
+)
 from collavo.processing.region import crop_map, make_image_processor, visible_region
+from collavo.processing.stretches import Conversation, Piece, cut_tags, split_answers
 from collavo_kernels import CrayonMap, panoptic_lookup
 
 __all__ = ["IGNORE_INDEX", "CollavoProcessor", "make_image_processor"]
 
-IGNORE_INDEX = -100
+Samples: TypeAlias = list[list[Piece]]
 
 
 class CollavoProcessor(ProcessorMixin):
@@ -78,7 +84,14 @@ class CollavoProcessor(ProcessorMixin):
         max_number: int = 20,
         reduce: str = "majority",
     ) -> None:
-        if len(grid) != 2 or min(grid) < 1:
+        expect_like(
+            "tokenizer",
+            tokenizer,
+            "a tokenizer",
+            has=("get_vocab",),
+            hint="the order is CollavoProcessor(image_processor, tokenizer)",
+        )
+        if not isinstance(grid, (list, tuple)) or len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid: expected a positive height and width, got {grid!r}")
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -109,8 +122,8 @@ class CollavoProcessor(ProcessorMixin):
         """Make a batch of prompts.
 
         Args:
-            images: RGB images or their paths, in the order of the placeholders in ``text``; flat,
-                or one list per prompt.
+            images: Paths, PIL images or arrays as :func:`~collavo.panoptic.read_image` takes
+                them, in the order of the placeholders in ``text``; flat, or one list per prompt.
             text: Prompts with one ``<image>`` per image. ``<objects>`` is where the object text
                 of an image goes; without that marker it follows the image's placeholder.
             panoptic: One map, or None, per image. An image without a map has one unknown segment.
@@ -128,26 +141,43 @@ class CollavoProcessor(ProcessorMixin):
             = none), ``crayon_class`` and ``crayon_number`` int32 ``[B, R]`` (class -1 = padding).
 
         Raises:
-            ValueError: if the numbers of prompts, placeholders, images and maps disagree, or a
-                ``CrayonMap`` does not fit the processor.
+            ValueError: if the numbers of prompts, placeholders, images and maps disagree, a map
+                is that of a photo before EXIF turned it, or a ``CrayonMap`` does not fit the
+                processor.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts:
             raise ValueError("text: expected a prompt or a list of prompts, got none")
+        names = [f"text[{number}]" for number in range(len(texts))]
+
+        def tokenize(samples: Samples) -> dict[str, Any]:
+            return self._tokenize(["".join(p.text for p in one) for one in samples], kwargs, names)
+
         pieces = [[Piece(one, False)] for one in texts]
-        return self._batch(pieces, images, panoptic, object_text, return_tensors, kwargs)
+        cells = self.grid[0] * self.grid[1]
+        return self._batch(
+            pieces, names, images, panoptic, object_text, return_tensors, tokenize, cells
+        )
 
     def training_batch(
         self,
         conversations: Sequence[Conversation],
-        images: Sequence[ImageInput] | None = None,
+        images: Sequence[Any] | None = None,
         panoptic: Sequence[MapInput | None] | None = None,
         *,
         object_text: bool | Sequence[bool] | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        names: Sequence[str] | None = None,
+        pixels: bool = True,
         return_tensors: str | None = "pt",
-        **kwargs: Any,
     ) -> BatchFeature:
         """Make a batch of conversations with labels on the answers and their stop tokens.
+
+        The words of a conversation are words: where they spell a control token, ``<image>`` or
+        ``<objects>``, they are tokenized as text. No token holds characters of an answer and of
+        what is none, and the tokens before an answer are those of the prompt that generation would
+        be given.
 
         Args:
             conversations: Chat messages with ``role`` and ``content``; a content is a string or a
@@ -155,25 +185,40 @@ class CollavoProcessor(ProcessorMixin):
             images: As in a call.
             panoptic: As in a call.
             object_text: As in a call.
+            max_length: Longest sequence in tokens; longer ones are cut on the tokenizer's
+                truncation side. None cuts nothing.
+            pad_to_multiple_of: Pad lengths to a multiple of this.
+            names: What to call the conversations in messages.
+            pixels: Whether to make ``pixel_values``; without them text and crayons are checked in a
+                part of the time.
             return_tensors: As in a call.
-            **kwargs: For the tokenizer; padding is on by default.
 
         Returns:
-            What a call returns, and ``labels`` int64 ``[B, L]``, -100 outside the answers.
+            What a call returns, padded, and ``labels`` int64 ``[B, L]``, -100 outside the answers.
 
         Raises:
-            ValueError: as a call, and if a conversation has no answer, or the tokenizer does not
-                tell where its tokens stand in the text.
+            ValueError: as a call, and naming the conversation, if it has no answer, the chat
+                template refuses it, or an image is cut.
         """
-        if not self.tokenizer.is_fast:
-            raise ValueError(
-                "tokenizer: expected one of the tokenizers library, which tells where its tokens "
-                f"stand in the text, got {type(self.tokenizer).__name__}"
+        if names is None:
+            names = [f"conversations[{number}]" for number in range(len(conversations))]
+        tags = {self.image_token, OBJECTS_MARKER, *special_texts(self.tokenizer)}
+        pairs = zip(conversations, names, strict=True)
+        pieces = [self._render(one, name, tags) for one, name in pairs]
+
+        def tokenize(samples: Samples) -> dict[str, Any]:
+            return tokenize_answers(
+                self.tokenizer,
+                samples,
+                names,
+                image_token=self.image_token,
+                cells=self.grid[0] * self.grid[1],
+                max_length=max_length,
+                pad_to_multiple_of=pad_to_multiple_of,
             )
-        pieces = [self._render(one, number) for number, one in enumerate(conversations)]
-        kwargs.setdefault("padding", True)
+
         return self._batch(
-            pieces, images, panoptic, object_text, return_tensors, kwargs, with_labels=True
+            pieces, names, images, panoptic, object_text, return_tensors, tokenize, 1, pixels
         )
 
     def prompt(self, question: str | Conversation, *, num_images: int = 1) -> str:
@@ -186,62 +231,67 @@ class CollavoProcessor(ProcessorMixin):
         if isinstance(question, str):
             parts = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
             question = [{"role": "user", "content": parts}]
-        return self._fill_template(question, add_generation_prompt=True)[0]
+        return self._fill_template(question, "question", add_generation_prompt=True)[0]
 
     def _fill_template(
-        self, conversation: Conversation, **options: bool
+        self, conversation: Conversation, where: str, **options: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return the prompt, and where in it the assistant's words stand."""
         render: Any = render_jinja_template  # its annotations are narrower than what it does
-        prompts, spans = render(
-            conversations=[list(conversation)],
-            chat_template=self.chat_template,
-            **options,
-            **self.tokenizer.special_tokens_map,
-        )
+        try:
+            prompts, spans = render(
+                conversations=[list(conversation)],
+                chat_template=self.chat_template,
+                **options,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"{where}: the chat template does not take it ({error})") from error
         return prompts[0], spans[0] if spans else []
 
-    def _render(self, conversation: Conversation, number: int) -> list[Piece]:
-        text, spans = self._fill_template(conversation, return_assistant_tokens_mask=True)
+    def _render(self, conversation: Conversation, name: str, tags: set[str]) -> list[Piece]:
+        words, mark = cut_tags(conversation, tags)
+        text, spans = self._fill_template(words, name, return_assistant_tokens_mask=True)
         if not spans:
             raise ValueError(
-                f"conversations[{number}]: expected an assistant's turn inside the chat template's "
+                f"{name}: expected an assistant's turn inside the chat template's "
                 "{% generation %} block, got none"
             )
-        pieces: list[Piece] = []
-        position = 0
-        for start, stop in spans:
-            pieces += [Piece(text[position:start], False), Piece(text[start:stop], True)]
-            position = stop
-        return [*pieces, Piece(text[position:], False)]
+        return split_answers(text, spans, mark)
 
     def _batch(
         self,
-        samples: list[list[Piece]],
+        samples: Samples,
+        names: Sequence[str],
         images: ImageInput | Sequence[Any] | None,
         panoptic: MapInput | Sequence[MapInput | None] | None,
         object_text: bool | Sequence[bool] | None,
         return_tensors: str | None,
-        kwargs: dict[str, Any],
-        with_labels: bool = False,
+        tokenize: Callable[[Samples], dict[str, Any]],
+        tokens_per_image: int,
+        pixels: bool = True,
     ) -> BatchFeature:
-        pictures = [_open(image) for image in flatten_images(images)]
+        pictures = [read_image(image) for image in flatten_images(images)]
         maps = self._maps(panoptic, len(pictures))
-        counts = self._count_images(samples, len(pictures), images_per_prompt(images))
+        for position, (picture, known) in enumerate(zip(pictures, maps, strict=True)):
+            if isinstance(known, PanopticMap):
+                check_upright(known.size, picture, f"panoptic[{position}]")
+        counts = self._count_images(samples, names, len(pictures), images_per_prompt(images))
         wanted = self._object_switch(object_text, len(samples))
         crayon = self._crayon(pictures, maps) if pictures else None
         objects = detections_by_image(crayon) if crayon is not None and any(wanted) else []
         expanded, first = [], 0
-        for pieces, count, wants in zip(samples, counts, wanted, strict=True):
+        for pieces, name, count, wants in zip(samples, names, counts, wanted, strict=True):
             prefixes = [""] * count
             if objects and wants:
                 prefixes = [object_prefix(own) for own in objects[first : first + count]]
-            expanded.append(self._expand(pieces, prefixes))
+            expanded.append(self._expand(pieces, prefixes, tokens_per_image, name))
             first += count
-        data = self._tokenize(expanded, kwargs, with_labels)
+        data = tokenize(expanded)
         if crayon is not None:
-            processed = self.image_processor(images=pictures, return_tensors=return_tensors)
-            data["pixel_values"] = processed["pixel_values"]
+            if pixels:
+                processed = self.image_processor(images=pictures, return_tensors=return_tensors)
+                data["pixel_values"] = processed["pixel_values"]
             crayon_inputs = batch_crayon(crayon, counts)
             data |= {key: _as(value, return_tensors) for key, value in crayon_inputs.items()}
         return BatchFeature(data, tensor_type=return_tensors)
@@ -267,11 +317,11 @@ class CollavoProcessor(ProcessorMixin):
         return maps
 
     def _count_images(
-        self, samples: Sequence[Sequence[Piece]], images: int, nested: list[int] | None
+        self, samples: Samples, names: Sequence[str], images: int, nested: list[int] | None
     ) -> list[int]:
-        for number, pieces in enumerate(samples):
+        for name, pieces in zip(names, samples, strict=True):
             if any(piece.is_answer and self.image_token in piece.text for piece in pieces):
-                raise ValueError(f"conversations[{number}]: an answer has {self.image_token!r}")
+                raise ValueError(f"{name}: the chat template put {self.image_token!r} in an answer")
         counts = [sum(p.text.count(self.image_token) for p in pieces) for pieces in samples]
         if sum(counts) != images:
             raise ValueError(
@@ -345,58 +395,42 @@ class CollavoProcessor(ProcessorMixin):
             reduce=self.reduce,
         )
 
-    def _expand(self, pieces: Sequence[Piece], prefixes: Sequence[str]) -> list[Piece]:
-        """Repeat the image token for every cell and put the object text where it belongs."""
-        marked = any(OBJECTS_MARKER in p.text for p in pieces if not p.is_answer)
+    def _expand(
+        self, pieces: Sequence[Piece], prefixes: Sequence[str], tokens_per_image: int, name: str
+    ) -> list[Piece]:
+        """Repeat the image token and put the object text where it belongs."""
+        markers = sum(p.text.count(OBJECTS_MARKER) for p in pieces if not p.is_answer)
+        if markers not in (0, len(prefixes)):
+            raise ValueError(
+                f"{name}: expected no {OBJECTS_MARKER!r}, or one for each of {len(prefixes)} "
+                f"images, got {markers}"
+            )
         remaining = iter(prefixes)
-        tokens = self.image_token * (self.grid[0] * self.grid[1])
+        tokens = self.image_token * tokens_per_image
         # Blanks after the placeholder stay in front of the object text.
         pattern = rf"{re.escape(self.image_token)}(\s*)|{re.escape(OBJECTS_MARKER)}"
 
         def replace(match: re.Match[str]) -> str:
             blanks = match.group(1)
             if blanks is None:
-                return next(remaining, "")
-            return tokens + blanks + ("" if marked else next(remaining, ""))
+                return next(remaining)
+            return tokens + blanks + ("" if markers else next(remaining))
 
         return [
-            piece if piece.is_answer else Piece(re.sub(pattern, replace, piece.text), False)
+            piece
+            if piece.is_answer
+            else dataclasses.replace(piece, text=re.sub(pattern, replace, piece.text))
             for piece in pieces
         ]
 
     def _tokenize(
-        self, samples: Sequence[Sequence[Piece]], kwargs: dict[str, Any], with_labels: bool
+        self, texts: list[str], kwargs: dict[str, Any], names: Sequence[str]
     ) -> dict[str, Any]:
-        texts = ["".join(piece.text for piece in pieces) for pieces in samples]
-        encoded = self.tokenizer(
-            texts, return_offsets_mapping=with_labels, return_token_type_ids=False, **kwargs
-        )
+        encoded = self.tokenizer(texts, return_token_type_ids=False, **kwargs)
         data = {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
-        self._check_not_cut(samples, data["input_ids"])
-        if with_labels:
-            data["labels"] = [
-                answer_labels(pieces, ids, offsets, IGNORE_INDEX)
-                for pieces, ids, offsets in zip(
-                    samples, data["input_ids"], encoded["offset_mapping"], strict=True
-                )
-            ]
+        for text, ids, name in zip(texts, data["input_ids"], names, strict=True):
+            check_not_cut(text.count(self.image_token), self.image_token_id, ids, name)
         return data
-
-    def _check_not_cut(
-        self, samples: Sequence[Sequence[Piece]], input_ids: Sequence[Sequence[int]]
-    ) -> None:
-        for number, (pieces, ids) in enumerate(zip(samples, input_ids, strict=True)):
-            expected = sum(piece.text.count(self.image_token) for piece in pieces)
-            found = list(ids).count(self.image_token_id)
-            if found != expected:
-                raise ValueError(
-                    f"text: expected {expected} image tokens in prompt {number} after "
-                    f"tokenizing, got {found}; a truncation must not cut images"
-                )
-
-
-def _open(image: ImageInput) -> Image.Image:
-    return read_image(image) if isinstance(image, str | Path) else image.convert("RGB")
 
 
 def _as(value: Tensor, kind: str | None) -> Any:

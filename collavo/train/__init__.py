@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collavo.train.collator import CrayonCollator as CrayonCollator
     from collavo.train.dataset import ConversationDataset as ConversationDataset
     from collavo.train.dataset import CrayonInstructionDataset as CrayonInstructionDataset
+    from collavo.train.picture_maps import PictureMaps as PictureMaps
     from collavo.train.schedule import StepSchedule as StepSchedule
     from collavo.train.trainer import CollavoTrainer as CollavoTrainer
 
@@ -20,6 +21,7 @@ _MODULES = {
     "ConversationDataset": "dataset",
     "CrayonCollator": "collator",
     "CrayonInstructionDataset": "dataset",
+    "PictureMaps": "picture_maps",
     "StepSchedule": "schedule",
 }
 

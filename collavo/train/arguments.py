@@ -37,8 +37,8 @@ class CollavoTrainingArguments(TrainingArguments):
 
     Example:
         >>> args = CollavoTrainingArguments(output_dir="out", stage="cit", use_cpu=True)
-        >>> args.learning_rate, args.lr_scheduler_kwargs
-        (1e-05, {'min_lr': 1e-06})
+        >>> args.learning_rate, round(args.lr_scheduler_kwargs["min_lr_rate"], 6)
+        (1e-05, 0.1)
     """
 
     stage: Literal["cpt", "cit"] = field(
@@ -87,7 +87,10 @@ class CollavoTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.stage]
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}
+            # Not ``min_lr``: transformers divides that by what DeepSpeed's optimizers do not have.
+            lowest = min(self.min_learning_rate, self.learning_rate)
+            rate = lowest / self.learning_rate if self.learning_rate else 0.0
+            self.lr_scheduler_kwargs = {"min_lr_rate": rate}
         self._choose_checkpointing()
         super().__post_init__()  # type: ignore[no-untyped-call]
         if getattr(self.accelerator_config, "split_batches", False):

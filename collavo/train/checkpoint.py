@@ -1,45 +1,44 @@
-"""Checkpoint folders: checked before anything is loaded, written whole or not at all."""
+"""Checkpoint folders: sealed when they are whole, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from collavo.model.files import weight_files
+from collavo import writing
+from collavo.model.files import read_headers
+from collavo.panoptic.json_files import read_object
 
 STREAMS = "collavo_streams.json"
-RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", STREAMS)
+RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_NOT_WHOLE = "it is not a whole checkpoint, resume from an older one"
+_STEP = re.compile(r"checkpoint-[0-9]+")
+_log = logging.getLogger(__name__)
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:
     """Raise unless the folder holds every tensor of the model, in its shape, and no other.
 
-    Tensors that share their memory (tied embeddings) need to be there once. Only the files' headers
-    are read.
+    Tensors that share their memory (tied embeddings) need to be there once.
 
     Raises:
         FileNotFoundError: naming the folder or the file that is missing.
-        ValueError: naming the file that is no safetensors file, or the missing, surplus or
-            misshapen tensors.
+        ValueError: as ``read_headers``; naming the missing, surplus or misshapen tensors.
     """
-    stored: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                stored |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    stored = {name: entry.shape for name, entry in read_headers(folder).items()}
     expected = model.state_dict()
     by_memory = {_memory(expected[key]) for key in stored if key in expected}
+    # Adapters' scalings are there where they are not what the configuration says.
+    stored = {key: shape for key, shape in stored.items() if ".lora_scaling." not in key}
+    expected = {key: value for key, value in expected.items() if ".lora_scaling." not in key}
     missing = [key for key in expected if key not in stored and not _tied(expected[key], by_memory)]
     surplus = [key for key in stored if key not in expected]
     misshapen = [
@@ -53,6 +52,49 @@ def check_weights(folder: Path, model: nn.Module) -> None:
         raise ValueError(f"{folder}: its tensors are not this model's; {'; '.join(faults)}")
 
 
+def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write, as the last file of a checkpoint, what says that it is whole.
+
+    Args:
+        folder: A ``checkpoint-N`` folder; all its files are synced to the disk first.
+        facts: ``CollavoTrainingArguments.stream_facts()``, for :func:`check_resume`.
+
+    Raises:
+        OSError: naming the file that the disk does not take.
+    """
+    sizes = writing.synced_files(folder)
+    content = json.dumps({**facts, "files": sizes}, indent=2) + "\n"
+    writing.write_file(folder / STREAMS, content.encode())
+
+
+def check_whole(folder: Path) -> dict[str, Any]:
+    """Raise unless a checkpoint was written to its end, and return what it was sealed with.
+
+    Args:
+        folder: A ``checkpoint-N`` folder.
+
+    Raises:
+        FileNotFoundError: naming the missing file.
+        ValueError: naming the file that is shorter or longer than it was, or no JSON.
+    """
+    path = folder / STREAMS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; {_NOT_WHOLE}")
+    sealed = read_object(path, utf8=True)
+    sizes = sealed.get("files")
+    if not isinstance(sizes, dict):
+        raise ValueError(f"{path}: expected the sizes of the checkpoint's 'files'; {_NOT_WHOLE}")
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing; {_NOT_WHOLE}")
+        found = file.stat().st_size
+        # A JSON file may have been edited since.
+        if found != size and file.suffix != ".json":
+            raise ValueError(f"{file}: expected {size} bytes, got {found}; {_NOT_WHOLE}")
+    return sealed
+
+
 def check_resume(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raise unless the folder is a whole checkpoint of a run with the same streams of samples.
 
@@ -62,14 +104,15 @@ def check_resume(folder: Path, facts: Mapping[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: naming the missing file.
-        ValueError: naming the argument that differs.
+        ValueError: naming the file that is not whole, or the argument that differs.
     """
+    saved = check_whole(folder)
     for name in RESUME_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name}: missing; it is not a whole checkpoint, resume from an older one"
+                f"{folder / name}: missing; a checkpoint of save_only_model cannot be resumed"
             )
-    saved = _read_json(folder / STREAMS)
+    read_object(folder / "trainer_state.json", utf8=True)
     for name, value in facts.items():
         if saved.get(name) != value:
             raise ValueError(
@@ -78,43 +121,72 @@ def check_resume(folder: Path, facts: Mapping[str, Any]) -> None:
             )
 
 
-def write_streams(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write what :func:`check_resume` compares."""
-    (folder / STREAMS).write_text(json.dumps(dict(facts), indent=2) + "\n")
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the ``checkpoint-N`` folders of an output folder, whole or not, by their steps.
 
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into; its files replace those of ``folder`` if all went well.
-
-    Otherwise the half-written files are removed and ``folder`` stays as it was.
+    Args:
+        folder: The output folder; it may be missing.
     """
-    folder = folder.resolve()  # "." has no name and no neighbour
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = sorted(path.name for path in partial.iterdir())
-        for name in fresh:
-            os.replace(partial / name, folder / name)
-        # Weights of an earlier save in other parts would be read instead of, or beside, these.
-        for stale in folder.glob("model*.safetensors*"):
-            if stale.name not in fresh:
-                stale.unlink()
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    found = [path for path in folder.glob("checkpoint-*") if is_checkpoint(path)]
+    return sorted((path for path in found if path.is_dir()), key=_step)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def is_checkpoint(folder: Path) -> bool:
+    """Say whether a folder has a checkpoint's name.
+
+    Args:
+        folder: It need not be there.
+    """
+    return _STEP.fullmatch(folder.name) is not None
+
+
+def last_whole(folder: Path) -> Path:
+    """Return the last checkpoint that was written to its end; a later one is named in the log.
+
+    Args:
+        folder: The output folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for path in reversed(checkpoints(folder)):
+        try:
+            check_whole(path)
+        except (ValueError, OSError) as error:
+            _log.warning("%s: passed over (%s)", path, error)
+        else:
+            return path
+    raise ValueError(
+        f"resume_from_checkpoint: expected a whole checkpoint-N in {folder}, found none; train "
+        "from the beginning"
+    )
+
+
+def rotate(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """Remove the oldest checkpoints beyond a limit, first those that are not whole.
+
+    Args:
+        folder: The output folder.
+        limit: How many may stay; None or 0: all.
+        keep: The present one and the best; they stay, and are among those that are counted.
+    """
+    kept = {path.resolve() for path in keep if path.is_dir()}
+    found = [path for path in checkpoints(folder) if path.resolve() not in kept]
+    surplus = len(found) + len(kept) - limit if limit else 0
+    for path in sorted(found, key=_age)[: max(surplus, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _age(folder: Path) -> tuple[bool, float]:
     try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        check_whole(folder)
+    except (ValueError, OSError):
+        return False, folder.stat().st_mtime
+    return True, (folder / STREAMS).stat().st_mtime
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:

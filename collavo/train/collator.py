@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from collavo._arguments import expect_like
+from collavo.panoptic.maps import MapInput
 from collavo.processing.processor import IGNORE_INDEX, CollavoProcessor
-from collavo.train.dataset import check_record, record_images
+from collavo.train.records import check_record, record_images, record_name
 
 
 class CrayonCollator:
@@ -37,6 +39,9 @@ class CrayonCollator:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        expect_like(
+            "processor", processor, "a CollavoProcessor", has=("tokenizer", "image_processor")
+        )
         self.processor = processor
         self.object_text = object_text
         self.max_length = max_length
@@ -46,7 +51,7 @@ class CrayonCollator:
         """Make one batch.
 
         Args:
-            records: At least one; see ``collavo.train.dataset``.
+            records: At least one; see ``collavo.train.records``.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels`` int64 ``[B, L]`` (labels -100 outside
@@ -58,42 +63,64 @@ class CrayonCollator:
             ValueError: naming the record, if one is malformed, or an image or a whole answer would
                 be cut.
         """
+        return self._batch(records, pixels=True)
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raise where a batch with this record would; its pictures are not resized for it.
+
+        Args:
+            record: As of a batch.
+
+        Raises:
+            ValueError: naming the record.
+        """
+        self._batch([record], pixels=False)
+
+    def _batch(self, records: Sequence[Mapping[str, Any]], pixels: bool) -> dict[str, Tensor]:
         if not records:
             raise ValueError("records: expected at least one, got none")
-        checked = [check_record(record, f"records[{i}]") for i, record in enumerate(records)]
-        images, maps, conversations = [], [], []
+        names = [record_name(record, f"records[{i}]") for i, record in enumerate(records)]
+        checked = [check_record(*pair) for pair in zip(records, names, strict=True)]
+        images: list[list[Any]] = []  # by record, so that none can take another's
+        maps: list[MapInput | None] = []
+        conversations = []
         for record in checked:
             own_images, own_maps = record_images(record)
-            images += own_images
+            images.append(own_images)
             maps += own_maps
             conversations.append(_with_images(record["conversation"], len(own_images)))
         default = self.processor.object_text if self.object_text is None else self.object_text
-        options: dict[str, Any] = {"pad_to_multiple_of": self.pad_to_multiple_of}
-        if self.max_length is not None:
-            options |= {"truncation": True, "max_length": self.max_length}
         batch = self.processor.training_batch(
             conversations,
             images,
             maps,
             object_text=[bool(record.get("object_text", default)) for record in checked],
-            **options,
+            max_length=self.max_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            names=names,
+            pixels=pixels,
         )
-        _check_answers(batch["labels"], self.max_length)
+        self._check_answers(batch["labels"], names)
         return dict(batch)
 
-
-def _check_answers(labels: Tensor, max_length: int | None) -> None:
-    # A batch without any label has a loss of 0 / 0, which would spoil every weight.
-    empty = (labels == IGNORE_INDEX).all(1)
-    if bool(empty.any()):
-        raise ValueError(
-            f"records[{int(empty.nonzero()[0])}]: nothing of its answer is left within max_length="
-            f"{max_length}; allow longer sequences"
-        )
+    def _check_answers(self, labels: Tensor, names: Sequence[str]) -> None:
+        # A batch without any label has a loss of 0 / 0, which would spoil every weight.
+        empty = (labels == IGNORE_INDEX).all(1)
+        if bool(empty.any()):
+            name = names[int(empty.nonzero()[0])]
+            if self.max_length is None:
+                raise ValueError(f"{name}: expected an answer with a token to learn, got none")
+            raise ValueError(
+                f"{name}: nothing of its answer is left within max_length={self.max_length}; allow "
+                "longer sequences"
+            )
 
 
 def _with_images(conversation: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Put the record's images into the first user turn, unless the turns have their own."""
+    """Put the record's images into the first user turn, unless the turns have their own.
+
+    A conversation that nobody but the model speaks in has them in its first turn.
+    """
     turns = [dict(turn) for turn in conversation]
     own = sum(
         part.get("type") == "image"
@@ -103,11 +130,10 @@ def _with_images(conversation: Sequence[Mapping[str, Any]], count: int) -> list[
     )
     if own or not count:
         return turns
-    for turn in turns:
-        if turn["role"] == "user":
-            parts = turn["content"]
-            if isinstance(parts, str):
-                parts = [{"type": "text", "text": parts}]
-            turn["content"] = [{"type": "image"}] * count + list(parts)
-            break
+    spoken = [turn for turn in turns if turn["role"] != "system"]
+    first = next((turn for turn in spoken if turn["role"] == "user"), spoken[0])
+    parts = first["content"]
+    if isinstance(parts, str):
+        parts = [{"type": "text", "text": parts}]
+    first["content"] = [{"type": "image"}] * count + list(parts)
     return turns

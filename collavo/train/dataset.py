@@ -1,35 +1,40 @@
-"""Training records: crayon instructions made from COCO panoptic, and conversations about images.
-
-A record is a mapping: ``image`` (an RGB image, a path, a list of them, or None), ``panoptic`` (a
-``PanopticMap``, a ``CrayonMap`` or None for each image), ``conversation`` (messages with ``role``
-and ``content``) and, optionally, ``object_text`` (whether the prompt names the image's objects).
-"""
+"""Data sets of records: crayon instructions made from COCO panoptic, and conversations."""
 
 from __future__ import annotations
 
-import json
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample, read_image
+from collavo._arguments import expect_like
+from collavo.panoptic.coco import CocoPanopticDataset, PanopticSample
+from collavo.panoptic.coco_index import Skipped
+from collavo.panoptic.file_names import inner_name
+from collavo.panoptic.images import read_image
 from collavo.panoptic.instructions import (
     TEMPLATES,
     build_instructions,
     check_templates,
     draw_instruction,
 )
+from collavo.panoptic.json_files import read_json
 from collavo.panoptic.maps import MapInput, PathLike
 from collavo.panoptic.text import detections_from_map
 from collavo.prepared.read import PreparedDataset, PreparedSample
-
-Record: TypeAlias = dict[str, Any]
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+from collavo.train.records import (
+    Record,
+    check_record,
+    entry_name,
+    from_llava,
+    record_images,
+    record_name,
+)
 
 
 class CrayonInstructionDataset(Dataset[Record]):
@@ -67,6 +72,12 @@ class CrayonInstructionDataset(Dataset[Record]):
         object_text: bool = False,
     ) -> None:
         check_templates(templates)
+        expect_like(
+            "samples",
+            samples,
+            "a CocoPanopticDataset or PreparedDataset",
+            has=("__getitem__", "__len__"),
+        )
         if isinstance(samples, PreparedDataset):
             _check_prepared(samples, templates, max_number)
         self.samples = samples
@@ -138,6 +149,7 @@ class CrayonInstructionDataset(Dataset[Record]):
             "panoptic": panoptic,
             "conversation": draw_instruction(instructions, self.templates, rng).conversation(),
             "object_text": self.object_text,
+            "name": str(sample.path),
         }
 
 
@@ -161,9 +173,12 @@ class ConversationDataset(Dataset[Record]):
     Args:
         records: Mappings with ``conversation`` and, optionally, ``image`` and ``panoptic``.
             Images given as paths are read when a record is asked for.
-        images: Folder that relative image paths start from.
+        images: Folder that image paths start from, and do not leave; None takes paths as they are.
         panoptic: Gives the map or the crayon of an image's path, or None, for records without one
-            of their own; a panoptic model or a store of its results.
+            of their own; ``PictureMaps``, a panoptic model or a store of its results.
+
+    Attributes:
+        skipped: What ``from_llava_json`` left out, and why.
 
     Raises:
         ValueError: naming the record and the key, if one is malformed.
@@ -181,7 +196,11 @@ class ConversationDataset(Dataset[Record]):
         images: PathLike | None = None,
         panoptic: Callable[[Path], MapInput | None] | None = None,
     ) -> None:
-        self.records = [check_record(record, f"records[{i}]") for i, record in enumerate(records)]
+        self.records = [
+            check_record(record, record_name(record, f"records[{i}]"))
+            for i, record in enumerate(records)
+        ]
+        self.skipped: list[Skipped] = []
         self.images = None if images is None else Path(images)
         self.panoptic = panoptic
 
@@ -192,32 +211,52 @@ class ConversationDataset(Dataset[Record]):
         *,
         images: PathLike | None = None,
         panoptic: Callable[[Path], MapInput | None] | None = None,
+        on_skip: Callable[[Skipped], None] | None = None,
     ) -> ConversationDataset:
         """Read LLaVA's format: a list of ``{"image", "conversations": [{"from", "value"}]}``.
+
+        A malformed record does not end the others: it is left out and listed in ``skipped``, and a
+        warning says how many there are.
 
         Args:
             path: The JSON.
             images: As the class itself.
             panoptic: As the class itself.
+            on_skip: Called with every record that is left out, in place of the warning.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: naming the file, the record and the key.
+            ValueError: naming the file, if it is no list in JSON; or naming the first record too,
+                if all of them are malformed.
 
-        Source: LLaVA's data format; ``<image>`` in a turn is taken out, since the chat template
-            puts images first.
+        Source: LLaVA's data format; an ``<image>`` that is an image's place is taken out, since the
+            chat template puts images first.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file of conversations")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        content = read_json(path)
         if not isinstance(content, list):
             raise ValueError(f"{path}: expected a list of records, got {type(content).__name__}")
-        records = [_from_llava(record, f"{path}: [{i}]") for i, record in enumerate(content)]
-        return cls(records, images=images, panoptic=panoptic)
+        records, skipped = [], []
+        for position, entry in enumerate(content):
+            name = entry_name(entry, f"{path}: [{position}]")
+            try:
+                records.append(check_record(from_llava(entry, name), name))
+            except ValueError as error:
+                skipped.append(Skipped(name, str(error).removeprefix(f"{name}: ")))
+        if skipped and not records:
+            raise ValueError(f"{skipped[0].name}: {skipped[0].reason}")
+        if on_skip is not None:
+            for one in skipped:
+                on_skip(one)
+        elif skipped:
+            warnings.warn(
+                f"{path}: {len(skipped)} of {len(content)} records are left out and listed in "
+                f"'skipped'; the first: {skipped[0].name}: {skipped[0].reason}",
+                stacklevel=2,
+            )
+        data = cls([], images=images, panoptic=panoptic)
+        data.records, data.skipped = records, skipped  # checked already
+        return data
 
     def __len__(self) -> int:
         return len(self.records)
@@ -230,108 +269,48 @@ class ConversationDataset(Dataset[Record]):
 
         Raises:
             IndexError: if there is no such record.
-            FileNotFoundError: naming the image that is not there.
-            ValueError: naming the image that is unreadable.
+            FileNotFoundError: naming the record, and the image that is not there.
+            ValueError: naming the record, and the image that is unreadable or lies outside of the
+                folder.
         """
+        try:
+            return self._opened(index)
+        except (ValueError, OSError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{self.file_name(index)}: {error}") from error
+
+    def file_name(self, index: int) -> str:
+        """Return what to call a record in reports: its file, its number there and its id.
+
+        Args:
+            index: 0..len-1, or counted from the end.
+        """
+        return str(self.records[index]["name"])
+
+    def _opened(self, index: int) -> Record:
         record = dict(self.records[index])
         images, maps = record_images(record)
         opened = []
         for position, image in enumerate(images):
+            source = image
             if isinstance(image, str | Path):
-                path = Path(image) if self.images is None else self.images / image
-                image = read_image(path)
+                source = self._path(image)
                 if maps[position] is None and self.panoptic is not None:
-                    maps[position] = self.panoptic(path)
-            opened.append(image)
+                    maps[position] = self.panoptic(source)
+            opened.append(read_image(source))
         return {**record, "image": opened, "panoptic": maps}
 
+    def pictures(self) -> list[Path]:
+        """Return the paths of the records' images, those of faulty names left out."""
+        paths = []
+        for record in self.records:
+            for image in record_images(record)[0]:
+                if isinstance(image, str | Path):
+                    with suppress(ValueError):  # raised where the record is asked for
+                        paths.append(self._path(image))
+        return paths
 
-def record_images(record: Mapping[str, Any]) -> tuple[list[Any], list[MapInput | None]]:
-    """Return a record's images and, for each, its map, crayon or None.
-
-    Args:
-        record: A training record.
-
-    Raises:
-        ValueError: if there are maps and their number is another.
-    """
-    images = _as_list(record.get("image"))
-    maps = _as_list(record.get("panoptic")) or [None] * len(images)
-    if len(maps) != len(images):
-        raise ValueError(f"panoptic: expected {len(images)} maps for 'image', got {len(maps)}")
-    return images, maps
-
-
-def check_record(record: object, where: str) -> Record:
-    """Check a training record's form.
-
-    Args:
-        record: What is to be one.
-        where: What to call it in messages.
-
-    Raises:
-        ValueError: naming ``where`` and the key.
-    """
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: expected a mapping, got {type(record).__name__}")
-    turns = record.get("conversation")
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise ValueError(f"{where}: expected 'conversation' as a list of messages, got {turns!r}")
-    for position, turn in enumerate(turns):
-        role = turn.get("role") if isinstance(turn, Mapping) else None
-        if role not in ("system", "user", "assistant") or "content" not in turn:
-            raise ValueError(
-                f"{where}: conversation[{position}]: expected 'role' (system, user or assistant) "
-                f"and 'content', got {turn!r}"
-            )
-        _check_content(turn["content"], f"{where}: conversation[{position}]")
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise ValueError(f"{where}: expected an assistant's turn in 'conversation', got none")
-    try:
-        record_images(record)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return dict(record)
-
-
-def _check_content(content: object, where: str) -> None:
-    if isinstance(content, str):
-        return
-    parts: Sequence[Any] = content if isinstance(content, Sequence) else [content]
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-            raise ValueError(
-                f"{where}: expected 'content' as a string, or a list of {{'type': 'image'}} and "
-                f"{{'type': 'text', 'text': ...}}, got {part!r}"
-            )
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _from_llava(record: object, where: str) -> Record:
-    turns = record.get("conversations") if isinstance(record, Mapping) else None
-    if not isinstance(record, Mapping) or not isinstance(turns, list):
-        raise ValueError(f"{where}: expected 'conversations' as a list of turns, got {turns!r}")
-    conversation = []
-    for position, turn in enumerate(turns):
-        role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, Mapping) else None
-        value = turn.get("value") if isinstance(turn, Mapping) else None
-        if role is None or not isinstance(value, str):
-            raise ValueError(
-                f"{where}: conversations[{position}]: expected 'from' (human or gpt) and 'value', "
-                f"got {turn!r}"
-            )
-        conversation.append({"role": role, "content": value.replace("<image>", "").strip()})
-    image = record.get("image")
-    placeholders = sum(turn["value"].count("<image>") for turn in turns)
-    if placeholders > len(_as_list(image)):
-        raise ValueError(
-            f"{where}: expected {placeholders} images in 'image', one for each <image>, "
-            f"got {image!r}"
-        )
-    return {"image": image, "conversation": conversation}
+    def _path(self, image: str | Path) -> Path:
+        if self.images is None:
+            return Path(image)
+        return self.images / inner_name(str(image), "image")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
+from collavo.panoptic.coco_index import Skipped
+from collavo.prepared.streaming import SkipLog
 from collavo.train.schedule import STEP_KINDS, StepKind, StepSchedule, stable_hash
+
+# More than a data set has by chance: a folder that is not there, or a setting that fits none.
+_MOST_IN_A_ROW = 100
 
 
 class _Stream:
@@ -105,7 +114,28 @@ class StepSampler(Sampler[int]):
 
 
 class JoinedDataset(ConcatDataset[Any]):
-    """Data sets one after another, which are all told the epoch."""
+    """Data sets one after another, which are all told the epoch, past what cannot be used.
+
+    One bad record must not end a run of days: it is reported, and the next one of its data set
+    that can be used stands in for it, the same one whenever it is asked for.
+
+    Args:
+        datasets: The data sets.
+        on_unusable: Called with the name and the reason of every record that is left out, in the
+            process that read it; None raises instead.
+        check: Raises for a record that no batch can be made with.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset[Any]],
+        *,
+        on_unusable: Callable[[Skipped], None] | None = None,
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
+        super().__init__(datasets)
+        self.on_unusable = on_unusable
+        self.check = check
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the epoch to the data sets that draw anew in each (the trainer calls this)."""
@@ -113,9 +143,117 @@ class JoinedDataset(ConcatDataset[Any]):
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
 
+    def file_name(self, index: int) -> str:
+        """Return what to call a record in reports.
 
-def join(image: Dataset[Any] | None, vl: Dataset[Any] | None) -> JoinedDataset:
+        Args:
+            index: 0..len-1, or counted from the end.
+        """
+        return _name(*self._find(index))
+
+    def __getitem__(self, index: int) -> Any:
+        """Return one record, or the next that can be used.
+
+        Args:
+            index: 0..len-1, or counted from the end.
+
+        Raises:
+            IndexError: if there is no such record.
+            ValueError: if a hundred records in a row, or all there are, cannot be used.
+        """
+        dataset, first = self._find(index)
+        if self.on_unusable is None:
+            return dataset[first]
+        size = len(dataset)
+        for step in range(min(size, _MOST_IN_A_ROW)):
+            own = (first + step) % size
+            try:
+                record = dataset[own]
+                if self.check is not None:
+                    self.check(record)
+                return record
+            except (ValueError, OSError) as error:
+                fault = error
+                name = _name(dataset, own)
+                self.on_unusable(Skipped(name, str(error).removeprefix(f"{name}: ")))
+        raise ValueError(
+            f"{min(size, _MOST_IN_A_ROW)} records in a row cannot be used; the last: {fault}"
+        ) from fault
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        position = range(len(self))[index]
+        number = bisect_right(self.cumulative_sizes, position)
+        return self.datasets[number], position - (
+            self.cumulative_sizes[number - 1] if number else 0
+        )
+
+
+def _name(dataset: Any, index: int) -> str:
+    named = hasattr(dataset, "file_name")
+    return str(dataset.file_name(index)) if named else f"record {index}"
+
+
+class UnusableReport:
+    """Writes down what is left out of a run, and says once that there is something.
+
+    Args:
+        path: JSON lines with ``file`` and ``reason``; see ``SkipLog``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.log = SkipLog(path)
+        self._said = self._begun = False
+
+    def begin(self) -> None:
+        """Forget what an earlier run has listed; a second call changes nothing."""
+        if not self._begun:
+            self._begun = True
+            with suppress(OSError):  # then nothing can be listed either, and the run goes on
+                self.log.path.unlink(missing_ok=True)
+
+    def __call__(self, skipped: Skipped) -> None:
+        """Add an entry; a report that cannot be written does not end the run either.
+
+        Args:
+            skipped: What was left out, and why.
+        """
+        try:
+            self.log.path.parent.mkdir(parents=True, exist_ok=True)
+            self.log(skipped)
+            where = f"all are listed in {self.log.path}"
+        except OSError as error:
+            where = f"the list could not be written ({error})"
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"{skipped.name}: {skipped.reason}; records that cannot be used are left out of "
+                f"this run, {where}",
+                stacklevel=2,
+            )
+
+    def summary(self) -> str:
+        """Return how many records were left out and where to read which, or the empty text."""
+        try:
+            count = str(len({entry.name for entry in self.log.entries()}))
+        except (ValueError, OSError):  # somebody else has written there
+            count = "some"
+        return "" if count == "0" else f"{count} records were left out, listed in {self.log.path}"
+
+
+def join(
+    image: Dataset[Any] | None,
+    vl: Dataset[Any] | None,
+    *,
+    on_unusable: Callable[[Skipped], None] | None = None,
+    check: Callable[[Any], None] | None = None,
+) -> JoinedDataset:
     """Return the data sets as one, image samples first, in the order :class:`StepSampler` expects.
+
+    Args:
+        image: Crayon instructions.
+        vl: Visual instructions.
+        on_unusable: As :class:`JoinedDataset`.
+        check: As :class:`JoinedDataset`.
 
     Raises:
         ValueError: if there is none, or one has no length.
@@ -127,4 +265,4 @@ def join(image: Dataset[Any] | None, vl: Dataset[Any] | None) -> JoinedDataset:
     for name, data in parts.items():
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(f"{name}: expected a data set with a length and items by index")
-    return JoinedDataset(list(parts.values()))
+    return JoinedDataset(list(parts.values()), on_unusable=on_unusable, check=check)

@@ -51,7 +51,8 @@ def trainable_parameters(model: nn.Module, stage: str) -> list[nn.Parameter]:
         ValueError: if the stage is unknown, or the model lacks what the stage trains.
     """
     if stage not in ("cpt", "cit"):
-        raise ValueError(f"stage: expected 'cpt' or 'cit', got {stage!r}")
+        came = repr(stage) if isinstance(stage, str) else type(stage).__name__
+        raise ValueError(f"stage: expected 'cpt' or 'cit', got {came}")
     crayon_model = _crayon_model(model)
     parameters = list(crayon_model.crayon_parameters())
     if stage == "cpt":

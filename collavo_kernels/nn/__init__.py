@@ -16,6 +16,7 @@ from collavo_kernels.nn.crayon_prompt import CrayonPrompt, checked_crayon_index
 from collavo_kernels.nn.linear import (
     DualQLoRALinear,
     LoRAFactor,
+    has_own_forward,
     load_peft_adapter,
     save_peft_adapter,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "DualQLoRALinear",
     "LoRAFactor",
     "checked_crayon_index",
+    "has_own_forward",
     "interval_range",
     "is_prefill_mask",
     "load_peft_adapter",

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from collavo_kernels._rows import checked_index
-from collavo_kernels._validation import expect_int, expect_tensor
-from collavo_kernels.ops.panoptic_lookup import CrayonMap
+from collavo_kernels._validation import describe, expect_int, expect_tensor
 
 _INTEGERS = (torch.int32, torch.int64)
+
+
+class Rows(Protocol):
+    """What has rows: a ``CrayonMap``, or any object with these two."""
+
+    @property
+    def row_class(self) -> Tensor:
+        """``[T]``: as in ``CrayonPrompt.project``."""
+
+    @property
+    def row_number(self) -> Tensor:
+        """``[T]``: as in ``CrayonPrompt.project``."""
 
 
 class CrayonPrompt(nn.Module):
@@ -92,8 +105,20 @@ class CrayonPrompt(nn.Module):
             zero = name.endswith("bias") or (self.zero_init and name == "2.weight")
             nn.init.normal_(values, std=0.0 if zero else self.INITIALIZER_RANGE)
 
-    def forward(self, crayon: CrayonMap) -> Tensor:
-        """Return the crayon vector of every row, ``[T, hidden_size]``; zero for dead rows."""
+    def forward(self, crayon: Rows) -> Tensor:
+        """Return the crayon vector of every row, ``[T, hidden_size]``; zero for dead rows.
+
+        Args:
+            crayon: A ``CrayonMap``, or what has ``row_class`` and ``row_number`` like one.
+
+        Raises:
+            TypeError: if it has not.
+        """
+        if not (hasattr(crayon, "row_class") and hasattr(crayon, "row_number")):
+            raise TypeError(
+                f"crayon: expected a CrayonMap, got {describe(crayon)}; panoptic_lookup makes one, "
+                "and project() takes classes and numbers"
+            )
         return self.project(crayon.row_class, crayon.row_number)
 
     def project(self, row_class: Tensor, row_number: Tensor) -> Tensor:
@@ -113,7 +138,9 @@ class CrayonPrompt(nn.Module):
             ValueError: if shapes or devices differ, or (on the CPU, outside of compiled code) a
                 class or number of a live row is out of range.
         """
-        device = self.class_embedding.weight.device
+        weight = self.class_embedding.weight
+        # An offloaded weight is elsewhere until its module runs.
+        device = getattr(row_class, "device", None) if weight.is_meta else weight.device
         expect_tensor("row_class", row_class, dtypes=_INTEGERS, device=device)
         expect_tensor(
             "row_number", row_number, shape=row_class.shape, dtypes=_INTEGERS, device=device
@@ -121,7 +148,7 @@ class CrayonPrompt(nn.Module):
         live = row_class >= 0
         row_class = torch.where(live, row_class, 0)
         row_number = torch.where(live, row_number, 0)
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        if row_class.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_range("row_class", row_class, self.num_classes)
             _check_range("row_number", row_number, self.max_number)
         queries = self.class_embedding(row_class) + self.number_embedding(row_number)

@@ -37,6 +37,8 @@ class CompiledKernel:
         shared_limit: What the target offers per block in bytes.
         warnings: What NVIDIA's assembler says of lost speed, such as Hopper's matrix products that
             wait for each other; empty for other targets, whose products are not asynchronous.
+        spills_in_loops: How many instructions of loops around matrix products load or store what
+            was spilled, on NVIDIA; a spill elsewhere is paid once.
     """
 
     target: str
@@ -45,6 +47,7 @@ class CompiledKernel:
     shared_bytes: int
     shared_limit: int
     warnings: tuple[str, ...] = ()
+    spills_in_loops: int = 0
 
 
 def compile_ahead(
@@ -103,7 +106,8 @@ def compile_ahead(
     registers, spills = _nvidia_usage(compiled) if vendor == "cuda" else _amd_usage(compiled)
     shared, limit = int(compiled.metadata.shared), SHARED_LIMITS[target]
     warnings = assembler_warnings(compiled.asm.get("ptx", ""))
-    return CompiledKernel(target, registers, spills, shared, limit, warnings)
+    looped = _spills_in_loops(compiled.asm["cubin"]) if vendor == "cuda" and spills else 0
+    return CompiledKernel(target, registers, spills, shared, limit, warnings, looped)
 
 
 def assembler_warnings(ptx: str) -> tuple[str, ...]:
@@ -142,6 +146,18 @@ def _leaves(
 def _nvidia_usage(compiled: Any) -> tuple[int, int]:
     text = _nvidia_tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
     return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+
+
+def _spills_in_loops(cubin: bytes) -> int:
+    lines = _nvidia_tool("nvdisasm", "-c", cubin).splitlines()
+    labels = {line.strip(): i for i, line in enumerate(lines) if re.match(r"\.L_\w+:", line)}
+    spills = set()
+    for end, line in enumerate(lines):
+        jump = re.search(r"\bBRA `\((\.L_\w+)\)", line)
+        start = labels[f"{jump.group(1)}:"] if jump else end
+        if any(re.search(r"\b[HI]?MMA\b|HGMMA|UTC\w*MMA", x) for x in lines[start:end]):
+            spills |= {i for i in range(start, end) if re.search(r"\b(LDL|STL)\b", lines[i])}
+    return len(spills)
 
 
 def _nvidia_tool(name: str, option: str, content: bytes, *rest: str) -> str:

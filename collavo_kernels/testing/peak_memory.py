@@ -44,7 +44,7 @@ def _peak_of_profile(fn: Callable[[], object]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     allocations = [event for event in events if event.get("name") == "[memory]"]
     held = peak = 0
     for event in sorted(allocations, key=lambda event: float(event["ts"])):

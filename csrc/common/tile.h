@@ -5,8 +5,11 @@
 //   left   [rows][k], the k of a row side by side
 //   right  [k / kDepth][lanes][kDepth]
 //
-// A factor type says what the operands hold and how many k one instruction takes. How many rows and
-// vectors fill the registers is the caller's choice.
+// A factor type says what the operands hold and how many k one instruction takes (kDepth). How many
+// rows and vectors fill the registers is the caller's choice.
+//
+// An addition rounds what was summed before it, so a chain of n terms errs as n, and as the root of
+// n beside what it adds up to. Chains are kChain steps long, start from zero and are added up.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +24,7 @@ namespace {
 struct Floats {
   using Element = float;
   static constexpr int64_t kDepth = 1;
+  static constexpr int64_t kChain = 16;
   using Factor = Vec;
 
   static Factor left(const float* at) { return broadcast(*at); }
@@ -45,6 +49,8 @@ struct Floats {
 struct Pairs {
   using Element = BFloat16;
   static constexpr int64_t kDepth = 2;
+  // One chain, which goes on from call to call: sums become bfloat16 and have digits to spare.
+  static constexpr int64_t kChain = 0;
   using Factor = __m512bh;
 
   static Factor left(const BFloat16* at) { return broadcast_pair(at); }
@@ -68,30 +74,39 @@ template <typename P, int64_t kRows, int64_t kVectors>
 inline void tile_product(const typename P::Element* left, int64_t left_stride,
                          const typename P::Element* right, int64_t right_stride, int64_t steps,
                          bool first, float* sums, int64_t sums_stride) {
-  Vec part[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int64_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) {
-      part[r][v] = first ? zeros() : load(sums + r * sums_stride + v * kLanes);
-    }
-  }
-  for (int64_t s = 0; s < steps; ++s, left += P::kDepth, right += right_stride) {
-    typename P::Factor factors[kVectors];
-#pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) factors[v] = P::right(right + v * kLanes * P::kDepth);
+  constexpr bool kCut = P::kChain > 0;
+  do {
+    Vec part[kRows][kVectors];
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kRows; ++r) {
-      const typename P::Factor value = P::left(left + r * left_stride);
 #pragma GCC unroll 16
-      for (int64_t v = 0; v < kVectors; ++v) part[r][v] = P::step(value, factors[v], part[r][v]);
+      for (int64_t v = 0; v < kVectors; ++v) {
+        part[r][v] = kCut || first ? zeros() : load(sums + r * sums_stride + v * kLanes);
+      }
     }
-  }
+    const int64_t chain = kCut && steps > P::kChain ? P::kChain : steps;
+    for (int64_t s = 0; s < chain; ++s, left += P::kDepth, right += right_stride) {
+      typename P::Factor factors[kVectors];
 #pragma GCC unroll 16
-  for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t v = 0; v < kVectors; ++v) factors[v] = P::right(right + v * kLanes * P::kDepth);
 #pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) store(sums + r * sums_stride + v * kLanes, part[r][v]);
-  }
+      for (int64_t r = 0; r < kRows; ++r) {
+        const typename P::Factor value = P::left(left + r * left_stride);
+#pragma GCC unroll 16
+        for (int64_t v = 0; v < kVectors; ++v) part[r][v] = P::step(value, factors[v], part[r][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < kVectors; ++v) {
+        float* at = sums + r * sums_stride + v * kLanes;
+        store(at, kCut && !first ? add(load(at), part[r][v]) : part[r][v]);
+      }
+    }
+    first = false;
+    steps -= chain;
+  } while (steps > 0);
 }
 
 }  // namespace

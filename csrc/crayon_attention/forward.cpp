@@ -180,7 +180,10 @@ void write_out(const ForwardArgs& args, int64_t batch, int64_t head, int64_t tok
     inverse[lane] = total == 0 ? 0.0f : 1.0f / total;
   }
   for (int64_t i = 0; i < count; ++i) {
-    lse[i] = (running.top[i] * scale + std::log2(running.total[i])) * 0.693147181f;
+    // Rounded once: the backward's weights are as exact as this is.
+    const double power = static_cast<double>(running.top[i]) * scale;
+    const double log_sum = power + std::log2(static_cast<double>(running.total[i]));
+    lse[i] = static_cast<float>(log_sum * 0.6931471805599453);
   }
   for (int64_t lane = 0; lane < count; lane += kLanes) {
     Vec square[kLanes];

@@ -32,7 +32,8 @@ struct Work {
   // Right operands of the query head and of dOut: query blocks with positions in lanes, and
   // [positions][width].
   Element *queries, *queries_by_value, *grads, *grads_by_value;
-  float *lse, *delta;             // [positions], lse in powers of two
+  float *whole, *fraction;        // [positions], the log-sum-exp in powers of two
+  float* delta;                   // [positions]
   float* dq;                      // [query blocks][width][kQueryBlock]
   float *products, *d_weights;    // [kKeyBlock][kQueryBlock]
   Element *weights, *d_products;  // left operands, [kKeyBlock][kQueryGroup]
@@ -48,7 +49,7 @@ struct Work {
     for (Element** buffer : {&queries, &queries_by_value, &grads, &grads_by_value}) {
       *buffer = arena->take<Element>(positions * width);
     }
-    for (float** buffer : {&lse, &delta}) *buffer = arena->take<float>(positions);
+    for (float** buffer : {&whole, &fraction, &delta}) *buffer = arena->take<float>(positions);
     dq = arena->take<float>(positions * width);
     for (float** buffer : {&products, &d_weights})
       *buffer = arena->take<float>(kKeyBlock * kQueryBlock);
@@ -59,12 +60,20 @@ struct Work {
   }
 };
 
+// In four sums side by side, since chains of additions lose digits (common/tile.h), and of the
+// difference of two such sums little but their rounding may be left.
 template <typename T>
 inline float dot(const T* a, const T* b, int64_t count) {
-  Vec sums = zeros();
+  constexpr int64_t kSums = 4;
+  Vec sums[kSums] = {};
   int64_t d = 0;
-  for (; d + kLanes <= count; d += kLanes) sums = fma(load(a + d), load(b + d), sums);
-  float total = sum(sums);
+  for (; d + kSums * kLanes <= count; d += kSums * kLanes) {
+    for (int64_t i = 0; i < kSums; ++i) {
+      sums[i] = fma(load(a + d + i * kLanes), load(b + d + i * kLanes), sums[i]);
+    }
+  }
+  for (; d + kLanes <= count; d += kLanes) sums[0] = fma(load(a + d), load(b + d), sums[0]);
+  float total = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
   for (; d < count; ++d) total += to_float(a[d]) * to_float(b[d]);
   return total;
 }
@@ -83,6 +92,13 @@ void pack_keys(const BackwardArgs& args, const Span& span, int64_t batch, int64_
     token_slab(args.problem, args.value, span, batch, head, i, slab);
     pack_left<P>(slab, width, work.values + i * width);
   }
+}
+
+// A log-sum-exp in powers of two as a whole number and what is left, which has digits of its own.
+inline void split(float lse, float* whole, float* fraction) {
+  const double power = static_cast<double>(lse) * 1.4426950408889634;
+  *whole = static_cast<float>(std::floor(power));
+  *fraction = std::isfinite(*whole) ? static_cast<float>(power - *whole) : 0.0f;
 }
 
 // Positions behind the last query get zeros everywhere: their weights meet gradients of zero.
@@ -105,8 +121,7 @@ void pack_queries(const BackwardArgs& args, const Span& span, int64_t batch, int
     pack_right<P>(slab, width, work.grads_by_value + i * width);
     for (int64_t j = i; j < i + kLanes; ++j) {
       const bool inside = j < span.length();
-      const float log_sum = inside ? lse[j] * 1.44269504f : 0.0f;
-      work.lse[j] = log_sum == -INFINITY ? 0.0f : log_sum;
+      split(inside && lse[j] != -INFINITY ? lse[j] : 0.0f, work.whole + j, work.fraction + j);
       work.delta[j] =
           inside ? dot(slab + (j - i) * width, at<const T>(args.out, batch, span.first + j, head),
                        problem.head_dim)
@@ -120,25 +135,34 @@ struct Keys {
   int64_t first = 0, end = 0;
 };
 
+// product * scale - whole, rounded once.
+inline Vec exponent(Vec product, Vec scale, Vec whole) {
+#if defined(__AVX2__)
+  return fma(product, scale, subtract(zeros(), whole));
+#else
+  return static_cast<float>(static_cast<double>(product) * scale - whole);
+#endif
+}
+
 // Weights from the products, and the products' gradients from the weights'. Both become left
 // operands at the query block's place in the group, the gradients a right operand too.
 template <typename P>
-void weigh(int64_t keys, float scale, const float* lse, const float* delta, const float* products,
-           const float* d_weights, typename P::Element* weights, typename P::Element* d_products,
-           typename P::Element* d_products_right) {
+void weigh(int64_t keys, float scale, const float* whole, const float* fraction, const float* delta,
+           const float* products, const float* d_weights, typename P::Element* weights,
+           typename P::Element* d_products, typename P::Element* d_products_right) {
   using Power = PowerOf<P>;
   constexpr int64_t kDepth = P::kDepth;
   const Vec factor = broadcast(scale);
   for (int64_t v = 0; v < kQueryBlock; v += kLanes) {
-    const Vec base = load(lse + v), shift = load(delta + v);
+    const Vec base = load(whole + v), rest = load(fraction + v), shift = load(delta + v);
     for (int64_t r = 0; r < keys; r += kDepth) {
       Vec pair[kDepth];
 #pragma GCC unroll 2
       for (int64_t j = 0; j < kDepth; ++j) {
         const int64_t at = (r + j) * kQueryBlock + v, to = (r + j) * kQueryGroup + v;
-        // Rounded before the difference, as the log-sum-exp was: a weight of 1 comes out as 1.
-        const Vec score = multiply(load(products + at), factor);
-        const Vec weight = power_of_two<Power>(subtract(score, base));
+        // Of a large weight little is left behind the whole number, and it is rounded as little.
+        const Vec score = exponent(load(products + at), factor, base);
+        const Vec weight = power_of_two<Power>(subtract(score, rest));
         pair[j] = multiply(weight, subtract(load(d_weights + at), shift));
         P::put_left(weights + to, weight);
         P::put_left(d_products + to, pair[j]);
@@ -163,9 +187,9 @@ Keys gradients_of_blocks(const Problem& problem, const Sight& sight, const Work<
              kQueryBlock, width, true, work.d_weights);
   hide(sight, reach, position, kQueryBlock, keys.first, keys.end, work.products);
   const int64_t within = keys.first % kKeyBlock, left = within * kQueryGroup + column;
-  weigh<P>(count, exponent_scale(problem.softmax_scale), work.lse + position, work.delta + position,
-           work.products, work.d_weights, work.weights + left, work.d_products + left,
-           work.d_products_right);
+  weigh<P>(count, exponent_scale(problem.softmax_scale), work.whole + position,
+           work.fraction + position, work.delta + position, work.products, work.d_weights,
+           work.weights + left, work.d_products + left, work.d_products_right);
   product<P>(work.keys_transposed + block * kKeyBlock * width + within, kKeyBlock, width,
              work.d_products_right, kQueryBlock, count, false, work.dq + position * width);
   return keys;

@@ -132,7 +132,7 @@ inline bool fold_vectors(const float* scores, int64_t keys, float scale, float* 
     const Vec power = power_of_two<Power>(multiply(subtract(before, highest[v]), factor));
     store(shrink + v * kLanes, power);
     store(top + v * kLanes, highest[v]);
-    sums[v] = multiply(load(total + v * kLanes), power);
+    sums[v] = zeros();
   }
   for (int64_t r = 0; r < keys; r += kDepth) {
 #pragma GCC unroll 8
@@ -149,7 +149,11 @@ inline bool fold_vectors(const float* scores, int64_t keys, float scale, float* 
     }
   }
   bool changed = false;
-  for (int64_t v = 0; v < kCount; ++v) store(total + v * kLanes, sums[v]);
+  // A block's weights are a sum of their own: over all keys the chain would lose digits.
+  for (int64_t v = 0; v < kCount; ++v) {
+    float* at = total + v * kLanes;
+    store(at, fma(load(at), load(shrink + v * kLanes), sums[v]));
+  }
   for (int64_t lane = 0; lane < kCount * kLanes; ++lane) changed |= shrink[lane] != 1.0f;
   return changed;
 }

@@ -46,6 +46,9 @@ inline Vec step(Vec sums, const BFloat16* a, const BFloat16* b) {
 }
 #endif
 
+// Steps of a chain of additions (common/tile.h); with vectors each of the lanes has a chain.
+constexpr int64_t kShrinkSteps = kLanes > 1 ? 64 : 16;
+
 // hidden[m, slot + r] = gate * scaling * (A x) for kRows rows of A and kTokens tokens: enough sums
 // side by side that none waits for itself, and what is loaded serves several.
 template <int kRows, int kTokens, typename A, typename X>
@@ -57,13 +60,20 @@ void shrink_tile(const ForwardArgs& args, int64_t index, const A* a, const X* x,
     for (Vec& each : of_row) each = zeros();
   }
   // Columns are a multiple of 64.
-  for (int64_t k = 0; k < columns; k += kStepOf<A, X>) {
-    for (int r = 0; r < kRows; ++r) {
-      // The rows that come next. Behind the last one it is a hint that comes to nothing.
-      fetch(a + (kRows + r) * columns + k);
-      for (int m = 0; m < kTokens; ++m) {
-        sums[r][m] = step(sums[r][m], a + r * columns + k, x + (token + m) * columns + k);
+  for (int64_t k = 0; k < columns;) {
+    Vec part[kRows][kTokens] = {};
+    const int64_t end = std::min(columns, k + kShrinkSteps * kStepOf<A, X>);
+    for (; k < end; k += kStepOf<A, X>) {
+      for (int r = 0; r < kRows; ++r) {
+        // The rows that come next. Behind the last one it is a hint that comes to nothing.
+        fetch(a + (kRows + r) * columns + k);
+        for (int m = 0; m < kTokens; ++m) {
+          part[r][m] = step(part[r][m], a + r * columns + k, x + (token + m) * columns + k);
+        }
       }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int m = 0; m < kTokens; ++m) sums[r][m] = add(sums[r][m], part[r][m]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -161,22 +171,26 @@ inline Vec add_square(Vec sums, const Vec (&square)[kLanes],
   return sums;
 }
 
-// sums[m][r] += B[row + r] . hidden[token + m] for the rows of a panel. A square of B is
-// transposed once, so that rows are lanes, and serves all tokens.
+// Ranks that are a sum of their own before they meet what is there, and tokens at once.
+constexpr int64_t kMostRanks = 64, kMostExpanded = 64;
+
+// sums[m][r] += B[row + r] . hidden[token + m] over ranks [begin, end), for the rows of a panel. A
+// square of B is transposed once, so that rows are lanes, and serves all tokens.
 template <typename B>
-void expand_panel(const ForwardArgs& args, int64_t index, const B* b, int64_t row, int64_t token,
-                  int64_t tokens, int64_t slot, const Hidden& hidden, float* sums) {
-  const Adapter& adapter = args.adapters[index];
-  const int64_t rows = args.weight.rows;
+void expand_ranks(const ForwardArgs& args, int64_t index, const B* b, int64_t row, int64_t begin,
+                  int64_t end, int64_t token, int64_t tokens, int64_t slot, const Hidden& hidden,
+                  float* sums) {
+  const int64_t rank = args.adapters[index].rank, rows = args.weight.rows;
   using E = Expansion<B>;
   constexpr int64_t kWidth = E::kPer * kLanes;
+  alignas(64) float parts[kMostExpanded * kLanes];
   for (int64_t r = 0; r < kPanel; r += kLanes) {
-    for (int64_t first = 0; first < adapter.rank; first += kWidth) {
-      const int64_t some = std::min(kWidth, adapter.rank - first);
+    for (int64_t first = begin; first < end; first += kWidth) {
+      const int64_t some = std::min(kWidth, end - first);
       Vec square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         // Rows behind the matrix repeat its last one.
-        const B* from = b + std::min(row + r + i, rows - 1) * adapter.rank + first;
+        const B* from = b + std::min(row + r + i, rows - 1) * rank + first;
         if (some == kWidth) {
           square[i] = E::row(from);
         } else {
@@ -191,26 +205,38 @@ void expand_panel(const ForwardArgs& args, int64_t index, const B* b, int64_t ro
         const auto* value = E::values(hidden) + (token + m) * hidden.slots + slot + first;
         // An idle adapter is nothing to a token, whatever its values are.
         if (!active(args, index, token + m)) continue;
-        float* to = sums + m * kPanel + r;
+        float* part = parts + m * kLanes;
+        const Vec before = first == begin ? zeros() : load(part);
         if (used == kLanes) {
-          store(to, add_square<B, kLanes>(load(to), square, value, used));
+          store(part, add_square<B, kLanes>(before, square, value, used));
         } else if (kLanes >= 8 && used % 4 == 0) {
-          store(to, add_square<B, kLanes / 2 < 4 ? 1 : 4>(load(to), square, value, used));
+          store(part, add_square<B, kLanes / 2 < 4 ? 1 : 4>(before, square, value, used));
         } else {
-          store(to, add_square<B, 1>(load(to), square, value, used));
+          store(part, add_square<B, 1>(before, square, value, used));
         }
       }
+    }
+    for (int64_t m = 0; m < tokens; ++m) {
+      if (!active(args, index, token + m)) continue;
+      float* to = sums + m * kPanel + r;
+      store(to, add(load(to), load(parts + m * kLanes)));
     }
   }
 }
 
-inline void expand(const ForwardArgs& args, int64_t row, int64_t token, int64_t tokens,
-                   const Hidden& hidden, float* sums) {
+// sums[m][r] += B[row + r] . hidden[m] for the rows of a panel, all tokens and adapters.
+inline void expand(const ForwardArgs& args, int64_t row, const Hidden& hidden, float* sums) {
   int64_t slot = 0;
   for (int64_t index = 0; index < args.num_adapters; ++index) {
     const Adapter& adapter = args.adapters[index];
     with_type(adapter.dtype, adapter.b, [&](const auto* b) {
-      expand_panel(args, index, b, row, token, tokens, slot, hidden, sums);
+      for (int64_t first = 0; first < adapter.rank; first += kMostRanks) {
+        const int64_t end = std::min(adapter.rank, first + kMostRanks);
+        for (int64_t m = 0; m < args.tokens; m += kMostExpanded) {
+          expand_ranks(args, index, b, row, first, end, m, std::min(kMostExpanded, args.tokens - m),
+                       slot, hidden, sums + m * kPanel);
+        }
+      }
     });
     slot += slots_of(adapter.rank);
   }

@@ -112,7 +112,7 @@ void forward_with(const ForwardArgs& args, const T* x, T* out) {
     }
     for (int64_t panel = begin; panel < end; ++panel) {
       float* of_panel = sums + panel * stride;
-      expand(args, panel * kPanel, 0, args.tokens, hidden, of_panel);
+      expand(args, panel * kPanel, hidden, of_panel);
       for (int64_t m = 0; m < args.tokens; ++m) {
         finish(args, panel * kPanel, m, of_panel + m * kPanel, out);
       }

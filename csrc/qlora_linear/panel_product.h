@@ -183,9 +183,11 @@ struct FloatProduct {
           weights[i] = kNF4Code[i % 2 ? pair >> 4 : pair & 15] * scale;
         }
         for (int64_t m = 0; m < kTokens; ++m) {
-          float sum = 0.0f;
-          for (int64_t i = 0; i < kChunk; ++i) sum += weights[i] * x[m * kChunk + i];
-          sums[m * kPanel + r] += sum;
+          float parts[4] = {};
+          for (int64_t i = 0; i < kChunk; i += 4) {
+            for (int64_t c = 0; c < 4; ++c) parts[c] += weights[i + c] * x[m * kChunk + i + c];
+          }
+          sums[m * kPanel + r] += (parts[0] + parts[1]) + (parts[2] + parts[3]);
         }
       }
     }

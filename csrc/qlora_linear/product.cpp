@@ -16,14 +16,16 @@ constexpr int64_t kVectors = 2;
 constexpr int64_t kWidth = kVectors * kLanes;
 // So many rows of sums fill the registers.
 constexpr int64_t kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
-// Terms that are added up before they meet the rest: long sums lose digits. Copies of so many terms
-// of both factors stay in the first-level cache; a row is a little longer than a power of two.
+// Copies of so many terms of both factors stay in the first-level cache; a row is a little longer
+// than a power of two.
 constexpr int64_t kTerms = 256;
 constexpr int64_t kStride = kTerms + 16;
+// Tiles side by side that one copy of the left factor serves.
+constexpr int64_t kTiles = 4;
 
 struct Buffers {
-  alignas(64) float a[kRows * kStride];
-  alignas(64) float b[kTerms * kWidth];
+  alignas(64) float a[kRows * kStride] = {};  // rows that a tile lacks: they are not kept
+  alignas(64) float b[kTiles][kTerms * kWidth];
   alignas(64) float c[kRows * kWidth];
 };
 
@@ -65,18 +67,24 @@ void add_tile(const ProductArgs& args, int64_t i, int64_t rows, int64_t j, int64
   }
 }
 
-void output_columns(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j,
-                    Buffers& buffers) {
-  const int64_t width = std::min(kWidth, args.n - j);
+// Rows [i_begin, i_end) of `tiles` tiles side by side, from column j on.
+void output_tiles(const ProductArgs& args, int64_t i_begin, int64_t i_end, int64_t j, int64_t tiles,
+                  Buffers& buffers) {
   for (int64_t first = 0; first < args.k || first == 0; first += kTerms) {
     const int64_t terms = std::min(kTerms, args.k - first);
-    copy_b(args, j, width, first, terms, buffers.b);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t column = j + t * kWidth;
+      copy_b(args, column, std::min(kWidth, args.n - column), first, terms, buffers.b[t]);
+    }
     for (int64_t i = i_begin; i < i_end; i += kRows) {
       const int64_t rows = std::min(kRows, i_end - i);
       copy_a(args, i, rows, first, terms, buffers.a);
-      tile_product<Floats, kRows, kVectors>(buffers.a, kStride, buffers.b, kWidth, terms, true,
-                                            buffers.c, kWidth);
-      add_tile(args, i, rows, j, width, first == 0, buffers.c);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t column = j + t * kWidth;
+        tile_product<Floats, kRows, kVectors>(buffers.a, kStride, buffers.b[t], kWidth, terms, true,
+                                              buffers.c, kWidth);
+        add_tile(args, i, rows, column, std::min(kWidth, args.n - column), first == 0, buffers.c);
+      }
     }
   }
 }
@@ -91,11 +99,12 @@ void product(const ProductArgs& args) {
   const int64_t work = std::max<int64_t>(1, 262144 / std::max<int64_t>(1, args.k * kWidth * kRows));
   const bool by_rows = down > across;
   parallel_for(by_rows ? down : across, work, [&](int64_t begin, int64_t end) {
-    Buffers buffers = {};  // rows that a tile lacks stay zero or what they were: they are not kept
-    for (int64_t p = by_rows ? 0 : begin; p < (by_rows ? across : end); ++p) {
-      const int64_t i_begin = by_rows ? begin * kRows : 0;
-      const int64_t i_end = by_rows ? std::min(args.m, end * kRows) : args.m;
-      output_columns(args, i_begin, i_end, p * kWidth, buffers);
+    Buffers buffers;
+    const int64_t i_begin = by_rows ? begin * kRows : 0;
+    const int64_t i_end = by_rows ? std::min(args.m, end * kRows) : args.m;
+    const int64_t last = by_rows ? across : end;
+    for (int64_t p = by_rows ? 0 : begin; p < last; p += kTiles) {
+      output_tiles(args, i_begin, i_end, p * kWidth, std::min(kTiles, last - p), buffers);
     }
   });
 }

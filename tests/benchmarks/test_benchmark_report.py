@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,3 +228,18 @@ def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["bench", "--base", "main", "--full", "-k", "qlora"]) == 0
     (command,) = given
     assert command[-5:] == ["--full", "--base", "main", "-k", "qlora"]
+
+
+def test_a_reader_that_leaves_ends_the_benchmarks_without_a_word(tmp_path: Path) -> None:
+    """pytest alone would print an internal error."""
+    from collavo.cli import bench
+
+    (tmp_path / "chatty.py").write_text("while True: print('line')")
+    command = [sys.executable, "-c", bench._RUN.format(name="chatty")]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == b""
+    assert process.wait() == -signal.SIGPIPE

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from collavo.cli import main
+from collavo_kernels import _backends
 from collavo_kernels._backends import Backend, Table
 from collavo_kernels.info import (
     collect,
@@ -134,3 +135,20 @@ def test_a_backend_that_yields_serves_where_it_is_asked_for_or_alone() -> None:
     declining = replace(second, declines=lambda inputs: "takes nothing")
     alone = Table("toy_yields_alone", (first, declining, reference))
     assert alone.select(4, "cpu").name == "one"
+
+
+def test_a_missing_backend_is_complained_of_only_where_it_would_have_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A dense weight is the reference's everywhere: a build would change nothing."""
+    said: list[str] = []
+    monkeypatch.setattr(_backends, "_say_slow_once", lambda *words: said.append(words[-1]))
+
+    def one(name: str, declines: str | None) -> Backend[Any, Any, Any, Any, Any, Any]:
+        options: Any = {"devices": ("cpu",), "declines": lambda inputs: declines}
+        return Backend(name, _nothing, unavailable=lambda: f"{name} was not built", **options)
+
+    for i, declines in enumerate(("takes no dense weight", None)):
+        table = Table(f"toy_missing_{i}", (one("cpu", declines), Backend("reference", _nothing)))
+        assert table.select(None, "cpu").name == "reference"
+    assert said == ["cpu was not built"]

@@ -27,6 +27,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 COMPUTE = """
+import warnings
 import torch
 import collavo_kernels as ck
 from collavo_kernels import _native
@@ -34,6 +35,7 @@ from collavo_kernels.info import collect, format_report
 
 assert _native.native() is None and _native.best_isa() is None
 assert {word!r} in _native.native_reason(), _native.native_reason()
+said = warnings.catch_warnings(record=True).__enter__()
 torch.manual_seed(0)
 x = torch.randn(3, 64, requires_grad=True)
 weight = ck.quantize_nf4(torch.randn(32, 64))
@@ -50,13 +52,16 @@ assert rows.row_index.tolist() == [[1, 1, 1, 1]]
 report = collect()
 assert {{row.forward for row in report.operators if row.device == "cpu"}} == {{"reference"}}
 assert {word!r} in format_report(report)
+(slow,) = said  # of three operators' calls the first
+assert slow.category is RuntimeWarning and {word!r} in str(slow.message), slow
+assert str(slow.message).startswith("qlora_linear runs on its reference backend"), slow
 print("computed")
 """
 
 
 def objects(isa: str) -> list[Path]:
     """Objects of one instruction set in the last build of this checkout."""
-    ninja = BUILD / "build.ninja"
+    ninja = BUILD / "_C.ninja"
     if not ninja.exists() or shutil.which("nm") is None:
         pytest.skip("no build of this checkout here, or no nm")
     built = re.findall(r"^build (\S+): compile", ninja.read_text(), flags=re.MULTILINE)
@@ -101,6 +106,26 @@ def test_works_without_the_compiled_module(error: str, word: str) -> None:
     code = HIDE.format(error=error) + COMPUTE.format(word=word)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "computed\n", result.stderr
+
+
+def test_the_builds_own_words_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip hides what setup.py prints; the file that it leaves travels with the package."""
+    (tmp_path / "_C.reason").write_text("no C++ compiler: no g++ on PATH\n")
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    monkeypatch.setitem(sys.modules, "collavo_kernels._C", None)
+    module, reason = _native._load_native.__wrapped__()
+    assert module is None
+    assert "was not built (no C++ compiler: no g++ on PATH); mend that" in str(reason)
+    assert "bare sources" in str(_native._load_cuda.__wrapped__()[1])
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_instruction_set_is_none_named(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLLAVO_ISA", value)
+    before = _native.native()
+    assert _native._load_native.__wrapped__()[0] is before
 
 
 def test_cuda_library_is_none_with_a_reason_or_has_a_device() -> None:

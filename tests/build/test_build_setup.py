@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -148,9 +149,11 @@ def test_without_a_compiler_nothing_is_built_and_a_line_says_so(tree: Path) -> N
 def test_on_windows_only_a_named_compiler_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """CI machines have a MinGW g++ on PATH, whose modules no Python from python.org can load."""
     parsed = ast.parse((ROOT / "setup.py").read_text())
-    (function,) = [n for n in parsed.body if getattr(n, "name", "") == "find_compiler"]
-    found = {"os": os, "shutil": shutil, "sys": SimpleNamespace(platform="win32")}
-    exec(compile(ast.Module([function], []), "setup.py", "exec"), found)
+    needed = ("find_compiler", "on_one_line", "quoted")
+    functions = [n for n in parsed.body if getattr(n, "name", "") in needed]
+    found = {"os": os, "shlex": shlex, "shutil": shutil, "subprocess": subprocess}
+    found["sys"] = SimpleNamespace(platform="win32")
+    exec(compile(ast.Module(functions, []), "setup.py", "exec"), found)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert found["find_compiler"]() is None

@@ -28,7 +28,7 @@ from torch import Tensor
 from collavo_kernels._native import ISA_CODES, native
 from collavo_kernels.testing import offset_view
 
-EXAMPLES = int(os.environ.get("COLLAVO_FUZZ_EXAMPLES", "0"))
+EXAMPLES = int(os.environ.get("COLLAVO_FUZZ_EXAMPLES") or "0")
 NOTE = os.environ.get("COLLAVO_FUZZ_NOTE", "")
 SANITIZED = bool(os.environ.get("COLLAVO_FUZZ_SANITIZED"))
 ISAS = tuple(getattr(native(), "isas", tuple)())

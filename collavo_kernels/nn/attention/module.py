@@ -79,6 +79,7 @@ class CrayonAttention(nn.Module):
             or ``DualQLoRALinear``, or what is called like one).
 
     Raises:
+        TypeError: if ``config`` is no configuration.
         ValueError: if the configuration asks for what the operator lacks (soft-capped scores,
             partial rotary, a head dim that is odd or above 256), the heads cannot be grouped, or a
             projection has other sizes.
@@ -116,6 +117,8 @@ class CrayonAttention(nn.Module):
         projections: dict[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        if not hasattr(config, "num_attention_heads"):
+            raise TypeError(f"config: expected a configuration, got {type(config).__name__}")
         self.config = config
         self.layer_idx = layer_idx
         self.crayon_mode = crayon_mode

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from collavo_kernels._rows import add_rows, checked_index
-from collavo_kernels.nn.linear.module import DualQLoRALinear
+from collavo_kernels.nn.linear.module import DualQLoRALinear, beside
 from collavo_kernels.ops.qlora_linear import qlora_linear
 
 
@@ -25,6 +25,20 @@ class CrayonInputs(NamedTuple):
         key_range: int32 ``[B, 2]``: first and one-past-last valid key of each sample; None = all.
         fused: Whether the cache is empty and the mask is one interval per sample, so that
             ``crayon_attention`` applies; None = each layer decides, from its mask and cache.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from collavo_kernels.nn import CrayonAttention
+        >>> config = SimpleNamespace(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+        >>> rows = torch.tensor([[-1, 0, 0, 1, -1]], dtype=torch.int32)
+        >>> crayon = CrayonInputs(table=torch.randn(2, 64), row_index=rows)
+        >>> turn, hidden = torch.ones(1, 5, 16), torch.randn(1, 5, 64)
+        >>> attention = CrayonAttention(config, 0)
+        >>> plain, _ = attention(hidden, (turn, 0 * turn))
+        >>> drawn, _ = attention(hidden, (turn, 0 * turn), crayon=crayon)
+        >>> (drawn != plain).any(dim=2).tolist()
+        [[False, True, True, True, True]]
     """
 
     table: Tensor | None = None
@@ -61,7 +75,8 @@ def project(
     if row_table is None or row_index is None or not _is_plain(layer):
         result: Tensor = layer(x)
         return result if row_table is None else _with_rows(result, row_table, row_index)
-    return qlora_linear(x, layer.weight, row_table=row_table, row_index=row_index, bias=layer.bias)
+    table = beside(x, row_table)
+    return qlora_linear(x, layer.weight, row_table=table, row_index=row_index, bias=layer.bias)
 
 
 def project_with_rows(
@@ -78,18 +93,32 @@ def project_with_rows(
     Returns:
         ``[tokens + T, N]``.
     """
+    if isinstance(layer, DualQLoRALinear):
+        # Its bias is read inside: offload brings it there alone.
+        masked: Tensor = layer(x, adapter_mask, tokens=tokens)
+        return masked
     bias = getattr(layer, "bias", None)
     if bias is None:
         return project(layer, x, adapter_mask)
-    if not (isinstance(layer, DualQLoRALinear) or _is_plain(layer)):
+    if not _is_plain(layer):
         # Taken off again, a large bias would leave its rounding in the rows: they get none.
         names = [n for n, _ in layer.named_parameters() if n.split(".")[-1] == "bias"]
         none = {name: torch.zeros_like(layer.get_parameter(name)) for name in names}
+        _refuse_offloaded(layer, none)
         rows = torch.func.functional_call(layer, none, (x[tokens:],))
         return torch.cat([project(layer, x[:tokens], adapter_mask), rows])
     index = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
     index[:tokens] = -1
     return project(layer, x, adapter_mask, -bias[None], index)
+
+
+def _refuse_offloaded(layer: nn.Module, biases: dict[str, Tensor]) -> None:
+    if any(bias.is_meta for bias in biases.values()):
+        raise ValueError(
+            f"projections: the bias of a {type(layer).__name__} is offloaded, so the crayon's rows "
+            "cannot leave it out; take the offload's hooks off, or make the layer a "
+            "DualQLoRALinear (from_linear(layer, adapters=(), quantized=False)) before"
+        )
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:

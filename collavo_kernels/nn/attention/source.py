@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from collavo_kernels.nn.linear.offload import has_own_forward
 from collavo_kernels.ops.crayon_attention.inputs import LARGEST_HEAD_DIM
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -105,7 +106,7 @@ def check_source(attention: Any) -> None:
             f"attention: expected causal self-attention, got a {kind} that is bidirectional or "
             'cross attention; leave it, or run it with attn_implementation="crayon"'
         )
-    if "forward" in vars(attention):
+    if has_own_forward(attention):
         raise ValueError(
             f"attention: the {kind} has a forward of its own instance (a device map's hooks, or "
             "another patch), which would be lost; take it off first"

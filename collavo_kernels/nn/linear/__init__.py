@@ -1,6 +1,14 @@
 """Linear layers with a frozen 4-bit base and several adapters."""
 
-from collavo_kernels.nn.linear.module import DualQLoRALinear, LoRAFactor
+from collavo_kernels.nn.linear.module import DualQLoRALinear
+from collavo_kernels.nn.linear.offload import has_own_forward
 from collavo_kernels.nn.linear.peft import load_peft_adapter, save_peft_adapter
+from collavo_kernels.nn.linear.slots import LoRAFactor
 
-__all__ = ["DualQLoRALinear", "LoRAFactor", "load_peft_adapter", "save_peft_adapter"]
+__all__ = [
+    "DualQLoRALinear",
+    "LoRAFactor",
+    "has_own_forward",
+    "load_peft_adapter",
+    "save_peft_adapter",
+]

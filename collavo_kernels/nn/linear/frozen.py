@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collavo_kernels._native import native
+from collavo_kernels.nn.linear.offload import has_own_forward, offloaded_parameters, serve_bytes
 from collavo_kernels.ops.qlora_linear import NF4Weight
 from collavo_kernels.ops.qlora_linear.nf4.format import packed_bytes, scale_bytes
 from collavo_kernels.ops.qlora_linear.nf4.interop import SCALE_KEYS
@@ -108,7 +109,9 @@ class NF4Base(nn.Module):
         if self._in_panels() or torch.compiler.is_compiling() or self.weight_scales is None:
             return
         shape = (self.out_features, self.in_features)
-        if _cannot_pack_now(self.weight, shape, self.block_size) is None:
+        if _cannot_pack_now(self.weight, shape, self.block_size) is not None:
+            return
+        if not has_own_forward(self):  # offload would bring the old order to the new shape
             self.pack()
 
     def _in_panels(self) -> bool:
@@ -163,6 +166,26 @@ class NF4Base(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    @property
+    def _hf_hook(self) -> Any:
+        """Accelerate's hook, where there is one."""
+        try:
+            return self.__dict__["_hf_hook"]
+        except KeyError:
+            raise AttributeError("_hf_hook") from None
+
+    @_hf_hook.setter
+    def _hf_hook(self, hook: Any) -> None:
+        self.__dict__["_hf_hook"] = hook
+        if self.weight_scales is not None and serve_bytes(hook) and self._in_panels():
+            # What comes back is in the state dict's order.
+            shape = (packed_bytes((self.out_features, self.in_features)), 1)
+            self.weight = self._like_weight(torch.empty(shape, dtype=torch.uint8, device="meta"))
+
+    @_hf_hook.deleter
+    def _hf_hook(self) -> None:
+        del self.__dict__["_hf_hook"]
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle stores: bitsandbytes' order, without the room around the panels."""
         state = self.__dict__.copy()
@@ -186,10 +209,18 @@ class NF4Base(nn.Module):
         if self.weight_scales is None:
             return
         del destination[prefix + "weight_scales"]
-        shape = (self.out_features, self.in_features)
-        parts = (_gathered(self.weight), _gathered(self.weight_scales))
+        packed: Tensor = self.weight
+        scales: Tensor = self.weight_scales
+        offloaded = offloaded_parameters(self) if packed.is_meta else None
+        if offloaded is not None:
+            packed, scales = offloaded["weight"], offloaded["weight_scales"]
+        shape, parts = (self.out_features, self.in_features), (gathered(packed), gathered(scales))
         weight = NF4Weight(*parts, shape, self.block_size, self.double_quant, self.base_dtype)
         destination.update(weight.state_dict(prefix + "weight"))
+
+    def _has_no_values(self) -> bool:
+        """Tell whether the base is on "meta" and nothing holds its values."""
+        return self.weight.is_meta and offloaded_parameters(self) is None
 
     def _load_from_state_dict(
         self,
@@ -207,8 +238,8 @@ class NF4Base(nn.Module):
                 loaded = _pop_weight(own, prefix + "weight")
                 if loaded is not None:
                     self._adopt_format(loaded, prefix)
-                    own[prefix + "weight"] = _sharded_like(loaded.packed, self.weight)
-                    scales = _sharded_like(loaded.scales, self.weight_scales)
+                    own[prefix + "weight"] = sharded_like(loaded.packed, self.weight)
+                    scales = sharded_like(loaded.scales, self.weight_scales)
                     own[prefix + "weight_scales"] = scales
             except ValueError as error:
                 error_msgs.append(str(error))
@@ -289,14 +320,14 @@ def _pop_weight(entries: dict[str, Tensor], name: str) -> NF4Weight | None:
     return weight
 
 
-def _gathered(parameter: nn.Parameter) -> Tensor:
+def gathered(parameter: Tensor) -> Tensor:
     """Return a parameter's bytes; a sharded one is gathered, so all processes have to take part."""
     plain: Any = parameter.detach()
     whole: Tensor = plain.full_tensor() if hasattr(plain, "full_tensor") else plain
     return whole
 
 
-def _sharded_like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a value laid out as a parameter is: sharded alike if that is sharded."""
     sharded: Any = parameter.detach()
     if not hasattr(sharded, "full_tensor"):

@@ -10,38 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collavo_kernels._validation import REFERENCE_DTYPES, expect_choice, expect_tensor
+from collavo_kernels._validation import (
+    REFERENCE_DTYPES,
+    expect_int,
+    expect_number,
+    expect_tensor,
+)
 from collavo_kernels.nn.linear import peft
-from collavo_kernels.nn.linear.frozen import NF4Base
+from collavo_kernels.nn.linear.slots import AdapterSlots
 from collavo_kernels.ops.qlora_linear import LoRAAdapter, NF4Weight, qlora_linear, quantize_nf4
 from collavo_kernels.ops.qlora_linear.inputs import MAX_MASKED_ADAPTERS
 
 
-class LoRAFactor(nn.Module):
-    """One factor of an adapter: a weight under PEFT's name (``lora_A.<adapter>.weight``).
-
-    Args:
-        rows: R for A, N for B.
-        columns: K for A, R for B.
-        device: Where the weight is made.
-        dtype: Its dtype.
-
-    Attributes:
-        weight: ``[rows, columns]``, not drawn yet: the layer around it does that.
-
-    Example:
-        >>> LoRAFactor(4, 64, "cpu", torch.float32).weight.shape
-        torch.Size([4, 64])
-    """
-
-    def __init__(
-        self, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
-
-
-class DualQLoRALinear(NF4Base):
+class DualQLoRALinear(AdapterSlots):
     r"""Linear layer with a frozen 4-bit base and LoRA adapters that are all active (Dual QLoRA).
 
     ``y = W x + sum_i s_i B_i A_i x + table[row] + bias``, with W in NF4 (arXiv 2402.11248, section
@@ -86,8 +67,6 @@ class DualQLoRALinear(NF4Base):
         ['lora_A.image.weight', 'lora_B.image.weight']
     """
 
-    merged_weight: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -106,7 +85,10 @@ class DualQLoRALinear(NF4Base):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_options(adapters, rank, dropout)
+        expect_int("in_features", in_features, minimum=0)
+        expect_int("out_features", out_features, minimum=0)
+        _check_options(adapters, rank, alpha, dropout)
+        expect_int("block_size", block_size, minimum=1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if adapter_dtype is None:
             adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -115,16 +97,8 @@ class DualQLoRALinear(NF4Base):
         self.quantized, self.block_size, self.double_quant = quantized, block_size, double_quant
         self.base_dtype = dtype
         self.dropout = dropout
-        self.adapter_names = tuple(adapters)
-        self.scaling = {name: alpha / rank for name in adapters}
         self._make_base(bias, device)
-
-        def factors(rows: int, columns: int) -> nn.ModuleDict:
-            made = {n: LoRAFactor(rows, columns, device, adapter_dtype) for n in adapters}
-            return nn.ModuleDict(made)
-
-        self.lora_A = factors(rank, in_features)
-        self.lora_B = factors(out_features, rank)
+        self._make_adapters(adapters, rank, alpha, device, adapter_dtype)
         self.register_buffer("merged_weight", None, persistent=False)
         self.reset_parameters()
 
@@ -210,32 +184,13 @@ class DualQLoRALinear(NF4Base):
             nn.init.uniform_(self.bias, -bound, bound)
         self._reset_adapters()
 
-    def _reset_adapters(self) -> None:
-        for name in self.adapter_names:
-            nn.init.kaiming_uniform_(self._factor(self.lora_A, name), a=math.sqrt(5))
-            nn.init.zeros_(self._factor(self.lora_B, name))
-
-    @staticmethod
-    def _factor(factors: nn.ModuleDict, name: str) -> nn.Parameter:
-        factor: nn.Parameter = factors[name].weight  # type: ignore[assignment]
-        return factor
-
-    def adapter(self, name: str) -> LoRAAdapter:
-        """Return one adapter: its parameters and its scaling.
-
-        Raises:
-            ValueError: if there is no adapter of this name.
-        """
-        expect_choice("adapter", name, self.adapter_names)
-        a, b = self._factor(self.lora_A, name), self._factor(self.lora_B, name)
-        return LoRAAdapter(a, b, self.scaling[name])
-
     def forward(
         self,
         x: Tensor,
         adapter_mask: Tensor | None = None,
         row_table: Tensor | None = None,
         row_index: Tensor | None = None,
+        tokens: int | None = None,
     ) -> Tensor:
         """Apply the layer.
 
@@ -245,29 +200,41 @@ class DualQLoRALinear(NF4Base):
                 active for the token. None: all are.
             row_table: ``[T, N]``, added to tokens that have a row.
             row_index: int32, x's leading shape; -1 for none.
+            tokens: Of x ``[tokens + T, K]``: how many get the bias; the crayon's rows behind them
+                do not. None: all of x do.
 
         Returns:
             ``[..., N]`` in x's dtype.
 
         Raises:
-            ValueError: if shapes do not fit, or a mask is given while the adapters are merged.
+            ValueError: if shapes do not fit, a mask is given while the adapters are merged, or
+                ``tokens`` beside a row table.
         """
+        if tokens is not None and self.bias is not None:
+            if row_table is not None:
+                raise ValueError("tokens: expected None beside row_table, got a number of tokens")
+            row_table = -self.bias[None]
+            row_index = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+            row_index[:tokens] = -1
         if self.merged_weight is not None and adapter_mask is not None:
             raise ValueError("adapter_mask: adapters are merged for all tokens; unmerge() first")
         if self.merged_weight is None:
             self._pack_at_first_use()
         weight = self.base() if self.merged_weight is None else self.merged_weight
         names = self.adapter_names if self.merged_weight is None else ()
-        adapters = [self.adapter(name) for name in names]
+        adapters = []
+        for name in names:
+            a, b, scaling = self.adapter(name)
+            adapters.append(LoRAAdapter(beside(x, a), beside(x, b), scaling))
         dropped = self.training and self.dropout > 0
         out = qlora_linear(
             x,
             weight,
             () if dropped else adapters,
             adapter_mask=None if dropped else adapter_mask,
-            row_table=row_table,
+            row_table=None if row_table is None else beside(x, row_table),
             row_index=row_index,
-            bias=self.bias,
+            bias=None if self.bias is None else beside(x, self.bias),
         )
         return self._add_branches(out, x, adapters, adapter_mask) if dropped else out
 
@@ -299,7 +266,15 @@ class DualQLoRALinear(NF4Base):
 
         Returns:
             The layer itself.
+
+        Raises:
+            ValueError: if the weight is offloaded.
         """
+        if self.weight.is_meta:
+            raise ValueError(
+                "weight: expected a weight with values to merge into, got one that is offloaded "
+                "(on meta); merge before the model is offloaded"
+            )
         base = self.base()
         with torch.no_grad():
             dense = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.float()
@@ -313,18 +288,6 @@ class DualQLoRALinear(NF4Base):
         """Undo ``merge()`` exactly: the NF4 bytes and the adapters were never touched."""
         self.merged_weight = None
         return self
-
-    def set_trainable(self, adapter: str | None) -> None:
-        """Train one adapter and freeze the others; None freezes all. They all stay active.
-
-        Raises:
-            ValueError: if there is no adapter of this name.
-        """
-        if adapter is not None:
-            expect_choice("adapter", adapter, self.adapter_names)
-        for name in self.adapter_names:
-            for factors in (self.lora_A, self.lora_B):
-                self._factor(factors, name).requires_grad_(name == adapter)
 
     def load_peft_adapter(
         self,
@@ -344,21 +307,9 @@ class DualQLoRALinear(NF4Base):
 
         Raises:
             ValueError: if an entry is missing or of another shape, or the adapter uses DoRA,
-                lora_bias or fan_in_fan_out.
+                lora_bias, PiSSA or another setting that is not understood; it is named.
         """
-        own = self.adapter(slot)
-        a, b, scaling = peft.read_factors(state, config, module_name)
-        if a.shape[1] != self.in_features or b.shape[0] != self.out_features:
-            raise ValueError(
-                f"{module_name or 'adapter'}: expected lora_A [R, {self.in_features}] and lora_B "
-                f"[{self.out_features}, R], got {list(a.shape)} and {list(b.shape)}"
-            )
-        with torch.no_grad():
-            for factors, parameter, value in ((self.lora_A, own.a, a), (self.lora_B, own.b, b)):
-                filled = value.to(parameter.device, parameter.dtype, copy=True).contiguous()
-                factors[slot].weight = nn.Parameter(filled, parameter.requires_grad)
-        self.scaling[slot] = scaling
-        self.merged_weight = None
+        self.set_adapter(slot, *peft.read_layer(self, slot, state, config, module_name))
 
     def peft_state_dict(self, slot: str, module_name: str = "") -> dict[str, Tensor]:
         """Return one adapter under the keys that PEFT saves."""
@@ -375,18 +326,32 @@ class DualQLoRALinear(NF4Base):
             f"bias={self.bias is not None}, base={base}, adapters=[{names}]"
         )
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self.merged_weight = None
-        super()._load_from_state_dict(*arguments)
+
+def beside(x: Tensor, value: Tensor) -> Tensor:
+    """Return a bias, factor or table in a dtype that ``qlora_linear`` takes beside x.
+
+    bitsandbytes' and PEFT's layers take a 16-bit one of either kind beside any x; so do ours. In
+    float32 it is what it was.
+
+    Args:
+        x: The layer's input.
+        value: Any floating tensor.
+    """
+    return value if value.dtype in (x.dtype, torch.float32) else value.float()
 
 
-def _check_options(adapters: Sequence[str], rank: int, dropout: float) -> None:
+def _check_options(adapters: Sequence[str], rank: int, alpha: float, dropout: float) -> None:
     """Check what a layer with adapters is made with."""
-    if isinstance(adapters, str) or len(set(adapters)) != len(adapters):
+    names = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    if (
+        not names
+        or not all(isinstance(name, str) for name in adapters)
+        or len(set(adapters)) != len(adapters)
+    ):
         raise ValueError(f"adapters: expected a tuple of distinct names, got {adapters!r}")
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if not 0.0 <= dropout < 1.0:
+    expect_int("rank", rank, minimum=1)
+    expect_number("alpha", alpha)
+    if not 0.0 <= expect_number("dropout", dropout) < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 

@@ -110,7 +110,7 @@ def _validate_angles(inputs: AttentionInputs) -> None:
             "and k are rotated already"
         )
     batch, length, _, head_dim = q.shape
-    shared = cos.dim() == 3 and cos.shape[0] == 1
+    shared = not cos.is_nested and cos.dim() == 3 and cos.shape[0] == 1
     hint = "pass the angles of exactly these S tokens, for one sample or for all"
     expect_tensor(
         "cos",

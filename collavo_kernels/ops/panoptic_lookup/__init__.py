@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from collavo_kernels._validation import describe, expect_tensor
+from collavo_kernels._validation import describe, expect_list, expect_tensor, is_dense
 from collavo_kernels.ops.panoptic_lookup.crayon_map import CrayonMap
 from collavo_kernels.ops.panoptic_lookup.inputs import LookupInputs, decode_colours
 from collavo_kernels.ops.panoptic_lookup.registration import OPERATOR
@@ -105,6 +105,7 @@ def _as_batches(segment_maps: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(segment_maps, Tensor):
         check_map("segment_maps", segment_maps, segment_maps.device)
         return [segment_maps]
+    expect_list("segment_maps", segment_maps, "maps, or one tensor of them")
     batches = []
     for i, each in enumerate(segment_maps):
         name = f"segment_maps[{i}]"
@@ -118,6 +119,8 @@ def _as_batches(segment_maps: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def _flat(name: str, tensors: Sequence[Tensor], images: int) -> Tensor:
     """Check one CPU tensor per image and join them."""
+    if not isinstance(tensors, Tensor):
+        expect_list(name, tensors, "int32 tensors, one per image")
     if isinstance(tensors, Tensor) or len(tensors) != images:
         came = describe(tensors) if isinstance(tensors, Tensor) else f"{len(tensors)} entries"
         raise ValueError(f"{name}: expected a list of one tensor per image ({images}), got {came}")
@@ -139,6 +142,7 @@ def _flat(name: str, tensors: Sequence[Tensor], images: int) -> Tensor:
 def _is_list(value: object) -> bool:
     return (
         isinstance(value, Tensor)
+        and is_dense(value)
         and value.dtype == torch.int32
         and value.dim() == 1
         and value.device == _HOST

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import _pytree
 
-from collavo_kernels._validation import expect_int, expect_tensor
+from collavo_kernels._validation import expect_int, expect_list, expect_tensor
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -163,8 +163,13 @@ class CrayonMap:
             maps: At least one map, all with the same number of cells and on the same device.
 
         Raises:
+            TypeError: if they are no list of maps.
             ValueError: if there is none, or cells or devices differ.
         """
+        expect_list("maps", maps, "CrayonMap")
+        for i, each in enumerate(maps):
+            if not isinstance(each, CrayonMap):
+                raise TypeError(f"maps[{i}]: expected a CrayonMap, got {type(each).__name__}")
         if not maps:
             raise ValueError("maps: expected at least one CrayonMap, got none")
         for i, each in enumerate(maps):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from collavo_kernels._schema import SymInt
+from collavo_kernels._validation import describe, expect_tensor
 
 REDUCTIONS = ("majority", "nearest")
 # What kernels are told of a map: the fields of Image in csrc/panoptic_lookup/panoptic_lookup.h,
@@ -97,11 +98,18 @@ def decode_colours(colours: Tensor) -> Tensor:
     Returns:
         ``[...]`` int32.
 
+    Raises:
+        TypeError: if it is no uint8 tensor.
+        ValueError: if its last side is not 3.
+
     Example:
         >>> import torch
         >>> decode_colours(torch.tensor([1, 2, 0], dtype=torch.uint8)).item()
         513
     """
+    expect_tensor("colours", colours, dtypes=[torch.uint8])
+    if colours.dim() == 0 or colours.shape[-1] != 3:
+        raise ValueError(f"colours: expected shape [..., 3], got {describe(colours)}")
     red, green, blue = colours.to(torch.int32).unbind(-1)
     return red | green << 8 | blue << 16
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from collavo_kernels._validation import describe, expect_tensor
+from collavo_kernels._validation import describe, expect_list, expect_number, expect_tensor
 from collavo_kernels.ops.qlora_linear.inputs import LoRAAdapter, QLoRAInputs
 from collavo_kernels.ops.qlora_linear.nf4.quantize import quantize_nf4
 from collavo_kernels.ops.qlora_linear.nf4.weight import NF4Weight
@@ -100,12 +100,19 @@ def _expect_tensors(
     x: Tensor, adapters: Sequence[LoRAAdapter], optional: tuple[Tensor | None, ...]
 ) -> None:
     """Name what is no tensor; the operator itself checks shapes, dtypes and devices."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.is_nested:
         expect_tensor("x", x)
-    for i, (a, b, _) in enumerate(adapters):
+    expect_list("adapters", adapters, "LoRAAdapter(a, b, scaling)")
+    for i, adapter in enumerate(adapters):
+        if not isinstance(adapter, tuple) or len(adapter) != 3:
+            came = describe(adapter)
+            raise TypeError(f"adapters[{i}]: expected LoRAAdapter(a, b, scaling), got {came}")
+        a, b, scaling = adapter
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             expect_tensor(f"adapters[{i}].a", a)
             expect_tensor(f"adapters[{i}].b", b)
+        if not isinstance(scaling, float):
+            expect_number(f"adapters[{i}].scaling", scaling)
     for name, value in zip(_OPTIONAL, optional, strict=True):
         if value is not None:
             expect_tensor(name, value)

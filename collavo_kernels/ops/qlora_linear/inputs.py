@@ -24,6 +24,13 @@ class LoRAAdapter(NamedTuple):
         a: ``[R, K]``, the dtype of x or float32.
         b: ``[N, R]``, the dtype of a.
         scaling: ``alpha / rank`` (rsLoRA: ``alpha / sqrt(rank)``).
+
+    Example:
+        >>> import torch
+        >>> from collavo_kernels import qlora_linear
+        >>> adapter = LoRAAdapter(torch.ones(1, 64), torch.ones(32, 1), scaling=0.5)
+        >>> qlora_linear(torch.ones(1, 64), torch.zeros(32, 64), [adapter])[0, :2].tolist()
+        [32.0, 32.0]
     """
 
     a: Tensor

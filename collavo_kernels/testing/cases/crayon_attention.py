@@ -196,7 +196,7 @@ def eager(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     query = rotate(add(inputs.q, inputs.crayon_q))
     key = rotate(add(inputs.k, inputs.crayon_k))
     value = add(inputs.v, inputs.crayon_v)
-    visible, valid = _visible(inputs)
+    visible, valid = visible_keys(inputs)
     out = grouped_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -207,7 +207,7 @@ def eager(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     return out.transpose(1, 2) * valid[:, :, None, None], key, value
 
 
-def _visible(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+def visible_keys(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Return bool ``[B, S, S]`` (padding sees itself, which avoids NaN) and ``[B, S]``: valid."""
     batch, length = inputs.q.shape[:2]
     token = torch.arange(length, device=inputs.q.device)

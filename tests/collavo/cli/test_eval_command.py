@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from collavo.cli import main
+from collavo import writing
+from collavo.cli import evaluate, main
 
 
 def arguments(model: Path, coco: Path, output: Path) -> list[str]:
@@ -25,6 +27,30 @@ def test_scores_are_written(model_folder: Path, coco_folder: Path, tmp_path: Pat
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores["crayon"]) == {"on", "off"}
     assert scores["crayon"]["on"]["b2c"]["questions"] == 3
+
+
+def test_where_scores_cannot_be_written_is_said_before_the_answers(
+    model_folder: Path,
+    coco_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The answers take hours; where the disk fills meanwhile, the scores are at least printed."""
+    (tmp_path / "scores.json").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "answer_questions", lambda *_, **__: 1 / 0)
+        assert main(arguments(model_folder, coco_folder, tmp_path / "scores.json")) == 2
+    assert "expected a file, this is a folder" in capsys.readouterr().err
+
+    def full(path: Path, _: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(writing, "write_file", full)
+    assert main(arguments(model_folder, coco_folder, tmp_path / "other.json")) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["crayon"]["on"]["b2c"]["questions"] == 3
+    assert "No space left on device" in said.err and "other.json" in said.err
 
 
 @pytest.mark.parametrize("change", ["missing", "surplus"])

@@ -70,7 +70,7 @@ def test_cocos_own_layout(coco_folder: Path, tmp_path: Path) -> None:
         (["--root", "."], "--images: expected without --root, got both"),
         (["--workers", "0"], "workers: expected at least 1, got 0"),
         (["--num-images-per-shard", "0"], "images_per_shard: expected at least 1, got 0"),
-        (["--annotations", "none.json"], "annotations: there is no file"),
+        (["--annotations", "none.json"], "none.json: there is no such file"),
     ],
 )
 def test_mistakes_are_status_2_and_nothing_is_written(

@@ -292,3 +292,29 @@ def test_unknown_rope_scaling_is_refused(golden: Any) -> None:
     config = {**facts["config"], "rope_scaling": {"type": "linear", "factor": 2.0}}
     with pytest.raises(ValueError, match="rope_scaling"):
         convert_state_dict(official, {**facts, "config": config})
+
+
+def test_the_image_token_is_a_row_of_its_own(golden: Any) -> None:
+    """The official loader adds it after loading: a checkpoint saved before has no row for it."""
+    tensors, facts = golden("model")
+    official = {k.removeprefix("sd."): v for k, v in tensors.items() if k.startswith("sd.")}
+    plain = {key: value for key, value in facts.items() if key != "special"}
+    name, table = "model.tok_embeddings.weight", official["model.tok_embeddings.weight"]
+    words = official["output.weight"].shape[0]
+    for rows in (words, words + 1):
+        official[name] = table[:rows]
+        config, state = convert_state_dict(official, plain)
+        assert (config.image_token_index, config.extra_embeddings) == (words, 1)
+        embedding = state["model.language_model.embed_tokens.weight"]
+        assert torch.equal(embedding[:words], table[:words])
+        assert embedding.shape[0] == words + 1 and embedding.dtype == table.dtype
+        CollavoForConditionalGeneration(config).load_state_dict(state)
+    official[name] = table[:words]
+    given = {**plain, "special": {"image_token_index": 5}}
+    assert convert_state_dict(official, given)[0].image_token_index == 5
+    for wrong in (words + 1, -1, "<image>"):
+        with pytest.raises(ValueError, match="special: expected an image_token_index from 0"):
+            convert_state_dict(official, {**plain, "special": {"image_token_index": wrong}})
+    official[name] = table[: words - 1]
+    with pytest.raises(ValueError, match="expected at least the head's"):
+        convert_state_dict(official, plain)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -164,24 +163,34 @@ def test_truncated_file_is_named(tmp_path: Path, quantize: str | None) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_absent_adapters_and_crayon_are_drawn_not_left(tmp_path: Path, mode: str) -> None:
-    """transformers' own loader fills what a checkpoint lacks; B must be zero, A must be finite."""
-    tensors = _saved(tmp_path)
-    kept = {k: v for k, v in tensors.items() if "lora_" not in k and "crayon" not in k}
-    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"]["crayon_mode"] = mode
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model = CollavoForConditionalGeneration.from_pretrained(tmp_path)
+def test_adapters_and_crayon_that_the_call_asks_for_are_drawn(tmp_path: Path, mode: str) -> None:
+    """A folder without them is where training starts; B must be zero, A must be finite."""
+    base = make_model(crayon_mode="none")
+    base.save_pretrained(tmp_path)
+    model = CollavoForConditionalGeneration.from_pretrained(
+        tmp_path, crayon_mode=mode, adapters=("image",)
+    )
     batch = make_batch()
     plain = {k: v for k, v in batch.items() if not k.startswith("crayon")}
-    assert torch.equal(model(**batch).logits, model(**plain).logits)
+    assert torch.equal(model(**batch).logits, base(**plain).logits)
     for name, parameter in model.named_parameters():
         assert bool(parameter.isfinite().all()), name
         if "lora_B" in name:
             assert not bool(parameter.any()), name
         elif "lora_A" in name or name.endswith("crayon_o.A.weight"):
             assert 0 < float(parameter.detach().abs().max()) < 2, name
+    with pytest.raises(ValueError, match="tensors are missing"):
+        load_pretrained(tmp_path, crayon_mode=mode)
+
+
+def test_adapters_of_config_json_are_not_drawn(tmp_path: Path) -> None:
+    """A folder that says it has them and has not is half a model."""
+    tensors = _saved(tmp_path)
+    for part in ("lora_", "crayon"):
+        kept = {k: v for k, v in tensors.items() if part not in k}
+        save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"tensors are missing: .*{part}.*to be new"):
+            CollavoForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_configuration_round_trip_and_errors(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from tiny_crayon_model import IMAGE, make_batch, make_model, row
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 MODES = ("attention", "projection")
 # An untrained model would utter image tokens.
@@ -101,6 +102,29 @@ def test_static_cache_equals_dynamic(mode: str) -> None:
     model, batch = make_model(crayon_mode=mode), make_batch()
     static = new_tokens(model, batch, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, new_tokens(model, batch))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decoded_token_is_one_graph_that_asks_for_no_value(mode: str) -> None:
+    """A CUDA graph can hold it: a break or a value that is read would be a wait for each token."""
+    model, batch = make_model(crayon_mode=mode), make_batch()
+    cache = StaticCache(config=model.config.text_config, max_cache_len=16)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        model(**batch, past_key_values=cache, use_cache=True)
+        step = {"input_ids": torch.tensor([[5], [6]]), "use_cache": True}
+        step["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 1).long()], 1)
+        expected = model(**step, past_key_values=copy.deepcopy(cache)).logits
+        compiled: Any = torch.compile(model.forward, backend=keep, fullgraph=True)
+        torch.testing.assert_close(compiled(**step, past_key_values=cache).logits, expected)
+    assert len(graphs) == 1
+    asked = [node for node in graphs[0].graph.nodes if str(node.target) in ("item", "tolist")]
+    assert not asked
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from tiny import tiny_vision
 from torch import Tensor
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from collavo.configuration import CollavoConfig
 from collavo.model.llava import CollavoForConditionalGeneration
+from collavo.model.patch import apply_to_llava
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "pad_token_id",
+)
 IMAGE, PAD, VOCABULARY, CELLS = 31, 0, 32, 4
 
 
@@ -44,6 +55,41 @@ def make_model(*, trained: bool = True, **options: Any) -> CollavoForConditional
             if parameter.is_floating_point():
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def make_llava(kind: Any = LlamaConfig) -> LlavaForConditionalGeneration:
+    """Build a LLaVA of the same sizes, with any decoder."""
+    config = make_config()
+    text = {name: getattr(config.text_config, name) for name in _SIZES}
+    torch.manual_seed(1)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config,
+            text_config=kind(**text),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+        )
+    )
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def make_patched(model: Any = None, **options: Any) -> Any:
+    """Give a LLaVA crayon and adapters that have an effect."""
+    model = make_llava() if model is None else model
+    apply_to_llava(model, **options)
+    draw_added(model)
+    return model
+
+
+def draw_added(model: torch.nn.Module) -> None:
+    """Draw crayon and adapters, which have no effect before they are trained."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "crayon" in name or "lora_" in name:
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data.copy_(drawn)
 
 
 def make_batch() -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,7 @@ from cache_worker import by_brightness, die_while_writing, hammer, picture, same
 from PIL import Image
 from tiny_segmenters import save
 
-from collavo.panoptic import CachedSegmenter, PanopticMap, TransformersSegmenter, segmenter_cache
+from collavo.panoptic import CachedSegmenter, PanopticMap, TransformersSegmenter
 
 PICTURE = picture(0)
 
@@ -208,14 +209,19 @@ def test_foreign_files_are_replaced(tmp_path, kind):
     assert same(cached(PICTURE), by_brightness(PICTURE)) and cached.hits == 1
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("no space left")
+def test_a_failed_write_leaves_nothing_and_loses_nothing(tmp_path, monkeypatch):
+    """A full cache must not end a run of hours."""
 
-    monkeypatch.setattr(segmenter_cache.os, "replace", full)
-    with pytest.raises(OSError, match="no space left"):
-        CachedSegmenter(by_brightness, tmp_path, settings="v1")(PICTURE)
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    cached = CachedSegmenter(by_brightness, tmp_path, settings="v1")
+    with pytest.warns(UserWarning, match=rf"{tmp_path}: a map could not be kept.*no space left"):
+        assert same(cached(PICTURE), by_brightness(PICTURE))
     assert files(tmp_path) == []
+    monkeypatch.undo()
+    assert same(cached(PICTURE), cached(PICTURE)) and (cached.hits, cached.misses) == (1, 2)
 
 
 def processes():

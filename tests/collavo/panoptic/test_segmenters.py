@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_segmenters import FAMILIES, config, image_processor, picture, save
 
 from collavo.panoptic import (
@@ -20,6 +21,7 @@ from collavo.panoptic import (
     detections_from_map,
     segmenters,
 )
+from tests.fuzz.picture_files import exif_bytes
 
 pytest.importorskip("scipy", reason="transformers' panoptic models need scipy")
 
@@ -254,6 +256,17 @@ def test_a_batch_is_its_images(segmenter):
         assert torch.equal(one.segmentation, alone.segmentation)
         assert torch.equal(one.segment_classes, alone.segment_classes)
     assert segmenter.batch([]) == []
+
+
+def test_a_turned_photo_is_segmented_as_it_is_shown(segmenter, tmp_path):
+    """Whether the path or the opened file is given; the map has the shown size."""
+    segmenter.grid = None
+    shown, path = picture(30, 40), tmp_path / "photo.png"
+    shown.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif_bytes(6))
+    expected = segmenter(shown)
+    assert expected.size == (shown.height, shown.width)
+    for image in (path, Image.open(path)):
+        assert torch.equal(segmenter(image).segmentation, expected.segmentation)
 
 
 def test_oneformer_is_told_the_task_and_put_out_of_training(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from collavo.panoptic import (
     prepare_folder,
     write_panoptic_png,
 )
-from collavo.panoptic.coco_index import CocoFolder
+from collavo.panoptic.coco_index import CocoFolder, CocoIndex
 from collavo.prepared import shards
 from collavo.prepared import write as prepare
 from collavo_kernels import panoptic_lookup
@@ -249,9 +250,10 @@ def test_overwriting_removes_what_a_run_has_written_and_no_more(coco_folder, tmp
     for name, content in mine.items():
         (tmp_path / "out" / name).write_bytes(content)
     (tmp_path / "out" / "shard-00099.jsonl").mkdir()
-    (tmp_path / "out" / "shard-00098.jsonl.tmp").write_bytes(b"left by a run")
+    left = tmp_path / "out" / f".collavo-{'0' * 16}.tmp"
+    left.write_bytes(b"by a run that was killed")
     prepare_folder(parts(coco_folder), tmp_path / "out", SMALL, overwrite=True)
-    assert not (tmp_path / "out" / "shard-00098.jsonl.tmp").exists()
+    assert not left.exists()
     (tmp_path / "out" / "shard-00099.jsonl").rmdir()
     found = contents(tmp_path / "out")
     assert {name: found[name] for name in mine} == mine
@@ -355,7 +357,7 @@ def test_missing_inputs_are_named_before_anything_is_written(coco_folder, tmp_pa
         prepare_folder(parts(coco_folder), out, workers=0)
     with pytest.raises(FileNotFoundError, match=r"images: there is no folder .*nowhere"):
         prepare_folder(parts(coco_folder)._replace(images=tmp_path / "nowhere"), out)
-    with pytest.raises(FileNotFoundError, match="annotations: there is no file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json: there is no such file"):
         prepare_folder(parts(coco_folder)._replace(annotations=tmp_path / "none.json"), out)
     assert not out.exists()
 
@@ -368,3 +370,41 @@ def test_every_objects_text_comes_back_from_the_shard(coco_sample, tmp_path):
     panoptic = CocoPanopticDataset(*folder).panoptic_map(0)
     assert list(sample.instructions) == build_instructions(detections_from_map(panoptic))
     assert sample.image().size == (640, 427)
+
+
+def test_a_maps_pixels_are_counted_from_its_first_bytes(coco_folder):
+    """Pillow walks all of a PNG's chunks, in the thread that hands the work out."""
+    folder = parts(coco_folder)
+    index = CocoIndex.read(folder.annotations)
+    path = folder.panoptic / index.records[0].png
+    path.write_bytes(path.read_bytes()[:26])
+    assert prepare._Builder(folder, index, SMALL).pixels(index.records[0]) == 12 * 16
+
+
+def test_pixels_in_flight_are_bounded(coco_folder, tmp_path, monkeypatch):
+    """Sixty maps of 4000x4000 took 2 GB: what waits is counted in pixels, not in maps."""
+    prepare_folder(parts(coco_folder), tmp_path / "one", SMALL)
+    decoded, looked_up, alive = prepare._Builder.decode, prepare._Builder.look_up, []
+    most = 0
+
+    def decode(self, record):
+        nonlocal most
+        colours = decoded(self, record)
+        alive.append(weakref.ref(colours))
+        held = [one for one in (each() for each in alive) if one is not None]
+        most = max(most, sum(one.numel() // 3 for one in held))
+        return colours
+
+    def look_up(self, chunk):
+        assert len(chunk) == 1
+        return looked_up(self, chunk)
+
+    monkeypatch.setattr(prepare, "_PIXELS", 150)  # the maps have 192, 360 and 480
+    monkeypatch.setattr(prepare._Builder, "decode", decode)
+    monkeypatch.setattr(prepare._Builder, "look_up", look_up)
+    settings = PrepareSettings(grid=(3, 4), images_per_shard=3)
+    prepare_folder(parts(coco_folder), tmp_path / "many", settings, workers=3)
+    assert len(alive) == 3 and most <= 360 + 480  # one in the lookup, one that waits
+    monkeypatch.undo()
+    again = prepare_folder(parts(coco_folder), tmp_path / "whole", settings)
+    assert again.images == 3 and contents(tmp_path / "many") == contents(tmp_path / "whole")

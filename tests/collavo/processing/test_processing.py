@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -204,7 +206,7 @@ def test_disagreements_are_named(tiny_processor, change, message):
 def test_wrong_types_are_named(tiny_processor):
     with pytest.raises(TypeError, match=r"panoptic\[0\]: expected a PanopticMap, a CrayonMap or"):
         tiny_processor()(text=PROMPT, images=picture(), panoptic=["map.png"])
-    with pytest.raises(TypeError, match="images: expected PIL images, paths or lists"):
+    with pytest.raises(TypeError, match="images: expected PIL images, paths, NumPy arrays"):
         tiny_processor()(text=PROMPT, images=3)
 
 
@@ -234,6 +236,11 @@ def test_no_lookup_is_made_of_a_crayon(tiny_processor, crayon, monkeypatch):
     tiny_processor()(text=PROMPT, images=picture(), panoptic=crayon)
 
 
+def moved(crayon, by, field="row_index"):
+    """The crayon with one of its fields shifted, as that of another grid would have it."""
+    return dataclasses.replace(crayon, **{field: getattr(crayon, field) + by})
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -242,6 +249,10 @@ def test_no_lookup_is_made_of_a_crayon(tiny_processor, crayon, monkeypatch):
         (lambda p: look_up(p).pad(9), {}, "without dead rows, got 1 images and 9 rows"),
         (look_up, {"num_classes": 100}, "a row's class to be at most 100, .*got 126"),
         (look_up, {"max_number": 1}, "a row's number to be at most 1, .*got 2"),
+        # Of a batch's rows these would be another image's.
+        (lambda p: moved(look_up(p), 1), {}, "a cell's row_index to be at most 5, .*got 6"),
+        (lambda p: moved(look_up(p), -9), {}, "a cell's row_index to be at least 0, got -"),
+        (lambda p: moved(look_up(p), -9, "row_number"), {}, "a row's number to be at least 0"),
         (look_up, {"mode": "crop"}, "expected a PanopticMap, since the image processor crops"),
     ],
 )

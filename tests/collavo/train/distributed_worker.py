@@ -1,7 +1,7 @@
 """One of two processes: trains the tiny model by DDP (Trainer) or FSDP2 (a loop of its own).
 
-Usage: ``distributed_worker.py {ddp,fsdp2} FOLDER`` with RANK, WORLD_SIZE and the address in the
-environment. Writes ``FOLDER/rank<R>.json``; rank 0 saves the model in ``FOLDER/model``.
+Usage: ``distributed_worker.py {ddp,fsdp2,refuse} FOLDER`` with RANK, WORLD_SIZE and the address in
+the environment. Writes ``FOLDER/rank<R>.json``; rank 0 saves the model in ``FOLDER/model``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
+from collavo import writing
+from collavo.train import saving
+from collavo.train import trainer as trainer_module
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.sampler import StepSampler, join
 from collavo.train.schedule import StepSchedule
@@ -70,29 +74,65 @@ class Watch(TrainerCallback):
         self.log.append(digests(kwargs["model"], kwargs["optimizer"].optimizer))
 
 
+def ddp_trainer(folder: Path, **changes: Any) -> CollavoTrainer:
+    options = {
+        "output_dir": str(folder / "model"),
+        "stage": "cit",
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": STEP_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        "adam_epsilon": EPSILON,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "ddp_backend": "gloo" if "RANK" in os.environ else None,
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
+    args = CollavoTrainingArguments(**{**options, **changes})
+    return CollavoTrainer(make_collavo(), args, *datasets())
+
+
 def train_ddp(folder: Path, log: list[dict[str, str]]) -> Any:
-    args = CollavoTrainingArguments(
-        output_dir=str(folder / "model"),
-        stage="cit",
-        max_steps=STEPS,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=STEP_SIZE // int(os.environ.get("WORLD_SIZE", "1")),
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.1,
-        adam_epsilon=EPSILON,
-        max_grad_norm=0.0,
-        save_strategy="no",
-        use_cpu=True,
-        ddp_backend="gloo" if "RANK" in os.environ else None,
-        disable_tqdm=True,
-        seed=SEED,
-    )
-    trainer = CollavoTrainer(make_collavo(), args, *datasets())
+    trainer = ddp_trainer(folder)
     trainer.add_callback(Watch(log))
     trainer.train()
     trainer.save_model()
     return trainer.model
+
+
+def refuse_ddp(folder: Path) -> list[str]:
+    """Let the check fail on each process in turn, then on none, and say how each run ended.
+
+    In the last run the first process clears up late, and the other is slow to try its file.
+    """
+    rank, ends = int(os.environ["RANK"]), []
+    real = writing.check_file, saving.check_saving
+
+    def fail(*_: Any) -> None:
+        raise PermissionError(f"process {rank} may not write")
+
+    def after(seconds: float, work: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: (time.sleep(seconds), work(*args))[1]
+
+    for failing in (1, 0, None):
+        trainer = ddp_trainer(folder, save_strategy="steps", save_steps=1, max_steps=1)
+        writing.check_file, trainer_module.check_saving = (  # type: ignore[assignment]
+            (fail, fail) if failing == rank else real
+        )
+        if failing is None and rank == 0:
+            writing.settle = after(0.5, writing.settle)
+        elif failing is None:
+            writing._put = after(1.0, writing._put)
+        try:
+            trainer.train()
+            ends.append(f"{trainer.state.global_step} steps")
+        except saving.SaveError as error:
+            ends.append(f"{trainer.state.global_step} steps: {error}")
+    return ends
 
 
 def train_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
@@ -139,6 +179,10 @@ def train_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
 def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     log: list[dict[str, str]] = []
+    if kind == "refuse":
+        (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(refuse_ddp(folder)))
+        dist.barrier()
+        os._exit(0)
     model = {"ddp": train_ddp, "fsdp2": train_fsdp2}[kind](folder, log)
     schedule = StepSchedule(SEED, 0.5)
     report = {

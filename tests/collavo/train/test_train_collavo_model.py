@@ -13,10 +13,11 @@ from tiny_collavo import IMAGE_TOKEN, VOCABULARY, CollavoRecords, make_collavo
 from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from collavo import apply_to_llava
+from collavo import apply_to_llava, load_pretrained
 from collavo.model.llava import CollavoForConditionalGeneration
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.trainer import CollavoTrainer
+from collavo_kernels.nn import DualQLoRALinear
 
 
 @pytest.fixture
@@ -167,33 +168,62 @@ def test_a_bfloat16_model_trains_its_own_parts_in_float32(
         assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value)
 
 
+def patched_llava() -> Any:
+    torch.manual_seed(6)
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, pad_token_id=0,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=tiny_vision(),
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+    )
+    model: Any = LlavaForConditionalGeneration(config)
+    apply_to_llava(model, adapters=("image", "vl"), lora_rank=4, quantize="nf4")
+    return model
+
+
 def test_a_patched_llava_is_trained_and_resumed(build: Callable[..., CollavoTrainer]) -> None:
     """transformers saves a LLaVA model under old names, which Trainer's resume would not find."""
 
-    def patched() -> Any:
-        torch.manual_seed(6)
-        text = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=4, pad_token_id=0,
-        )  # fmt: skip
-        config = LlavaConfig(
-            vision_config=tiny_vision(),
-            text_config=text,
-            image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=-1,
-        )
-        model: Any = LlavaForConditionalGeneration(config)
-        apply_to_llava(model, adapters=("image", "vl"), lora_rank=4, quantize="nf4")
-        return model
-
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    straight = patched()
+    straight = patched_llava()
     trainer = build(straight, **options)
     before = state(straight)
     trainer.train()
     assert parts_changed(before, state(straight)) == {"crayon", "image", "vl"}
-    resumed = patched()
+    resumed = patched_llava()
     folder = Path(str(trainer.args.output_dir)) / "checkpoint-3"
     build(resumed, "again", **options).train(resume_from_checkpoint=str(folder))
+    expected = state(straight)
+    assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())
+    trainer.save_model()
+    loaded = state(load_pretrained(str(trainer.args.output_dir)))
+    assert all(torch.equal(value, loaded[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_loaded_adapters_scaling_is_resumed(
+    build: Callable[..., CollavoTrainer], patched: bool
+) -> None:
+    """The resumed model may be made from the folder that the adapter was not loaded into."""
+
+    def make() -> Any:
+        return patched_llava() if patched else make_collavo()
+
+    def scalings(model: torch.nn.Module) -> list[dict[str, float]]:
+        return [m.scaling for m in model.modules() if isinstance(m, DualQLoRALinear)]
+
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight, resumed = make(), make()
+    for each in scalings(straight):
+        each["vl"] = 0.3
+    trainer = build(straight, **options)
+    trainer.train()
+    folder = Path(str(trainer.args.output_dir)) / "checkpoint-2"
+    build(resumed, "again", **options).train(resume_from_checkpoint=str(folder))
+    assert scalings(resumed) == scalings(straight)
     expected = state(straight)
     assert all(torch.equal(value, expected[name]) for name, value in state(resumed).items())

@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_collavo import make_collavo
+from transformers import Trainer
 
 from collavo.cli import main
+from collavo.prepared import SkipLog
+from collavo.train import saving
 
 
 @pytest.fixture
@@ -87,6 +90,96 @@ def test_both_stages_one_after_the_other(
     assert (tmp_path / "cit" / "model.safetensors").read_bytes() == final
 
 
+def test_bad_records_are_left_out_and_counted(
+    words: list[str],
+    vl_json: Path,
+    coco_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A malformed record, a picture that has gone, an answer that is cut away, a faulty map."""
+    records = json.loads(vl_json.read_text())
+    turns = records[0]["conversations"]
+    long = [{"from": "human", "value": "What " * 300}, {"from": "gpt", "value": "no"}]
+    records += [{"id": "x"}, {"image": "gone.png", "conversations": turns}]
+    records += [{"conversations": long}]
+    vl_json.write_text(json.dumps(records), encoding="utf-8-sig")
+    content = json.loads((coco_folder / "panoptic.json").read_text())
+    content["annotations"][1]["segments_info"][0]["category_id"] = 12
+    (coco_folder / "panoptic.json").write_text(json.dumps(content))
+    cit = [*words, "--stage", "cit", "--vl-data", str(vl_json), "--max-length", "256"]
+    cit += ["--vl-images", str(coco_folder / "images"), "--lora-rank", "4", "--max_steps", "8"]
+    with pytest.warns(UserWarning, match="unknown category_id 12; records that cannot be used"):
+        assert main([*cit, "--save_strategy", "no", "--vl_probability", "0.9"]) == 0
+    path = tmp_path / "out" / "skipped_records.jsonl"
+    assert f"4 records were left out, listed in {path}" in capsys.readouterr().out
+    found = {one.name: one.reason for one in SkipLog(path).entries()}
+    assert found["002.png"].endswith("has the unknown category_id 12")
+    assert "expected 'conversations' as a list" in found[f"{vl_json}: [3] (id 'x')"]
+    assert "gone.png: there is no such image" in found[f"{vl_json}: [4]"]
+    assert "nothing of its answer is left within max_length=256" in found[f"{vl_json}: [5]"]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_final_save_that_fails_says_where_the_tensors_are(
+    words: list[str],
+    tmp_path: Path,
+    taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A disk that somebody else fills meanwhile: one line, and a status that is not 0."""
+    real, calls = Trainer._save, []
+
+    def save(self: Trainer, folder: str, state_dict: Any = None) -> None:
+        calls.append(folder)
+        if len(calls) > 1:  # the first is the check before the first step
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        real(self, folder, state_dict)
+
+    monkeypatch.setattr(Trainer, "_save", save)
+    if not taken:
+        monkeypatch.setattr(saving, "save_file", lambda *_, **__: 1 / 0)
+    assert main([*words, "--stage", "cpt", "--save_strategy", "no"]) == 2
+    said = capsys.readouterr()
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith(
+        f"collavo train: error: {tmp_path / 'out'}: could not be saved ([enforce"
+    )
+    assert "model saved" not in said.out
+    found = list((tmp_path / "out").glob("*"))
+    if not taken:
+        assert "could be written nowhere" in last and not found
+        return
+    assert f"the trained tensors are in {found[0]}: " in last
+    monkeypatch.undo()
+    assert main([*words, "--stage", "cpt", "--save_strategy", "no"]) == 0
+    whole, trained = load_file(tmp_path / "out/model.safetensors"), load_file(found[0])
+    assert trained and all(torch.equal(whole[name], trained[name]) for name in trained)
+
+
+def test_an_interrupt_of_the_final_save_says_where_the_tensors_are(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Impatience in the last second lost a finished run, and the folder was left empty."""
+    real, calls = Trainer._save, []
+
+    def save(self: Trainer, folder: str, state_dict: Any = None) -> None:
+        calls.append(folder)
+        real(self, folder, state_dict)
+        if len(calls) > 1:  # the first is the check before the first step
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", save)
+    assert main([*words, "--stage", "cpt", "--save_strategy", "no"]) == 130
+    (found,) = (tmp_path / "out").glob("trained_tensors-*.safetensors")
+    assert f"the trained tensors are in {found}: " in capsys.readouterr().err
+    assert load_file(found)
+
+
 def test_prepared_shards_train_the_model_that_the_pngs_train(
     words: list[str], vl_json: Path, coco_folder: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +225,7 @@ def test_prepared_shards_have_to_fit(
         (["--stage", "cit", "--vl-data", "none.json"], "none.json: there is no such file"),
         (["--model", "no-model"], "no-model: no such model folder"),
         (["--panoptic", "no-folder"], "there is no folder no-folder"),
-        (["--resume"], "No valid checkpoint found in output directory"),
+        (["--resume"], "expected a whole checkpoint-N in"),
         (["--vl_probability", "2"], "vl_probability: expected 0 to 1, got 2.0"),
     ],
 )
@@ -155,3 +248,20 @@ def test_part_of_the_coco_folder_is_not_enough(
     start = words.index("--panoptic")
     assert main([*words[:start], *words[start + 2 :]]) == 2
     assert "--panoptic: expected with --coco-images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["spawn", "forkserver"])
+def test_a_limit_that_workers_would_not_know_is_refused(
+    words: list[str],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pictures above Pillow's limit would be skipped there as unusable records."""
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: kind)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 89478485)  # as before, after the test
+    words += ["--stage", "cpt", "--max-pixels", "100000000", "--dataloader_num_workers", "1"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "--max-pixels: expected with --dataloader_num_workers 0, or with --da" in said
+    assert f"1 workers of kind '{kind}'" in said

@@ -26,7 +26,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(kind: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
+def launch(kind: str, folder: Path, world: int = 2) -> list[Any]:
     """Run the worker in ``world`` processes and return their reports."""
     folder.mkdir()
     common = {
@@ -98,6 +98,22 @@ def test_two_processes_ddp(tmp_path: Path, single: dict[str, torch.Tensor]) -> N
     assert ranks[0] == ranks[1]
     check_idle_adapters(ranks[0])
     check_same_training(saved(tmp_path / "run"), single)
+
+
+def test_a_check_that_fails_on_one_process_ends_all(tmp_path: Path) -> None:
+    """Else the others wait for it until their launcher gives up; the one says why.
+
+    And one that clears up does not take the file that another tries just then.
+    """
+    ends = launch("refuse", tmp_path / "run")
+    for rank, failing in ((1, 0), (0, 1)):
+        own, other = ends[rank][failing], ends[1 - rank][failing]
+        assert own.startswith("0 steps: output_dir: this run could not save")
+        assert own.endswith(f"process {rank} may not write")
+        assert other.startswith(f"0 steps: output_dir: process {rank} could not save in")
+    assert ends[0][2] == ends[1][2] == "1 steps"
+    sealed = json.loads((tmp_path / "run/model/checkpoint-1/collavo_streams.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= sealed["files"].keys()
 
 
 def test_two_processes_fsdp2(tmp_path: Path, single: dict[str, torch.Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from toy_model import make_toy
 from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from collavo.panoptic.coco_index import Skipped
 from collavo.train import checkpoint
 from collavo.train.sharding import replicated_parameters
 from collavo.train.trainer import CollavoTrainer
@@ -52,6 +55,22 @@ def test_resumed_equals_straight_through(toy_trainer: Build, stage: str, stop: i
         [log["loss"] for log in t.state.log_history if "loss" in log] for t in (straight, second)
     ]
     assert losses[0] == losses[1]
+
+
+def test_an_earlier_runs_list_of_left_out_records_is_not_this_runs(
+    toy_trainer: Build, tmp_path: Path
+) -> None:
+    """A resumed run goes on with it; another counted the records of all runs before."""
+    (tmp_path / "run").mkdir()
+    toy_trainer().unusable.log(Skipped("[3]", "an earlier run's"))
+    first = toy_trainer(max_steps=6, **EVERY_THIRD)
+    first.train()
+    assert first.unusable.summary() == ""
+    first.unusable.log(Skipped("[4]", "this run's"))
+    first.train()
+    second = toy_trainer(max_steps=6, **EVERY_THIRD)
+    second.train(resume_from_checkpoint=True)
+    assert second.unusable.summary().startswith("1 records")
 
 
 @pytest.fixture
@@ -107,7 +126,10 @@ def test_foreign_tensors_are_named(
         resume(toy_trainer, saved)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", checkpoint.STREAMS])
+NAMES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", checkpoint.STREAMS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_named(toy_trainer: Build, saved: Path, name: str) -> None:
     """Without optimizer.pt Trainer would begin with fresh moments and say nothing."""
     (saved / name).unlink()
@@ -120,6 +142,60 @@ def test_truncated_weights_are_named(toy_trainer: Build, saved: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a complete safetensors file"):
         resume(toy_trainer, saved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_truncated_files_are_named(toy_trainer: Build, saved: Path, name: str) -> None:
+    """Without its generators a run would go on with other numbers and say nothing."""
+    path = saved / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"{name}: (expected \d+ bytes, got|not a JSON file)"):
+        resume(toy_trainer, saved)
+
+
+def test_the_last_whole_checkpoint_is_resumed(
+    toy_trainer: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that was killed while it wrote its second one; transformers takes the highest N."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    straight = toy_trainer(folder="straight", **options)
+    straight.train()
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    (tmp_path / "run/checkpoint-6" / checkpoint.STREAMS).unlink()
+    (tmp_path / "run/checkpoint-4/optimizer.pt").write_bytes(b"half")
+    (tmp_path / "run/checkpoint-100").mkdir()
+    second = toy_trainer(**options)
+    second.train(resume_from_checkpoint=True)
+    one, two = (run.model.state_dict() for run in (straight, second))  # type: ignore[union-attr]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert second.state.log_history[0] == straight.state.log_history[0]
+    passed = [record.args[0].name for record in caplog.records if "passed over" in record.message]  # type: ignore[union-attr, index]
+    assert passed == ["checkpoint-100", "checkpoint-6", "checkpoint-4"]
+    checkpoint.check_whole(tmp_path / "run/checkpoint-6")
+
+
+def test_a_finished_run_trains_no_further_step(toy_trainer: Build, tmp_path: Path) -> None:
+    """Resumed to be saved again: transformers took one more step than max_steps."""
+    first = toy_trainer(max_steps=3, **EVERY_THIRD)
+    first.train()
+    again = toy_trainer(max_steps=3, **EVERY_THIRD)
+    again.train(resume_from_checkpoint=True)
+    one, two = (run.model.state_dict() for run in (first, again))  # type: ignore[union-attr]
+    assert again.state.global_step == 3
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_oldest_checkpoints_go(toy_trainer: Build, tmp_path: Path, limit: int) -> None:
+    """First what is half-written; the limit stands in what the checkpoint says of its run."""
+    (tmp_path / "run/checkpoint-99").mkdir(parents=True)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": limit}
+    trainer = toy_trainer(max_steps=4, **options)
+    trainer.train()
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {f"checkpoint-{step}" for step in range(5 - limit, 5)}
+    args = torch.load(tmp_path / "run/checkpoint-4/training_args.bin", weights_only=False)
+    assert args.save_total_limit == trainer.args.save_total_limit == limit
 
 
 def test_a_folder_that_is_not_there_is_named(toy_trainer: Build, tmp_path: Path) -> None:
@@ -146,7 +222,7 @@ def test_other_streams_cannot_be_resumed(
 def test_a_failed_save_leaves_nothing(
     toy_trainer: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk while the optimizer is written: no folder remains that looks whole."""
+    """A full disk while the optimizer is written: only what was trained remains."""
 
     def fail(*_: Any) -> None:
         raise OSError("No space left on device")
@@ -154,7 +230,8 @@ def test_a_failed_save_leaves_nothing(
     monkeypatch.setattr(CollavoTrainer, "_save_optimizer_and_scheduler", fail)
     with pytest.raises(OSError, match="No space left"):
         toy_trainer(max_steps=3, **EVERY_THIRD).train()
-    assert not list((tmp_path / "run").iterdir())
+    (rescued,) = (tmp_path / "run").iterdir()
+    assert rescued.name.startswith("trained_tensors-")
 
 
 def test_a_failed_save_keeps_the_model_that_was_there(
@@ -172,6 +249,7 @@ def test_a_failed_save_keeps_the_model_that_was_there(
     with pytest.raises(OSError, match="No space left"):
         trainer.save_model()
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -181,6 +259,19 @@ def test_tied_tensors_need_to_be_stored_once(tmp_path: Path) -> None:
     tensors = {k: v.clone() for k, v in model.state_dict().items() if k != "head.weight"}
     save_file(tensors, tmp_path / WEIGHTS)
     checkpoint.check_weights(tmp_path, model)
+
+
+def test_weights_of_two_saves_are_told_apart(tmp_path: Path) -> None:
+    """As when a model is loaded: both shards hold a tensor, and one of the two is stale."""
+    model, index = make_toy(), tmp_path / f"{WEIGHTS}.index.json"
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    places = dict.fromkeys(state, "model-00001-of-00002.safetensors")
+    places["head.weight"] = "model-00002-of-00002.safetensors"
+    save_file(state, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"head.weight": state["head.weight"]}, tmp_path / places["head.weight"])
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with pytest.raises(ValueError, match=r"holds head\.weight.*; the files are of two saves"):
+        checkpoint.check_weights(tmp_path, model)
 
 
 def test_the_present_folder_can_be_the_output_folder(

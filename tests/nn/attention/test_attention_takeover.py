@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -250,7 +251,7 @@ def test_other_refusals() -> None:
     with pytest.raises(TypeError, match="attention: expected a module, got str"):
         CrayonAttention.from_attention("self_attn")  # type: ignore[arg-type]
     patched = loaded("llama")
-    patched.forward = patched.forward
+    patched.forward = functools.partial(patched.forward)
     with pytest.raises(ValueError, match="forward of its own instance"):
         CrayonAttention.from_attention(patched)
     theirs = loaded("llama")

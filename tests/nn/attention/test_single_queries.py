@@ -1,14 +1,16 @@
-"""Decoding on a GPU folds query heads that share keys; the algebra holds on any device."""
+"""Decoding on a GPU folds heads that share keys and leaves cuDNN out; both hold on any device."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from collavo_kernels._sdpa import folded, grouped_attention
+from collavo_kernels._sdpa import cudnn_left_out, folded, grouped_attention
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -44,3 +46,64 @@ def test_what_differs_between_heads_or_queries_is_left_alone(
     """Folded heads would take each other's mask, or see one another as earlier queries."""
     query, key = torch.randn(2, 8, length, 16), torch.randn(2, 2, 7, 16)
     assert folded(query, key, key, options)[0] is query
+
+
+def switches() -> tuple[bool, ...]:
+    cuda = torch.backends.cuda
+    return (
+        cuda.cudnn_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
+
+
+@pytest.fixture
+def chosen(request: pytest.FixtureRequest) -> Iterator[tuple[bool, ...]]:
+    """Set PyTorch's switches as a user might have, and put them back."""
+    cuda, before = torch.backends.cuda, switches()
+    setters = (
+        cuda.enable_cudnn_sdp,
+        cuda.enable_flash_sdp,
+        cuda.enable_mem_efficient_sdp,
+        cuda.enable_math_sdp,
+    )
+    for values in (request.param, before):
+        for setter, value in zip(setters, values, strict=True):
+            setter(value)
+        if values is request.param:
+            yield request.param
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [(True, True, True, True), (True, False, False, True), (False, True, True, True)],
+    indirect=True,
+)
+def test_only_cudnn_is_switched_off_and_comes_back(chosen: tuple[bool, ...]) -> None:
+    """The others are the user's choice; inside of one another or of an error alike."""
+    with pytest.raises(ZeroDivisionError), cudnn_left_out(), cudnn_left_out():
+        assert switches() == (False, *chosen[1:])
+        raise ZeroDivisionError
+    assert switches() == chosen
+
+
+@pytest.mark.parametrize("chosen", [(True, False, False, False)], indirect=True)
+def test_where_cudnn_is_all_there_is_it_stays(chosen: tuple[bool, ...]) -> None:
+    """Whoever left only cuDNN on would get "no available kernel"."""
+    with cudnn_left_out():
+        assert switches() == chosen
+
+
+@pytest.mark.parametrize("chosen", [(True, True, True, True)], indirect=True)
+def test_two_threads_that_overlap_leave_the_switch_as_it_was(chosen: tuple[bool, ...]) -> None:
+    """Each put back what it had found: the second found it off, and left it off for good."""
+    first, second = cudnn_left_out(), cudnn_left_out()
+    first.__enter__()
+    thread = Thread(target=second.__enter__)
+    thread.start()
+    thread.join()
+    first.__exit__(None, None, None)
+    assert not switches()[0]
+    second.__exit__(None, None, None)
+    assert switches() == chosen

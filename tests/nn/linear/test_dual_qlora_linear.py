@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,7 @@ def _shard(rank: int, port: int) -> None:
     assert torch.equal(sharded(x), plain(x))
     assert plain[0].weight.dim() == 2, "beside torch.distributed nothing packs by itself"
     _shard_panels(plain, x)
+    _shard_adapters(plain, sharded, x)
     _leave()
 
 
@@ -315,6 +317,23 @@ def _shard_panels(plain: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match=r"weight: cannot leave its panels: it is a DTensor"):
         packed.load_state_dict(state)
+
+
+def _shard_adapters(plain: nn.Module, sharded: nn.Module, x: Tensor) -> None:
+    """A folder has whole factors, whoever saves it, and a sharded model takes its shards of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft_adapter(sharded, folder, "vl")
+        for name in ("0", "2"):
+            nn.init.zeros_(sharded.get_submodule(name).adapter("vl").b)
+        load_peft_adapter(sharded, folder, "vl")
+        assert torch.equal(sharded(x), plain(x))
+        other = copy.deepcopy(plain)
+        load_peft_adapter(other, folder, "vl")
+        assert torch.equal(other(x), plain(x))
+        other[0].set_adapter("vl", torch.ones(2, 64), torch.ones(48, 2), 1.0)
+        save_peft_adapter(other, folder, "vl")
+        with pytest.raises(ValueError, match="before the model is sharded"):
+            load_peft_adapter(sharded, folder, "vl")
 
 
 def _leave() -> None:

@@ -143,3 +143,55 @@ def test_merging_a_packed_layer() -> None:
     assert torch.equal(layer.merge().merged_weight, dense)  # type: ignore[arg-type]
     torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
     assert layer.unmerge().weight is weight and torch.equal(layer(x), before)
+
+
+STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32", "float64")
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("storage", STORAGE)
+def test_storage_is_a_way_to_see_the_same_bytes(storage: str, double_quant: bool) -> None:
+    """FSDP shards parameters of one dtype, so its QLoRA recipes see the codes as bfloat16."""
+    dense = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
+
+    def made(dtype: torch.dtype) -> Any:
+        layer = bnb.nn.Linear4bit(
+            64,
+            48,
+            bias=False,
+            quant_type="nf4",
+            compress_statistics=double_quant,
+            quant_storage=dtype,
+        )
+        layer.weight = bnb.nn.Params4bit(
+            dense.clone(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=double_quant,
+            quant_storage=dtype,
+            module=layer,
+        )
+        return layer.to("cpu")
+
+    plain, seen = made(torch.uint8), made(getattr(torch, storage))
+    assert seen.weight.dtype == getattr(torch, storage)
+    base = DualQLoRALinear.from_bitsandbytes(plain, adapters=()).state_dict()
+    layer = DualQLoRALinear.from_bitsandbytes(seen, adapters=())
+    assert layer.state_dict().keys() == base.keys()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, base[name]), name
+    # What bitsandbytes saves has its storage too, and so has a folder of it.
+    saved = {f"q.{name}": value for name, value in seen.state_dict().items()}
+    read = NF4Weight.from_state_dict(saved, "q.weight")
+    assert torch.equal(read.packed, layer.weight) and torch.equal(read.scales, layer.weight_scales)
+    assert torch.equal(layer.unpack().weight, plain.weight), "no byte of the layer was moved"
+
+
+def test_fp4_is_refused_by_name() -> None:
+    """The default of BitsAndBytesConfig: the same codes, for other values."""
+    layer = bnb.nn.Linear4bit(64, 48, bias=False, quant_type="fp4").to("cpu")
+    with pytest.raises(ValueError, match=r"expected quant_type 'nf4', got 'fp4'.*quant_type='nf4'"):
+        DualQLoRALinear.from_bitsandbytes(layer)
+    saved = {f"q.{name}": value for name, value in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=r"q\.weight\.quant_state\.bitsandbytes__nf4: missing"):
+        NF4Weight.from_state_dict(saved, "q.weight")

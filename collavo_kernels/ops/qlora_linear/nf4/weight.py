@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from collavo_kernels._validation import REFERENCE_DTYPES, describe, expect_tensor
+from collavo_kernels._validation import (
+    REFERENCE_DTYPES,
+    describe,
+    expect_int,
+    expect_list,
+    expect_tensor,
+)
 from collavo_kernels.ops.qlora_linear.nf4 import panels
 from collavo_kernels.ops.qlora_linear.nf4.format import (
     BLOCK_SIZES,
@@ -66,6 +72,12 @@ class NF4Weight:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        expect_tensor("packed", self.packed)
+        shape = expect_list("shape", self.shape, "two sizes, (N, K)")
+        if len(shape) != 2:
+            raise ValueError(f"shape: expected (N, K), got {shape!r}")
+        for size in shape:
+            expect_int("shape", size, minimum=0)
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(
                 f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, "
@@ -188,12 +200,12 @@ class NF4Weight:
         """Take over a bitsandbytes NF4 tensor without loss.
 
         Args:
-            weight: A ``Params4bit``, or the packed uint8 tensor beside its ``QuantState``.
+            weight: A ``Params4bit``, or the packed tensor beside its ``QuantState``; uint8, or the
+                same bytes seen as another dtype (``bnb_4bit_quant_storage``).
             quant_state: The ``QuantState``; None takes the parameter's own.
 
         Raises:
-            ValueError: if the format is not NF4 in uint8 storage, or the weight is not quantised
-                yet.
+            ValueError: if the format is not NF4, or the weight is not quantised yet.
         """
         from collavo_kernels.ops.qlora_linear.nf4 import interop
 

@@ -41,12 +41,17 @@ from collavo_kernels.ops.qlora_linear.triton.hidden import prepare_kernel
 _MOST_SHARES, _MOST_HIDDEN_SHARES = 16, 8
 # Constants of kernels whose tiles do not depend on the call, and options of their launches.
 LINEAR = {"BLOCK_R": 16, "GROUP": 8}
-SUM = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 64}
+SUM = {"BLOCK_M": 16, "BLOCK_N": 32}
 SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 PREPARE = {"BLOCK_P": 128}
 PREPARE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 FACTOR = {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_C": 64}
 FACTOR_OPTIONS = {"num_warps": 4, "num_stages": 3}
+
+
+def sum_ranks(dtype: torch.dtype) -> dict[str, int]:
+    """Return how many ranks the sum of shares takes at once: many, as each step waits for loads."""
+    return {"BLOCK_R": 16 if dtype == torch.float32 else 64}
 
 
 class Hidden(NamedTuple):
@@ -110,7 +115,7 @@ def forward(inputs: QLoRAInputs) -> QLoRAResult:
                 out,
                 m,
                 n,
-                constants(**present, **SUM, SPLITS=shares),
+                constants(**present, **SUM, **sum_ranks(x.dtype), SPLITS=shares),
                 **SUM_OPTIONS,
             )
     return QLoRAResult(out)

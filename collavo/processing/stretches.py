@@ -1,0 +1,186 @@
+"""A conversation's tokens and labels: text in stretches whose borders no token straddles.
+
+A token of the whole text may hold the end of a question and the start of its answer (``":▁yes"``,
+two line feeds, an accent and its letter), and where a tokenizer says its tokens stand depends on
+its normaliser. So nothing here asks for positions. A stretch's tokens are those that the text up to
+its end has beyond the text up to its start: what comes before an answer is, token by token, the
+prompt that generation would be given. Only where the longer text's tokens do not begin with the
+shorter one's is a border forced, and the stretch tokenized as a continuation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Encode: TypeAlias = Callable[[list[str]], list[list[int]]]
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+
+# Code points that Unicode sets aside for a program's own use; they are no text.
+_NONCHARACTERS = tuple(chr(point) for point in range(0xFDD0, 0xFDF0))
+# What a continuation may follow, of the kind of the character that it follows in truth.
+_BLANKS, _LETTERS, _SIGNS = "\n\t ", "aeioqxz01", ".:,;!?)]}>\"'-"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt.
+
+    Args:
+        text: Its characters.
+        is_answer: Whether the model has to say them.
+        inside_tag: Whether its start cuts a control token's name that stands there as text.
+    """
+
+    text: str
+    is_answer: bool
+    inside_tag: bool = False
+
+
+def cut_tags(conversation: Conversation, tags: Iterable[str]) -> tuple[Conversation, str]:
+    """Mark where the words of a conversation spell a control token, which they do not mean.
+
+    Args:
+        conversation: Chat messages.
+        tags: What control tokens and markers look like.
+
+    Returns:
+        The messages, with a mark after the first character of every such word; and the mark, or
+        the empty text where nothing was to be marked.
+
+    Raises:
+        ValueError: if the words hold every character that could mark a place.
+    """
+    names = sorted((tag for tag in set(tags) if len(tag) > 1), key=lambda tag: (-len(tag), tag))
+    pattern = re.compile("|".join(map(re.escape, names)))
+    words = "".join(text for message in conversation for text in _texts(message["content"]))
+    if not names or pattern.search(words) is None:
+        return conversation, ""
+    mark = next((one for one in _NONCHARACTERS if one not in words), None)
+    if mark is None:
+        raise ValueError("conversation: expected text, got every noncharacter U+FDD0 to U+FDEF")
+
+    def cut(text: str) -> str:
+        while pattern.search(text):
+            text = pattern.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", text)
+        return text
+
+    return [{**m, "content": _with_texts(m["content"], cut)} for m in conversation], mark
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    else:
+        yield from (part["text"] for part in content if part.get("type") == "text")
+
+
+def _with_texts(content: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(content, str):
+        return change(content)
+    return [
+        {**part, "text": change(part["text"])} if part.get("type") == "text" else part
+        for part in content
+    ]
+
+
+def split_answers(text: str, spans: Sequence[tuple[int, int]], mark: str) -> list[Piece]:
+    """Split a filled template into what the model says and what it does not.
+
+    Args:
+        text: The whole.
+        spans: First and one-past-last character of each thing that it says, in order.
+        mark: What ``cut_tags`` put into it; taken out.
+    """
+    pieces: list[Piece] = []
+
+    def add(part: str, is_answer: bool) -> None:
+        for number, own in enumerate(part.split(mark) if mark else [part]):
+            if own:
+                pieces.append(Piece(own, is_answer, inside_tag=number > 0))
+
+    position = 0
+    for start, stop in spans:
+        add(text[position:start], False)
+        add(text[start:stop], True)
+        position = stop
+    add(text[position:], False)
+    return pieces
+
+
+def encode_pieces(
+    pieces: Sequence[Piece],
+    encode: Encode,
+    unknown: int | None = None,
+    isolated: Collection[int] = (),
+) -> list[list[int]]:
+    """Return the token ids of each piece; none has a character of another piece in it.
+
+    Args:
+        pieces: A prompt, in order.
+        encode: Tokenizes texts, each by itself, without the special tokens around them.
+        unknown: The tokenizer's unknown token, which may take in what follows.
+        isolated: Tokens that are found before all else, such as stop tokens: what follows one does
+            not depend on what it follows, so that a long conversation is not read again and again.
+
+    Example:
+        >>> def encode(texts):  # a character a token, but for two pairs
+        ...     words = [re.findall(":y|ab|.", text) for text in texts]
+        ...     return [[sum(map(ord, word)) for word in line] for line in words]
+        >>> encode_pieces([Piece("q:", False), Piece("yes", True)], encode)
+        [[113, 58], [121, 101, 115]]
+        >>> encode(["q:yes"])
+        [[113, 179, 101, 115]]
+    """
+    ids: list[list[int]] = []
+    start, before = "", list[int]()
+    for piece in pieces:
+        whole = encode([start + piece.text])[0]
+        own = whole[len(before) :]
+        if start and (
+            piece.inside_tag
+            or whole[: len(before)] != before
+            or (not own and piece.text.strip())
+            or before[-1:] == [unknown]
+            or _drops_end(start, encode)
+        ):
+            own = _continuation(start, piece.text, encode, unknown)
+        ids.append(own)
+        start, before = start + piece.text, whole
+        if whole and whole[-1] in isolated:
+            alone = encode([piece.text])[0]
+            if alone[-1:] == whole[-1:]:
+                start, before = piece.text, alone
+    return ids
+
+
+def _drops_end(text: str, encode: Encode) -> bool:
+    """Say whether blanks that end a text have no token; those before another word may have one."""
+    blanks = text[len(text.rstrip()) :]
+    if not blanks:
+        return False
+    letter, both = encode([_LETTERS[0], _LETTERS[0] + blanks])
+    return letter == both
+
+
+def _continuation(before: str, text: str, encode: Encode, unknown: int | None) -> list[int]:
+    """Tokenize a text as it would follow another, none of whose characters it shares a token with.
+
+    By itself a text may get what only a beginning gets (a blank, no ``##``), so it is tokenized
+    behind a character of the same kind as the one before it, the first that stays by itself.
+    """
+    for anchor in _anchors(before[-1:]):
+        start, both = encode([anchor, anchor + text])
+        own = both[len(start) :]
+        if both[: len(start)] == start and start[-1:] != [unknown] and (own or not text.strip()):
+            return own
+    return encode([text])[0]
+
+
+def _anchors(last: str) -> str:
+    kinds = [_SIGNS, _LETTERS, _BLANKS]
+    own = _BLANKS if last.isspace() else _LETTERS if last.isalnum() else _SIGNS
+    kinds.sort(key=lambda kind: kind != own)
+    return last + "".join(kinds)
