@@ -9,6 +9,8 @@ from torch import Tensor
 
 from collavo_kernels.nn import checked_crayon_index
 
+_INTEGERS = (torch.int32, torch.int64)
+
 
 class CrayonRows(NamedTuple):
     """The crayon inputs of a batch with its rows laid end to end.
@@ -40,6 +42,7 @@ def flatten_rows(
         crayon_number: int ``[B, R]``: instance number, 0 = unknown.
 
     Raises:
+        TypeError: if a part of the crayon is no int32 or int64 tensor.
         ValueError: if shapes disagree; on the CPU also if a sample has more image tokens than P, or
             rows for more image tokens than it has, or an entry of ``crayon_index`` is no row of its
             sample. Elsewhere such an entry counts as -1 and ``collavo_kernels.check()`` reports it.
@@ -84,6 +87,12 @@ def _check_shapes(
         "crayon_number": crayon_number,
     }
     for name, value in named.items():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        if kind not in _INTEGERS:  # a float loses rows in silence: bfloat16 has no 257
+            raise TypeError(
+                f"{name}: expected an int32 or int64 tensor, as processors make it, got {kind}; "
+                "cast pixel_values alone"
+            )
         if value.ndim != 2 or value.shape[0] != batch:
             raise ValueError(
                 f"{name}: expected two dimensions and a batch of {batch} (as input_ids), "

@@ -7,7 +7,6 @@ folder damaged in one place.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from collavo_kernels.nn import DualQLoRALinear, load_peft_adapter, save_peft_adapter
+from tests.fuzz.command_line import seconds_and_seed
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAMES = ("q_proj", "v_proj", "o_proj")
@@ -449,12 +449,9 @@ def run_cases(seed: int, *, cases: int = 0, seconds: float = 0.0) -> Counter[str
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    seconds, seed = seconds_and_seed(__doc__)
     torch.set_num_threads(1)  # the cases are tiny
-    for end, count in run_cases(args.seed, seconds=args.seconds).most_common():
+    for end, count in run_cases(seed, seconds=seconds).most_common():
         print(f"{count:6d} {end}")
 
 

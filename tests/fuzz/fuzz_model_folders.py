@@ -7,7 +7,6 @@ load it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -35,6 +34,7 @@ from tiny_crayon_model import make_batch, make_model, make_patched  # noqa: E402
 
 from collavo import load_pretrained  # noqa: E402
 from collavo.model.llava import CollavoForConditionalGeneration  # noqa: E402
+from tests.fuzz.command_line import seconds_and_seed  # noqa: E402
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"adapters": ("image",)},
@@ -330,12 +330,9 @@ def run_cases(seed: int, *, cases: int = 0, seconds: float = 0.0) -> Counter[str
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    seconds, seed = seconds_and_seed(__doc__)
     torch.set_num_threads(1)  # the cases are tiny
-    for end, count in sorted(run_cases(args.seed, seconds=args.seconds).items()):
+    for end, count in sorted(run_cases(seed, seconds=seconds).items()):
         print(f"{count:6d} {end}")
 
 

@@ -9,13 +9,11 @@ has to be there unchanged; what was touched is read as it says, or listed with i
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
 import re
 import tempfile
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import ConversationDataset
 from collavo.train.records import record_images
 from tests.collavo.tiny import tiny_processor
+from tests.fuzz.command_line import run_for_a_time
 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cut", "flipped")
 JUNK: tuple[Any, ...] = (
@@ -226,22 +225,7 @@ def _number(value: Any) -> int | None:
 
 def main() -> int:
     """Run random cases for a time and print the faults."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    end = time.monotonic() + args.seconds
-    cases, faults = 0, 0
-    while time.monotonic() < end:
-        case = draw(random.Random(f"{args.seed}/{cases}"))
-        cases += 1
-        try:
-            check(case)
-        except Exception as error:
-            faults += 1
-            print(ascii(f"{type(error).__name__}: {error}"), ascii(case), sep="\n  ")
-    print(f"{cases} cases, {faults} faults")
-    return int(faults > 0)
+    return run_for_a_time(__doc__, draw, check)
 
 
 if __name__ == "__main__":

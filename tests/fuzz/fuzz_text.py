@@ -11,11 +11,9 @@ answer are the tokens of the prompt, and no word of a conversation becomes a tok
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from collavo.processing import CollavoProcessor, make_image_processor
 from collavo.processing.chat_templates import CHAT_TEMPLATES, SYSTEM
 from collavo.train.collator import CrayonCollator
+from tests.fuzz.command_line import run_for_a_time
 
 CORPUS = [
     SYSTEM,
@@ -320,22 +319,7 @@ def _runs(labels: list[int], stop: int) -> Iterator[tuple[int, int]]:
 
 def main() -> int:
     """Run random cases for a time and print the faults."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    end = time.monotonic() + args.seconds
-    cases, faults = 0, 0
-    while time.monotonic() < end:
-        case = draw(random.Random(f"{args.seed}/{cases}"))
-        cases += 1
-        try:
-            check(case)
-        except Exception as error:
-            faults += 1
-            print(f"{type(error).__name__}: {error}", case, sep="\n  ")
-    print(f"{cases} cases, {faults} faults")
-    return int(faults > 0)
+    return run_for_a_time(__doc__, draw, check)
 
 
 if __name__ == "__main__":
