@@ -11,6 +11,7 @@ from collavo_kernels.nn.attention import (
     register_attention,
     sdpa_without_plans,
 )
+from collavo_kernels.nn.bound import bound_crayon, current_crayon
 from collavo_kernels.nn.crayon_branch import CrayonBranch
 from collavo_kernels.nn.crayon_prompt import CrayonPrompt, checked_crayon_index
 from collavo_kernels.nn.linear import (
@@ -29,7 +30,9 @@ __all__ = [
     "CrayonPrompt",
     "DualQLoRALinear",
     "LoRAFactor",
+    "bound_crayon",
     "checked_crayon_index",
+    "current_crayon",
     "has_own_forward",
     "interval_range",
     "is_prefill_mask",
