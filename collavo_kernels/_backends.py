@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,12 @@ def triton_reason() -> Reason:
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make x's GPU the current one, which Triton launches on; nothing for other devices."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda:
+        return contextlib.nullcontext()
+    # What torch.cuda.device is made of, without reading the device's name again at every call.
+    return cast(
+        "contextlib.AbstractContextManager[object]", torch.cuda._DeviceGuard(x.get_device())
+    )
 
 
 class LazyModule:

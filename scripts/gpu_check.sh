@@ -123,6 +123,7 @@ profile() {
   shift
   command -v "$tool" >/dev/null || { say "$tool: absent"; return 0; }
   step "$tool" "$(of 55)" "$tool" "$@"
+  [ -f "$work/$tool.txt" ] || return 0  # left out by --only
   printf '==== %s %s\n%s\n\n' "$tool" "$*" "$(cat "$work/$tool.txt")" >>"$results/profile.txt"
 }
 

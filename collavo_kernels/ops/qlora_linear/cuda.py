@@ -106,25 +106,65 @@ def backward(
     x, grad = inputs.x, grads.out.contiguous()
     dtype = x.dtype
     _enter_context(grad)
-    grads_a: list[Tensor | None] = [None] * len(inputs.a)
-    grads_b: list[Tensor | None] = [None] * len(inputs.b)
+    one, (a, b), want_a, want_b = _grouped(inputs, wanted)
+    grads_a: list[Tensor | None] = []
+    grads_b: list[Tensor | None] = []
     upstream: list[Tensor] = []
-    for i, (a, b, _) in enumerate(inputs.adapters):
-        if wanted.x or wanted.a[i]:
-            upstream.append(scaled(inputs, i, torch.mm(grad, b.to(dtype))))
-            if wanted.a[i]:
-                grads_a[i] = torch.mm(upstream[-1].t(), gated(inputs, i, x)).to(a.dtype)
-        if wanted.b[i]:
-            hidden = scaled(inputs, i, F.linear(x, a.to(dtype)))
-            grads_b[i] = torch.mm(gated(inputs, i, grad).t(), hidden).to(b.dtype)
+    for i in range(len(a)):
+        grad_a = grad_b = None
+        if wanted.x or want_a[i]:
+            upstream.append(scaled(inputs, i, torch.mm(grad, b[i].to(dtype))))
+            if want_a[i]:
+                grad_a = torch.mm(upstream[-1].t(), gated(inputs, i, x))
+        if want_b[i]:
+            hidden = scaled(inputs, i, F.linear(x, a[i].to(dtype)))
+            grad_b = torch.mm(gated(inputs, i, grad).t(), hidden)
+        grads_a.append(grad_a)
+        grads_b.append(grad_b)
     return Gradients(
         x=_grad_x(inputs, grad, upstream) if wanted.x else None,
         weight=None,
         row_table=_grad_row_table(inputs, grad) if wanted.row_table else None,
         bias=_grad_bias(inputs, grad) if wanted.bias else None,
-        a=grads_a,
-        b=grads_b,
+        a=_each(grads_a, inputs.a, wanted.a, 0, one),
+        b=_each(grads_b, inputs.b, wanted.b, 1, one),
     )
+
+
+def _alike(inputs: QLoRAInputs) -> bool:
+    """Tell whether nothing tells the adapters apart: they are one then, with all the ranks."""
+    return len(inputs.a) > 1 and inputs.adapter_mask is None and len(set(inputs.scaling)) == 1
+
+
+def _grouped(
+    inputs: QLoRAInputs, wanted: Wanted
+) -> tuple[bool, tuple[list[Tensor], list[Tensor]], list[bool], list[bool]]:
+    """Return whether the adapters are one, their factors, and which gradients of those to make."""
+    if not _alike(inputs):
+        return False, (inputs.a, inputs.b), wanted.a, wanted.b
+    factors = [torch.cat(inputs.a)], [torch.cat(inputs.b, dim=1)]
+    return True, factors, [any(wanted.a)], [any(wanted.b)]
+
+
+def _each(
+    grads: list[Tensor | None], of: list[Tensor], wanted: list[bool], dim: int, one: bool
+) -> list[Tensor | None]:
+    """Return the adapters' gradients in their dtypes; those of one are taken apart along ``dim``.
+
+    No two of them share memory.
+    """
+    if not one:
+        return [
+            None if grad is None else grad.to(each.dtype)
+            for grad, each in zip(grads, of, strict=True)
+        ]
+    if grads[0] is None:
+        return [None] * len(of)
+    parts = torch.split(grads[0], [each.shape[dim] for each in of], dim=dim)
+    return [
+        part.to(each.dtype, copy=True, memory_format=torch.contiguous_format) if want else None
+        for part, each, want in zip(parts, of, wanted, strict=True)
+    ]
 
 
 def _is_whole(inputs: QLoRAInputs) -> bool:
@@ -169,8 +209,9 @@ def _forward_few(inputs: QLoRAInputs) -> Tensor:
 def _forward_many(inputs: QLoRAInputs) -> Tensor:
     x = inputs.x.contiguous()
     m, n = x.shape[0], inputs.out_features
+    factors = [torch.cat(inputs.a)] if _alike(inputs) else inputs.a
     hidden = [
-        scaled(inputs, i, F.linear(x, a.to(x.dtype))) for i, a in enumerate(inputs.a) if a.shape[0]
+        scaled(inputs, i, F.linear(x, a.to(x.dtype))) for i, a in enumerate(factors) if a.shape[0]
     ]
     joined = _join(x, hidden)
     width = joined.shape[1]
@@ -298,6 +339,7 @@ def _library() -> ctypes.CDLL:
 def _launch(name: str, on: Tensor, arguments: Arguments) -> None:
     launcher = getattr(_library(), name)
     with device_of(on):
-        stream = torch.cuda.current_stream().cuda_stream if on.is_cuda else 0
+        # Not current_stream(): it makes an object, at a third of what the launch costs.
+        stream = torch._C._cuda_getCurrentRawStream(on.get_device()) if on.is_cuda else 0
         error = launcher(ctypes.byref(arguments), ctypes.c_void_p(stream))
     cuda_check(error, name)

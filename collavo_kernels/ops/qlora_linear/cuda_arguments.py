@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from collavo_kernels._flags import error_word
 from collavo_kernels.ops.qlora_linear.inputs import QLoRAInputs
-from collavo_kernels.ops.qlora_linear.nf4.format import block_count, split_scales
+from collavo_kernels.ops.qlora_linear.nf4.format import block_count, scale_places
 
 _Layout = Sequence[tuple[str, Any]]
+_NESTED = ("offset", "nested_absmax", "nested_code")
 
 
 class Arguments(ctypes.Structure):
@@ -201,6 +202,17 @@ class Branches:
         return ctypes.addressof(self._array)
 
 
+class _Within(NamedTuple):
+    """A place in a tensor's memory."""
+
+    tensor: Tensor
+    place: int
+
+    def data_ptr(self) -> int:
+        """Return its address, as a tensor does."""
+        return self.tensor.data_ptr() + self.place
+
+
 def branch_of(
     rank: int, a: Tensor | None = None, b: Tensor | None = None, scaling: float = 1.0
 ) -> BranchArguments:
@@ -219,14 +231,15 @@ def weight_fields(inputs: QLoRAInputs) -> dict[str, Any]:
     if inputs.scales is None:
         raise RuntimeError("qlora_linear: the CUDA backend has no dense weight")
     n, k = inputs.shape
-    blocks = block_count(inputs.shape, inputs.block_size)
-    parts = split_scales(inputs.scales, blocks, inputs.double_quant)
+    scales = aligned(inputs.scales)
+    parts: dict[str, Any] = {"absmax": scales, **dict.fromkeys(_NESTED)}
+    if inputs.double_quant:
+        # Views of the parts would cost as much as the launch.
+        places = scale_places(block_count(inputs.shape, inputs.block_size))
+        parts = {name: _Within(scales, place) for name, place in places._asdict().items()}
     return {
         "packed": aligned(inputs.weight),
-        "absmax": parts.absmax,
-        "nested_absmax": parts.nested_absmax,
-        "nested_code": parts.nested_code,
-        "offset": parts.offset,
+        **parts,
         "n": n,
         "k": k,
         "block_size": inputs.block_size,

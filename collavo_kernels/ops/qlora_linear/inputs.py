@@ -185,7 +185,8 @@ def in_dtype(inputs: QLoRAInputs, dtype: torch.dtype) -> QLoRAInputs:
 
 def scaled(inputs: QLoRAInputs, adapter: int, hidden: Tensor) -> Tensor:
     """Scale an adapter's hidden values, in place; exact zeros where the adapter is idle."""
-    hidden.mul_(inputs.scaling[adapter])
+    if inputs.scaling[adapter] != 1.0:
+        hidden.mul_(inputs.scaling[adapter])
     # Not a product with 0, here and below: 0 times a NaN is a NaN.
     tokens = idle(inputs, adapter)
     return hidden if tokens is None else hidden.masked_fill_(tokens, 0.0)

@@ -88,10 +88,30 @@ def split_scales(scales: Tensor, blocks: int, double_quant: bool) -> ScaleParts:
         scales = scales.clone(memory_format=torch.contiguous_format)
     if not double_quant:
         return ScaleParts(scales.view(torch.float32))
-    nested = -(-blocks // NESTED_BLOCK)
-    head = (1 + nested + 256) * _FLOAT_BYTES
-    floats = scales[:head].view(torch.float32)
-    return ScaleParts(scales[head:], floats[:1], floats[1 : 1 + nested], floats[1 + nested :])
+    places = scale_places(blocks)
+    floats = scales[: places.absmax].view(torch.float32)
+    first, code = (place // _FLOAT_BYTES for place in (places.nested_absmax, places.nested_code))
+    return ScaleParts(scales[places.absmax :], floats[:first], floats[first:code], floats[code:])
+
+
+class ScalePlaces(NamedTuple):
+    """Where the parts of a double-quantised blob begin, in bytes; the fields are its parts."""
+
+    absmax: int
+    offset: int
+    nested_absmax: int
+    nested_code: int
+
+
+def scale_places(blocks: int) -> ScalePlaces:
+    """Return where the parts of the scale blob of so many blocks begin."""
+    nested = 1 - (-blocks // NESTED_BLOCK)
+    return ScalePlaces(
+        absmax=(nested + 256) * _FLOAT_BYTES,
+        offset=0,
+        nested_absmax=_FLOAT_BYTES,
+        nested_code=nested * _FLOAT_BYTES,
+    )
 
 
 def block_scales(scales: Tensor, blocks: int, double_quant: bool) -> Tensor:
