@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collavo.configuration import CollavoConfig as CollavoConfig
     from collavo.configuration import CollavoTextConfig as CollavoTextConfig
+    from collavo.conversion import convert_state_dict as convert_state_dict
     from collavo.loading import load_pretrained as load_pretrained
-    from collavo.model.convert import convert_state_dict as convert_state_dict
     from collavo.model.llava import (
         CollavoForConditionalGeneration as CollavoForConditionalGeneration,
     )
     from collavo.model.llava import CollavoModel as CollavoModel
     from collavo.model.patch import apply_to_llava as apply_to_llava
+    from collavo.model.patched import load_added as load_added
     from collavo.processing.processor import CollavoProcessor as CollavoProcessor
     from collavo.train import CollavoTrainer as CollavoTrainer
     from collavo.train import CollavoTrainingArguments as CollavoTrainingArguments
@@ -34,7 +35,8 @@ _HOMES = {
     "CollavoTrainer": "collavo.train",
     "CollavoTrainingArguments": "collavo.train",
     "apply_to_llava": "collavo.model.patch",
-    "convert_state_dict": "collavo.model.convert",
+    "convert_state_dict": "collavo.conversion",
+    "load_added": "collavo.model.patched",
     "load_pretrained": "collavo.loading",
     "register_attention": "collavo_kernels.nn",
 }

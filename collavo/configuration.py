@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, LlavaConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PretrainedConfig,
+)
+from transformers import __version__ as transformers_version
+
+from collavo._relatives import way_of
 
 Value = TypeVar("Value")
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 CRAYON_MODES = ("attention", "projection", "none")
-WAY_OF_LLAVA = (
-    "this is a LLaVA: load it with LlavaForConditionalGeneration.from_pretrained and give it the "
-    "crayon with collavo.apply_to_llava"
-)
-WAY_OF_OFFICIAL = (
-    "this is the official CoLLaVO: turn its tensors and config.json into a model of this package "
-    "with collavo.convert.convert_state_dict"
-)
 
 
 @strict
@@ -233,14 +235,33 @@ def check_model_type(values: Mapping[str, Any], where: str, expected: str) -> No
     kind = values.get("model_type")
     if kind == expected:
         return
-    way = "give a folder that save_pretrained of this package wrote"
-    if "CoLLaVOModel" in (values.get("architectures") or ()) or str(kind).startswith("internlm"):
-        way = WAY_OF_OFFICIAL
-    elif kind == "llava":
-        way = WAY_OF_LLAVA
-    elif kind == "collavo_llava":
+    way = way_of(values) or "give a folder that save_pretrained of this package wrote"
+    if kind == CollavoLlavaConfig.model_type:
         way = "this is a LLaVA that apply_to_llava changed: load it with collavo.load_pretrained"
     raise ValueError(f"{where}: expected model_type {expected!r}, got {kind!r}; {way}")
+
+
+def refuse_relative(name: Any, expected: str, options: Mapping[str, Any]) -> None:
+    """Raise if a folder or hub id holds a LLaVA or the official CoLLaVO, and name the way.
+
+    Args:
+        name: The folder or hub id; one without ``config.json`` passes.
+        expected: What is to be read from it.
+        options: transformers' download options, by name; others are not read.
+
+    Raises:
+        ValueError: naming the ``model_type``.
+    """
+    known = {key: options[key] for key in HUB_OPTIONS if key in options}
+    try:
+        values, _ = PretrainedConfig.get_config_dict(name, **known)
+    except OSError:
+        return
+    if (way := way_of(values)) is not None:
+        raise ValueError(
+            f"{name}: expected the folder of a {expected}, got model_type "
+            f"{values.get('model_type')!r}; {way}"
+        )
 
 
 def _names(names: Sequence[str], field: str) -> tuple[str, ...]:
@@ -398,41 +419,48 @@ def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
 
 
 @strict
-class CollavoLlavaConfig(LlavaConfig):
-    """A LLaVA that ``apply_to_llava`` gave the crayon, as it is saved and loaded again.
+class CollavoLlavaConfig(PretrainedConfig):
+    """A vision-language model that ``apply_to_llava`` changed, as it is saved and loaded again.
 
     Args:
+        base_config: The model's own configuration; its ``model_type`` says of which family it is.
         crayon: What ``apply_to_llava`` made of it: ``decoder`` (the fields that
             :class:`CollavoTextConfig` adds), ``base`` (block size and double quantisation of 4-bit
             weights; None where they are dense; by the layer's name where they differ),
             ``num_crayon_classes``, ``max_crayon_number`` and ``crayon_embed_dim``.
 
     Example:
-        >>> CollavoLlavaConfig().model_type
-        'collavo_llava'
+        >>> CollavoLlavaConfig(base_config={"model_type": "llava_next"}).base().model_type
+        'llava_next'
     """
 
     model_type = "collavo_llava"
 
+    base_config: dict[str, Any] | None = None
     crayon: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields; a patched LLaVA has the name of its own class."""
+        """Return the fields; the class is that which picks the family's."""
         found: dict[str, Any] = super().to_dict()
         return found | {"architectures": ["CollavoLlavaForConditionalGeneration"]}
 
-    def decoder_settings(self) -> CollavoTextConfig:
-        """Return what the decoder's layers are.
+    def base(self) -> PretrainedConfig:
+        """Return the configuration of the family's own class, with ``crayon`` as an attribute.
 
         Raises:
-            ValueError: if ``crayon`` is not of the form above.
+            ValueError: if the family is not one of transformers'.
         """
-        settings = (self.crayon or {}).get("decoder")
-        if not isinstance(settings, dict) or not set(settings) <= set(TEXT_FIELDS):
+        values = dict(self.base_config or {})
+        kind = values.pop("model_type", None)
+        if kind not in CONFIG_MAPPING:
             raise ValueError(
-                f"crayon: expected the settings that a saved patched LLaVA has, got {self.crayon!r}"
+                "base_config: expected the configuration of a vision-language model of "
+                f"transformers {transformers_version}, got model_type {kind!r}; save the model "
+                "anew, or install a transformers that knows it"
             )
-        return CollavoTextConfig(**settings)
+        made: Any = CONFIG_MAPPING[kind].from_dict(values)
+        made.crayon = self.crayon
+        return cast(PretrainedConfig, made)
 
     @classmethod
     def get_config_dict(
@@ -447,6 +475,23 @@ class CollavoLlavaConfig(LlavaConfig):
         values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         check_model_type(values, str(pretrained_model_name_or_path), cls.model_type)
         return values, rest
+
+
+def decoder_settings(crayon: Any) -> CollavoTextConfig:
+    """Return what the decoder's layers of a model are that ``apply_to_llava`` changed.
+
+    Args:
+        crayon: As in :class:`CollavoLlavaConfig`.
+
+    Raises:
+        ValueError: if it is not of that form.
+    """
+    settings = crayon.get("decoder") if isinstance(crayon, dict) else None
+    if not isinstance(settings, dict) or not set(settings) <= set(TEXT_FIELDS):
+        raise ValueError(
+            f"crayon: expected the settings that a saved patched LLaVA has, got {crayon!r}"
+        )
+    return CollavoTextConfig(**settings)
 
 
 AutoConfig.register(CollavoLlavaConfig.model_type, CollavoLlavaConfig, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The former place of ``collavo.model.convert``; kept for those who import it."""
+"""The former place of ``collavo.conversion``; kept for those who import it."""
 
-from collavo.model.convert import (
+from collavo.conversion import (
     IMAGE_ADAPTER,
     convert_state_dict,
     resize_position_embedding,

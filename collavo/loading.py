@@ -8,18 +8,20 @@ from typing import Any, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
-from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME
 
-from collavo._arguments import expect_path
 from collavo.configuration import CollavoConfig, CollavoLlavaConfig, check_model_type
+from collavo.model.families import token_ids
+from collavo.model.files import read_config_file
 from collavo.model.files import read_tensors as read_tensors
 from collavo.model.files import weight_files as weight_files
 from collavo.model.inventory import expect_none
 from collavo.model.llava import CollavoForConditionalGeneration
 from collavo.model.patched import CollavoLlavaForConditionalGeneration
-from collavo.panoptic.json_files import read_object
 from collavo.processing.processor import CollavoProcessor
-from collavo.writing import check_settled
+
+# Families whose images all have the grid of the tower's patches, if the processor has one grid.
+_GRID_OF_PATCHES = ("collavo", "llava", "vipllava", "video_llava")
 
 
 def load_pretrained(
@@ -48,46 +50,36 @@ def load_pretrained(
             ...
         FileNotFoundError: no-such-folder: no such model folder
     """
-    expect_path("folder", folder, "a model folder")
-    if _config_values(folder).get("model_type") == CollavoLlavaConfig.model_type:
-        return cast(
-            CollavoLlavaForConditionalGeneration,
-            _load_whole(CollavoLlavaForConditionalGeneration, folder, kwargs),
-        )
-    return _load_collavo(folder, kwargs)
-
-
-def _load_collavo(
-    folder: str | PathLike[str], kwargs: dict[str, Any]
-) -> CollavoForConditionalGeneration:
-    return cast(
-        CollavoForConditionalGeneration,
-        _load_whole(CollavoForConditionalGeneration, folder, kwargs),
-    )
-
-
-def _load_whole(kind: Any, folder: str | PathLike[str], kwargs: dict[str, Any]) -> object:
+    patched = read_config_file(folder).get("model_type") == CollavoLlavaConfig.model_type
+    kind: Any = CollavoLlavaForConditionalGeneration if patched else CollavoForConditionalGeneration
     model, info = kind.from_pretrained(folder, output_loading_info=True, **kwargs)
     expect_none(str(folder), "tensors are missing", info["missing_keys"])
-    return cast(object, model)
+    return cast("CollavoForConditionalGeneration | CollavoLlavaForConditionalGeneration", model)
 
 
-def _config_values(folder: str | PathLike[str]) -> dict[str, Any]:
-    """Read ``config.json``, which says what kind of model the folder holds."""
-    expect_path("folder", folder, "a model folder")
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such model folder")
-    check_settled(folder)
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing from the model folder")
-    return read_object(path, utf8=True)
+def expect_model_folder(folder: str | PathLike[str]) -> None:
+    """Look at a folder's ``config.json``, and raise unless ``load_folder`` loads such models.
+
+    Args:
+        folder: As in ``load_folder``.
+
+    Raises:
+        FileNotFoundError: naming the folder or file that is missing.
+        ValueError: naming the ``model_type``, with the way for a LLaVA or the official CoLLaVO.
+    """
+    values = read_config_file(folder)
+    if values.get("model_type") != CollavoLlavaConfig.model_type:
+        check_model_type(values, str(folder), CollavoConfig.model_type)
 
 
 def load_folder(
     folder: str | PathLike[str], **kwargs: Any
-) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+) -> tuple[
+    CollavoForConditionalGeneration | CollavoLlavaForConditionalGeneration, CollavoProcessor
+]:
     """Load a model folder with its processor, and see that the two belong together.
+
+    The model may be one that ``apply_to_llava`` changed, of any family.
 
     Args:
         folder: A folder into which both were saved with ``save_pretrained``.
@@ -106,18 +98,17 @@ def load_folder(
             ...
         FileNotFoundError: no-such-folder: no such model folder
     """
-    expect_path("folder", folder, "a model folder")
     # A folder that is none, or another model's, is said to be that and not to lack a processor.
-    check_model_type(_config_values(folder), str(folder), CollavoConfig.model_type)
+    expect_model_folder(folder)
     weight_files(folder)
     if not (Path(folder) / PROCESSOR_NAME).is_file():
         raise FileNotFoundError(
             f"{Path(folder) / PROCESSOR_NAME}: missing from the model folder; save the model's "
             "processor there with save_pretrained"
         )
-    model = _load_collavo(folder, kwargs)
+    model = load_pretrained(folder, **kwargs)
     processor = _load_processor(folder)
-    _check_pair(folder, model.config, processor)
+    _check_pair(folder, model, processor)
     return model, processor
 
 
@@ -131,16 +122,19 @@ def _load_processor(folder: str | PathLike[str]) -> CollavoProcessor:
     return loaded
 
 
-def _check_pair(folder: str | PathLike[str], config: Any, processor: CollavoProcessor) -> None:
+def _check_pair(folder: str | PathLike[str], model: Any, processor: CollavoProcessor) -> None:
     """Raise if the processor would make inputs that are not this model's."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    config, prompt = model.config, model.model.crayon_prompt
     expected: dict[str, tuple[object, object]] = {
-        "grid": (processor.grid, (side, side)),
-        "image_token_id": (processor.image_token_id, config.image_token_id),
+        "image_token_id": (processor.image_token_id, token_ids(model.model)["image"])
     }
-    if config.crayon_mode != "none":
-        expected["num_classes"] = (processor.num_classes, config.num_crayon_classes)
-        expected["max_number"] = (processor.max_number, config.max_crayon_number)
+    if processor.one_grid and config.model_type in _GRID_OF_PATCHES:
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        expected["grid"] = (processor.grid, (side, side))
+    if prompt is not None:
+        classes, numbers = prompt.class_embedding, prompt.number_embedding
+        expected["num_classes"] = (processor.num_classes, classes.weight.shape[0] - 1)
+        expected["max_number"] = (processor.max_number, numbers.weight.shape[0] - 1)
     for name, (found, wanted) in expected.items():
         if found != wanted:
             raise ValueError(

@@ -136,6 +136,34 @@ def written_folder(folder: PathLike, replaces: Sequence[str]) -> Iterator[Path]:
     _publish(partial, folder)
 
 
+@contextmanager
+def claimed_folder(folder: PathLike) -> Iterator[None]:
+    """Keep a folder for one process, or thread, of those that claim it; a kill ends the claim.
+
+    Where the system or the folder's disk knows no locks, nobody is kept out.
+
+    Args:
+        folder: Is made if it is not there, and removed after an error if it is empty then.
+
+    Raises:
+        OSError: naming the folder, if another one writes to it or it cannot be made.
+    """
+    folder = Path(os.path.realpath(folder))
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = _locked(folder)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def check_file(path: PathLike) -> None:
     """Raise unless a file could be written; what is there stays as it is.
 
@@ -213,6 +241,15 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def is_unfinished(name: str) -> bool:
+    """Say whether a name is one under which a writer that was killed leaves something.
+
+    Args:
+        name: Without its folder.
+    """
+    return is_temporary(name) or _PARTIAL.fullmatch(name) is not None
+
+
 def check_settled(folder: PathLike) -> None:
     """Raise if a model's folder is between two models, since a save was killed as it ended.
 
@@ -281,6 +318,25 @@ def _in_words(size: int) -> str:
 def _temporary(folder: Path) -> Path:
     # A name of its own for every write, and short: the file's own may be as long as names can be.
     return folder / f".collavo-{secrets.token_hex(8)}.tmp"
+
+
+def _locked(folder: Path) -> int | None:
+    """Return an open file that holds the folder's lock, None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        reason = "another process is writing to this folder"
+        raise OSError(error.errno, reason, os.fspath(folder)) from error
+    except OSError:  # some network disks
+        os.close(handle)
+        return None
+    return handle
 
 
 def _is_stream(path: Path) -> bool:

@@ -10,6 +10,9 @@ import sys
 OLDEST_TRANSFORMERS = "4.37"
 """The oldest transformers beside which the modules of ``collavo_kernels.nn`` are tested."""
 
+OLDEST_WITH_SEAMS = "5.5"
+"""The oldest one tested whose masks, caches and models are those that the rest is built on."""
+
 
 class RequirementError(ImportError):
     """A package that a part of the project needs is missing or too old."""
@@ -22,7 +25,7 @@ def require(
 
     Args:
         package: Its name, for Python and for pip.
-        minimum: The oldest version that serves, such as ``"5.17"``.
+        minimum: The oldest version that serves, such as ``"5.5"``.
         user: Who needs it.
         otherwise: What to do instead of installing it; follows the advice to install it.
         optional: Whether the part works without the package.

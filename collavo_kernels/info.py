@@ -24,10 +24,16 @@ from collavo_kernels._backends import ENVIRONMENT_VARIABLE, environment_choice
 from collavo_kernels._console import run_command
 from collavo_kernels._native import ISA_VARIABLE, cuda_reason, native, native_reason
 from collavo_kernels._register import AnyBackend, AnyOperator
-from collavo_kernels._requirements import OLDEST_TRANSFORMERS, RequirementError, require
+from collavo_kernels._requirements import (
+    OLDEST_TRANSFORMERS,
+    OLDEST_WITH_SEAMS,
+    RequirementError,
+    require,
+)
 
 __all__ = [
     "OLDEST_TRANSFORMERS",
+    "OLDEST_WITH_SEAMS",
     "BackendReport",
     "OperatorReport",
     "Report",

@@ -196,7 +196,11 @@ OUTSIDE = r"\.\./shared\b|\bROOT\.parent\b"
         (UNFINISHED, FOLDERS, "unfinished work belongs in an issue"),
         (PLACES, FOLDERS, "a path of somebody's machine"),
         (OUTSIDE, FOLDERS, "a folder beside the checkout, which a clone does not have"),
-        (r"\b(pickle\.loads?|torch\.load)\(", PACKAGES, "reads code from a file"),
+        (
+            r"\b(pickle\.loads?|torch\.load)\((?!.*weights_only=True)",
+            PACKAGES,
+            "reads code from a file",
+        ),
         (r"(?<![\w.])eval\(", PACKAGES, "runs a string"),
         (r"# type: ignore(?!\[)", FOLDERS, "says nothing about what it ignores"),
     ],

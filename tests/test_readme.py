@@ -15,6 +15,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 USAGE = (ROOT / "collavo" / "README.md").read_text(encoding="utf-8")
 # What has to be downloaded, and is made here instead.
 LLAVA, DECODER = "llava-hf/llava-1.5-7b-hf", "HuggingFaceTB/SmolLM2-135M"
+# As LLaVA-1.5's: roles in capitals, a picture on a line of its own, no mark around answers.
+TEMPLATE = """\
+{%- for message in messages -%}
+  {{- message['role'].upper() + ': ' -}}
+  {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}
+  {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] + ' ' -}}
+  {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
 
 
 def blocks(page: str) -> list[str]:
@@ -40,7 +50,13 @@ def demo_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_llava(folder: Path, tokenizer: Any) -> None:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaProcessor,
+    )
     from transformers import LlavaForConditionalGeneration as Llava
 
     vision = CLIPVisionConfig(
@@ -56,7 +72,14 @@ def tiny_llava(folder: Path, tokenizer: Any) -> None:
         vision_config=vision, text_config=text, image_token_index=image, image_seq_length=9
     )
     Llava(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    StaticCache,
 )
+from transformers.masking_utils import create_causal_mask
 
 from collavo_kernels.nn import CrayonAttention, register_attention
 from collavo_kernels.nn.attention import module as module_file
@@ -88,6 +90,17 @@ def counted() -> Iterator[list[dict[str, Any]]]:
         mock.patch.object(interface_file, "crayon_attention", counting),
     ):
         yield calls
+
+
+@cache
+def static_prefills_run_fused() -> bool:
+    """Whether transformers tells that the prefill of a static cache has a plain mask.
+
+    From 5.14 it does; before, no function of masks can know, and SDPA serves that prefill.
+    """
+    config = LlamaConfig(**SIZES, attn_implementation="sdpa")
+    kept = StaticCache(config=config, max_cache_len=8)
+    return create_causal_mask(config, torch.zeros(1, 4, 32), None, past_key_values=kept) is None
 
 
 @cache

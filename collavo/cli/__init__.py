@@ -27,6 +27,7 @@ DESCRIPTION = "CoLLaVO: a vision-language model that sees objects, on kernels of
 COMMANDS = {
     "demo": "train and measure a tiny CoLLaVO on drawn scenes, in minutes on a CPU",
     "prepare": "turn a COCO panoptic folder into shards of crayon maps and instructions",
+    "convert": "turn the official CoLLaVO or a LLaVA into a CoLLaVO folder, or a folder back",
     "train": "train a model: crayon prompt tuning (cpt) or instruction tuning (cit)",
     "chat": "answer questions about an image with its panoptic map",
     "eval": "measure Class2Binary and Box2Class on a COCO panoptic folder",
@@ -35,7 +36,7 @@ COMMANDS = {
     "bench": "run the benchmarks and write their tables and plots",
 }
 _MODULES = {"eval": "evaluate"}
-_NEED_A_MODEL = ("demo", "train", "chat", "eval")
+_NEED_A_MODEL = ("demo", "convert", "train", "chat", "eval")
 _READ_PICTURES = ("prepare", "train", "chat", "eval", "show")
 
 

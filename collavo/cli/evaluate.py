@@ -73,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         writing.check_file(args.output)  # before the hours that the answers may take
+    from collavo.loading import expect_model_folder
+
+    expect_model_folder(args.model)  # before files that take minutes
     samples = CocoPanopticDataset(args.images, args.panoptic, args.annotations)
     questions = []
     if "c2b" in args.tasks:

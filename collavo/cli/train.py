@@ -69,21 +69,23 @@ def parents() -> list[argparse.ArgumentParser]:
 
 def run(args: argparse.Namespace) -> int:
     """Train, with transformers' progress bars, and save the model in ``--output_dir``."""
-    from collavo.loading import load_folder
+    from collavo.loading import expect_model_folder, load_folder
     from collavo.train.collator import CrayonCollator
     from collavo.train.trainer import CollavoTrainer
 
     training = training_arguments(args)
     _check_workers(args, training)
+    expect_model_folder(args.model)  # before files that take minutes
     samples = coco_samples(args)
-    model, processor = load_folder(args.model)
+    loaded, processor = load_folder(args.model)
+    model: Any = loaded
     if isinstance(samples, PreparedDataset):
         samples.check_crayon(
             grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
         )
     skipped = list(samples.skipped) if isinstance(samples, CocoPanopticDataset) else []
     image_data, vl_data = datasets(args, training, samples, processor.max_number, skipped.append)
-    missing = [name for name in STEP_KINDS if name not in model.config.adapters]
+    missing = [name for name in STEP_KINDS if name not in model.decoder_settings().adapters]
     if training.stage == "cit" and missing:
         set_seed(training.seed)  # new adapters are drawn before the trainer sets it
         model.add_dual_qlora(

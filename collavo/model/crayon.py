@@ -1,19 +1,26 @@
-"""What turns transformers' LLaVA classes into CoLLaVO classes: mixins that go in front of them."""
+"""What turns transformers' classes into CoLLaVO classes: mixins that go in front of them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from collavo.model.described import describe_llava
-from collavo.model.layer import BRANCHES
-from collavo.model.pretrained import SavedWhole
+from collavo.model.adapters import AdaptersMixin
+from collavo.model.families import (
+    MODALITIES,
+    decoder_of,
+    encode_images,
+    find_tokens,
+    image_inputs,
+)
 from collavo.model.rows import CrayonRows, flatten_rows
-from collavo.model.turns import is_packed, new_images, repeat_images
+from collavo.model.signatures import parameter_names, with_signature
+from collavo.model.turns import cached_tokens, encode_for_beams, is_packed, new_images
 from collavo_kernels.nn import (
     CrayonInputs,
     CrayonPrompt,
@@ -23,58 +30,94 @@ from collavo_kernels.nn import (
 )
 
 CRAYON_INPUTS = ("crayon_index", "crayon_class", "crayon_number")
+# With it in a signature transformers would encode images before turns are sorted.
+_HIDDEN = ("mm_encoder_outputs",)
+# Of this thread's forward alone: what its images were encoded to before it began, by modality.
+_ENCODED: ContextVar[Mapping[str, Any]] = ContextVar("encoded_images", default={})  # noqa: B039
 
 
 class CrayonModelMixin:
-    """Put before ``LlavaModel``: makes the crayon table once and sends it to every layer."""
+    """Put before a model class without a head: makes the crayon table once for every layer."""
 
     config: Any
     training: bool
-    language_model: nn.Module
     crayon_prompt: CrayonPrompt | None
     # The decoder's adapters in the order of the mask's bits, and those for image tokens only.
     crayon_adapters: tuple[str, ...]
     crayon_image_adapters: tuple[str, ...]
+    # Whether its attention has the fused prefill: its own masks are not needed then.
+    crayon_fused: bool = True
+    _forward_names: tuple[str, ...]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the class the signatures of the one that the mixin stands before."""
+        super().__init_subclass__(**kwargs)
+        if CrayonModelMixin not in cls.__bases__:
+            return
+        behind: Any = super()
+        cls._forward_names = parameter_names(behind.forward)
+        made: Any = cls
+        made.forward = with_signature(cls.forward, behind.forward, CRAYON_INPUTS, _HIDDEN)
+        for modality in MODALITIES:
+            name = f"get_{modality}_features"
+            if hasattr(behind, name):
+                encode = with_signature(_encoder(modality), getattr(behind, name))
+                setattr(cls, name, encode)
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Any | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any | None = None,
-        inputs_embeds: Tensor | None = None,
         *args: Any,
         crayon_index: Tensor | None = None,
         crayon_class: Tensor | None = None,
         crayon_number: Tensor | None = None,
+        encoded_images: Mapping[str, Any] | None = None,
+        encode_only: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Run LLaVA's forward with the crayon; inputs as in ``CrayonGenerationMixin.forward``."""
-        images = self.image_tokens(input_ids, inputs_embeds)
-        if input_ids is None and pixel_values is None:
-            self._check_images_are_found(images, past_key_values, kwargs)
+        """Run the model's forward with the crayon.
+
+        Args:
+            *args: The model's own inputs.
+            crayon_index: As in ``CrayonGenerationMixin.forward``, like the next two.
+            crayon_class: See there.
+            crayon_number: See there.
+            encoded_images: What to take in place of the model's own ``get_image_features`` and
+                ``get_video_features``, by modality ("image", "video").
+            encode_only: Whether to return these and do no more.
+            **kwargs: The model's own inputs.
+        """
+        if len(args) > len(self._forward_names):
+            raise TypeError(
+                f"forward: expected at most {len(self._forward_names)} positional inputs, got "
+                f"{len(args)}"
+            )
+        inputs = dict(zip(self._forward_names, args, strict=False)) | kwargs
+        if encode_only:
+            return encode_images(self, inputs)
+        given = (inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        images = self.image_tokens(*given)
+        cache = inputs.get("past_key_values")
+        if given[0] is None and not image_inputs(self, inputs):
+            self._check_images_are_found(images, cache, inputs)
         table, index = self._crayon_table(images, crayon_index, crayon_class, crayon_number)
         fused, key_range = self._fused(
-            attention_mask, position_ids, past_key_values, images.shape[1]
+            inputs.get("attention_mask"), inputs.get("position_ids"), cache, images.shape[1]
         )
         adapter_mask, row_mask = self._adapter_masks(images, table)
-        crayon = CrayonInputs(table, index, adapter_mask, row_mask, key_range, fused)
-        return super().forward(  # type: ignore[misc]
-            input_ids,
-            pixel_values,
-            # A fused prefill has the key range; a mask of S x S elements would be made for nothing.
-            None if fused else attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            *args,
-            crayon=crayon,
-            **kwargs,
-        )
+        inputs["crayon"] = CrayonInputs(table, index, adapter_mask, row_mask, key_range, fused)
+        if fused:
+            # It has the key range; a mask of S x S elements would be made for nothing.
+            inputs["attention_mask"] = None
+        if not encoded_images:
+            return super().forward(**inputs)  # type: ignore[misc]
+        token = _ENCODED.set(encoded_images)
+        try:
+            return super().forward(**inputs)  # type: ignore[misc]
+        finally:
+            _ENCODED.reset(token)
 
     def image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Return bool ``[B, S]``: where the image's tokens stand.
+        """Return bool ``[B, S]``: where the tokens of images and videos stand.
 
         Args:
             input_ids: int64 ``[B, S]`` or None.
@@ -85,22 +128,14 @@ class CrayonModelMixin:
         Raises:
             ValueError: if both are None.
         """
-        if input_ids is not None:
-            return cast(Tensor, input_ids == self.config.image_token_id)
-        if inputs_embeds is None:
-            raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
-        embed = cast(Any, self).get_input_embeddings()
-        token = torch.full(
-            (), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device
-        )
-        return cast(Tensor, (inputs_embeds == embed(token)).all(-1))
+        found = list(find_tokens(self, input_ids, inputs_embeds).values())
+        return found[0] if len(found) == 1 else found[0] | found[1]
 
     def _check_images_are_found(self, images: Tensor, cache: Any, inputs: dict[str, Any]) -> None:
         """Raise where adapters of image tokens would miss images that stand in the embeddings."""
         if not self.crayon_image_adapters or inputs.get("mm_encoder_outputs"):
             return
-        is_prefill = cache is None or int(cache.get_seq_length()) == 0
-        if is_prefill and not bool(images.any()):
+        if cached_tokens(cache) == 0 and not bool(images.any()):
             raise ValueError(
                 "inputs_embeds: expected embeddings of image tokens with pixel_values, or "
                 f"input_ids, since the adapters {list(self.crayon_image_adapters)} act on image "
@@ -144,7 +179,9 @@ class CrayonModelMixin:
     def _fused(
         self, attention_mask: Any, position_ids: Tensor | None, past_key_values: Any, length: int
     ) -> tuple[bool, Tensor | None]:
-        text = self.config.get_text_config()
+        if not self.crayon_fused:
+            return False, None
+        text: Any = decoder_of(self).config
         dropout = self.training and bool(getattr(text, "attention_dropout", 0.0))
         if dropout or text._attn_implementation not in ("sdpa", "crayon"):
             return False, None
@@ -181,112 +218,112 @@ class CrayonModelMixin:
         return mask, torch.full((table.shape[0],), on_image, dtype=torch.uint8, device=mask.device)
 
 
-class CrayonGenerationMixin(SavedWhole):
-    """Put before ``LlavaForConditionalGeneration``: the crayon in ``forward`` and ``generate``."""
+def _encoder(modality: str) -> Any:
+    """Return a model's function that encodes images, which gives what is encoded already."""
+
+    def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        encoded = _ENCODED.get().get(modality)
+        if encoded is not None:
+            return encoded
+        behind: Any = super(CrayonModelMixin, self)
+        return getattr(behind, f"get_{modality}_features")(*args, **kwargs)
+
+    return encode
+
+
+class CrayonGenerationMixin(AdaptersMixin):
+    """Put before a class ``...ForConditionalGeneration``: crayon in ``forward``, ``generate``."""
 
     config: Any
     model: nn.Module
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the class the signatures of the one that the mixin stands before."""
+        super().__init_subclass__(**kwargs)
+        if CrayonGenerationMixin not in cls.__bases__:
+            return
+        behind, made = cast(Any, super()), cast(Any, cls)
+        made.forward = with_signature(cls.forward, behind.forward, CRAYON_INPUTS, _HIDDEN)
+        for name in ("generate", "prepare_inputs_for_generation"):
+            setattr(cls, name, with_signature(getattr(cls, name), getattr(behind, name)))
+
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any | None = None,
-        inputs_embeds: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        image_sizes: Tensor | None = None,
+        *args: Any,
         crayon_index: Tensor | None = None,
         crayon_class: Tensor | None = None,
         crayon_number: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model; what is not described here is LLaVA's.
+        """Run the model; its signature has the model's own inputs and the crayon's three.
 
         Args:
-            input_ids: int64 ``[B, L]``, the image token repeated once per grid cell.
-            pixel_values: ``[images, 3, height, width]``.
-            attention_mask: ``[B, L]``.
-            position_ids: int64 ``[B, L]``.
-            past_key_values: The cache.
-            inputs_embeds: ``[B, L, hidden_size]`` in place of ``input_ids``.
-            vision_feature_layer: As in LLaVA.
-            vision_feature_select_strategy: As in LLaVA.
-            labels: int64 ``[B, L]``, -100 = no loss.
-            logits_to_keep: As in LLaVA.
-            image_sizes: As in LLaVA.
+            *args: As in the model's own forward: ``input_ids`` int64 ``[B, L]``, the image token
+                repeated once per feature of the image, ...
             crayon_index: int32 ``[B, P]``: the row, local to the sample, of each of its image
-                tokens in order; -1 = none.
+                tokens in order; -1 = none. Tokens of videos count as image tokens, and so do
+                those that end a line of an image (row -1), where the model gives them features.
             crayon_class: int32 ``[B, R]``: per row 0 = unknown, class c is c + 1; -1 = the row only
                 pads.
             crayon_number: int32 ``[B, R]``: per row the instance number, 0 = unknown.
-            **kwargs: As in LLaVA.
+            **kwargs: As in the model's own forward.
 
         Raises:
             ValueError: if one of the crayon's inputs is missing or does not fit the others.
         """
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            image_sizes=image_sizes,
-            crayon_index=crayon_index,
-            crayon_class=crayon_class,
-            crayon_number=crayon_number,
-            **kwargs,
-        )
+        crayon = {
+            "crayon_index": crayon_index,
+            "crayon_class": crayon_class,
+            "crayon_number": crayon_number,
+        }
+        return super().forward(*args, **crayon, **kwargs)  # type: ignore[misc]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model does.
+
+        Args:
+            *args: As in the model's own.
+            **kwargs: As in the model's own, and the crayon's inputs.
+
+        Raises:
+            ValueError: if the crayon is given where a model draws images: that loop has no use for
+                one.
+        """
+        mode = kwargs.get("generation_mode", "text")
+        given = [name for name in CRAYON_INPUTS if kwargs.get(name) is not None]
+        if mode != "text" and given:
+            raise ValueError(
+                f"generation_mode: expected 'text' beside {', '.join(given)}, got {mode!r}, which "
+                "reads no images; leave the crayon's inputs out"
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
+        self, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Leave images and their crayon out of every step that reads them from the cache.
 
-        A later turn may bring its new images alone or those of the whole conversation. The
-        parameters have the names that transformers looks for (``generate(inputs_embeds=...)``).
+        A later turn may bring its new images alone or those of the whole conversation.
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, *args, **kwargs
         )
-        cached = kwargs.get("use_cache", True)
-        if not is_first_iteration and cached:
-            dropped: tuple[str, ...] = CRAYON_INPUTS
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            dropped: set[str] = {*CRAYON_INPUTS, "encoded_images"}
         elif self._image_is_cached(inputs):
-            dropped = (*CRAYON_INPUTS, "pixel_values", "mm_encoder_outputs")
+            given = image_inputs(self.model, inputs).values()
+            dropped = {*CRAYON_INPUTS, *_HIDDEN, "encoded_images"}.union(*given)
         else:
-            dropped = ()
-            inputs |= new_images(inputs, input_ids, self.config)
+            dropped = set()
+            inputs |= new_images(self.model, inputs, input_ids)
         return {name: value for name, value in inputs.items() if name not in dropped}
 
     def _image_is_cached(self, inputs: dict[str, Any]) -> bool:
         """Tell whether this is a later turn of a conversation whose new tokens hold no image."""
-        cache, tokens = inputs.get("past_key_values"), inputs.get("input_ids")
-        if cache is None or tokens is None or int(cache.get_seq_length()) == 0:
+        tokens = inputs.get("input_ids")
+        if tokens is None or cached_tokens(inputs.get("past_key_values")) == 0:
             return False
-        return not bool((tokens == self.config.image_token_id).any())
+        return not bool(cast(Any, self.model).image_tokens(tokens, None).any())
 
     def _expand_inputs_for_generation(
         self,
@@ -295,24 +332,24 @@ class CrayonGenerationMixin(SavedWhole):
         input_ids: Any = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Repeat every input for the beams, the images of a sample together.
+        """Repeat every input for the beams; of images, what they are encoded to.
 
-        transformers repeats image by image: where a sample has several, beams would mix them up.
+        The tensors of images do not begin with the batch: repeated one by one, beams of samples
+        with several images would mix them up.
         """
-        pixels = model_kwargs.get("pixel_values")
+        given = image_inputs(self.model, model_kwargs) if expand_size > 1 else {}
+        images = {name: model_kwargs[name] for names in given.values() for name in names}
+        if images:
+            # Beside embeddings the ids are those of the answer so far: none.
+            ids = input_ids if model_kwargs.get("inputs_embeds") is None else None
+            images["encoded_images"] = encode_for_beams(self.model, model_kwargs, ids, expand_size)
         expanded, inputs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
-            **model_kwargs,
+            **{name: value for name, value in model_kwargs.items() if name not in images},
         )
-        if expand_size > 1 and pixels is not None:
-            embeds = model_kwargs.get("inputs_embeds")
-            # Beside embeddings the ids are those of the answer so far: none.
-            ids = input_ids if embeds is None else None
-            tokens = cast(Any, self.model).image_tokens(ids, embeds).sum(1)
-            inputs["pixel_values"] = repeat_images(pixels, tokens, expand_size)
-        return expanded, inputs
+        return expanded, inputs | images
 
     def _get_candidate_generator(
         self, *args: Any, model_kwargs: Any, assistant_model: Any = None, **kwargs: Any
@@ -323,38 +360,9 @@ class CrayonGenerationMixin(SavedWhole):
         """
         if assistant_model is not None:
             known = inspect.signature(assistant_model.forward).parameters
-            unknown = {name for name in (*CRAYON_INPUTS, "pixel_values") if name not in known}
-            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in unknown}
+            own = {*CRAYON_INPUTS, "encoded_images"}
+            own = own.union(*image_inputs(self.model, model_kwargs).values()) - set(known)
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in own}
         return super()._get_candidate_generator(  # type: ignore[misc]
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
-
-    def saved_config(self) -> Any:
-        """Return the configuration to save; that of a patched LLaVA says what was done to it."""
-        settings = getattr(self, "crayon_settings", None)
-        return self.config if settings is None else describe_llava(self, settings)
-
-    def crayon_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what CPT trains: queries, crayon MLP and, in projection mode, every A and B."""
-        for name, parameter in cast(nn.Module, self).named_parameters():
-            if any(part == "crayon_prompt" or part in BRANCHES for part in name.split(".")):
-                yield parameter
-
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of one adapter, over all layers.
-
-        Args:
-            name: The adapter's name, e.g. ``"image"``.
-
-        Raises:
-            ValueError: if the model has no adapter of that name.
-        """
-        known = cast(Any, self.model).crayon_adapters
-        if name not in known:
-            raise ValueError(
-                f"name: expected one of the model's adapters {list(known)}, got {name!r}"
-            )
-        for key, parameter in cast(nn.Module, self).named_parameters():
-            parts = key.split(".")
-            if name in parts and ("lora_A" in parts or "lora_B" in parts):
-                yield parameter

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from collavo.configuration import TEXT_FIELDS, CollavoLlavaConfig, CollavoTextConfig
+from collavo.model.families import decoder_of
 from collavo.model.inventory import part_of
 from collavo.model.layer import adapter_sizes, decoder_linears, name_in_decoder
 from collavo.model.linear import CollavoLinear
@@ -45,7 +46,8 @@ def describe_llava(model: Any, settings: CollavoTextConfig) -> CollavoLlavaConfi
         ValueError: if a module outside the decoder is quantised in a way that cannot be read back.
     """
     _check_rest(model)
-    decoder = model.model.language_model
+    decoder = decoder_of(model.model)
+    _check_linears(decoder)
     update_settings(settings, model, decoder)
     prompt = model.model.crayon_prompt
     sizes: dict[str, Any] = {}
@@ -59,10 +61,10 @@ def describe_llava(model: Any, settings: CollavoTextConfig) -> CollavoLlavaConfi
         }
     own = {name: getattr(settings, name) for name in TEXT_FIELDS if name != "extra_embeddings"}
     values = model.config.to_dict()
-    for name in ("model_type", "quantization_config", "crayon"):
-        values.pop(name, None)
+    values.pop("quantization_config", None)
+    values["dtype"] = str(model.dtype).removeprefix("torch.")
     crayon = {"decoder": own, "base": _collapsed(_bases(decoder)), **sizes}
-    return CollavoLlavaConfig(**values, crayon=crayon)
+    return CollavoLlavaConfig(base_config=values, crayon=crayon)
 
 
 def set_bases(decoder: nn.Module, base: Any) -> None:
@@ -103,6 +105,20 @@ def _collapsed(values: dict[str, Any]) -> Any:
     """Return the one value that all have, or all of them by name."""
     first = next(iter(values.values()))
     return first if all(value == first for value in values.values()) else values
+
+
+def _check_linears(decoder: nn.Module) -> None:
+    """Raise for layers that something was put around, such as PEFT's."""
+    for layer in cast(nn.ModuleList, decoder.layers):
+        for parent, name in decoder_linears(layer):
+            linear = getattr(parent, name)
+            if not isinstance(linear, CollavoLinear):
+                raise ValueError(
+                    f"{name_in_decoder(layer, name)}: expected a CollavoLinear, got "
+                    f"{type(linear).__module__}.{type(linear).__qualname__} around it, which a "
+                    "model's folder has no place for; take it off first (PEFT: save the PeftModel, "
+                    "which keeps its adapters, and call unload())"
+                )
 
 
 def _check_rest(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import (
+    CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -27,20 +28,26 @@ from transformers.utils import (
 
 from collavo import writing
 from collavo._arguments import expect_path
+from collavo.configuration import HUB_OPTIONS as HUB_OPTIONS
 from collavo.panoptic.json_files import read_object
 from collavo_kernels import NF4Weight
 
 FACTS = ".quant_state.bitsandbytes__nf4"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", FACTS)
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _SUMS = "crc32"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+"""By safetensors' names."""
 
 
 class StoredTensor(NamedTuple):
@@ -81,6 +88,26 @@ def local_folder(name: str | PathLike[str], options: Mapping[str, Any]) -> Path:
     return Path(fetched) / subfolder
 
 
+def read_config_file(folder: str | PathLike[str]) -> dict[str, Any]:
+    """Read ``config.json``, which says what kind of model a folder holds.
+
+    Args:
+        folder: Any model folder.
+
+    Raises:
+        FileNotFoundError: naming the folder or file that is missing, or a save that was broken off.
+        ValueError: if the file holds no JSON object.
+    """
+    expect_path("folder", folder, "a model folder")
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such model folder")
+    writing.check_settled(folder)
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing from the model folder")
+    return read_object(path, utf8=True)
+
+
 def weight_files(folder: str | PathLike[str], variant: str | None = None) -> list[Path]:
     """Return the safetensors files of a model folder, in the order of their names.
 
@@ -116,7 +143,19 @@ def _variant(name: str, variant: str | None) -> str:
 
 def _indexed(index: Path) -> list[Path]:
     """Return the files that an index names."""
-    placed = _read_index(index)["weight_map"]
+    return [index.parent / name for name in sorted(set(placed_tensors(index).values()))]
+
+
+def placed_tensors(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, as an index of shards says.
+
+    Args:
+        index: The index.
+
+    Raises:
+        ValueError: if it is none, or names a file elsewhere.
+    """
+    placed: dict[str, str] = _read_index(index)["weight_map"]
     for name in sorted(set(placed.values())):
         # Windows' rules know every separator and drive.
         if name in (".", "..") or PureWindowsPath(name).name != name:
@@ -124,7 +163,7 @@ def _indexed(index: Path) -> list[Path]:
                 f"{index}: expected names of files beside it, got {name!r}; put the shards there "
                 "and let the index name them without a path"
             )
-    return [index.parent / name for name in sorted(set(placed.values()))]
+    return placed
 
 
 def _read_index(index: Path) -> dict[str, Any]:
@@ -276,9 +315,10 @@ def headers_of(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
     Args:
         tensors: A state dict.
     """
+    words = {dtype: word for word, dtype in DTYPES.items()}
     return {
         name: StoredTensor(
-            tuple(value.shape), _DTYPES.get(value.dtype, str(value.dtype)), name, value
+            tuple(value.shape), words.get(value.dtype, str(value.dtype)), name, value
         )
         for name, value in tensors.items()
     }

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator
+from os import PathLike
 from typing import Any, NamedTuple, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
-from collavo.model.layer import BRANCHES, MLP_BRANCHES, LayerSettings, decoder_linears
+from collavo.model.added import added_tensors, load_tensors, read_added, save_added
+from collavo.model.families import dtype_of
+from collavo.model.files import weight_patterns
+from collavo.model.layer import (
+    BRANCHES,
+    HOOKS_OFF,
+    LayerSettings,
+    decoder_linears,
+    name_in_decoder,
+)
 from collavo.model.peft_layers import is_peft_layer
-from collavo_kernels.nn import ATTENTION_PROJECTIONS, DualQLoRALinear, has_own_forward
+from collavo.processing.processor import CollavoProcessor
+from collavo.writing import written_folder
+from collavo_kernels.nn import (
+    ATTENTION_PROJECTIONS,
+    DualQLoRALinear,
+    has_own_forward,
+    with_mixin,
+)
 
 
 class _Replaced(NamedTuple):
@@ -34,7 +50,7 @@ class LlavaHandle:
         settings: What its decoder layers were made to be.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, settings: LayerSettings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: LayerSettings) -> None:
         self.model = model
         self.settings = settings
         # Each with its original class and the mixin in front of it: by those it pickles.
@@ -43,11 +59,11 @@ class LlavaHandle:
         self._made: list[nn.Module] = []
         self._attributes: list[tuple[nn.Module, str]] = []
         self._overridden: list[tuple[nn.Module, str, Any]] = []
-        self._dtype = _dtype_of(model)
+        self._dtype = dtype_of(model.model)
         self._trainable = [(p, p.requires_grad) for p in model.parameters()]
         self._applied = True
 
-    def undo(self) -> LlavaForConditionalGeneration:
+    def undo(self) -> PreTrainedModel:
         """Take the crayon and the adapters out again: the model is what it was, to the last bit.
 
         Classes, modules, their hooks and what requires a gradient come back as they were. Dense
@@ -72,13 +88,13 @@ class LlavaHandle:
 
     def restore(self) -> None:
         """Put back what was there, whatever is there now; ``undo`` looks first."""
-        dtype = _dtype_of(self.model)
+        dtype = dtype_of(self.model.model)
         for layer, parent, name, original in reversed(self._modules):
-            device = cast(torch.device, cast(Any, layer).input_layernorm.weight.device)
+            device = cast(torch.device, cast(Any, layer).post_attention_layernorm.weight.device)
             cast_to = None if dtype == self._dtype else dtype
             _follow(original, getattr(parent, name), device, cast_to)
             setattr(parent, name, original.train(parent.training))
-            for branch in MLP_BRANCHES:
+            for branch in BRANCHES:
                 if hasattr(parent, branch):
                     delattr(parent, branch)
         for owner, name in self._attributes:
@@ -102,20 +118,74 @@ class LlavaHandle:
         Raises:
             ValueError: if one of them is offloaded.
         """
-        parts = {"crayon_prompt", "lora_A", "lora_B", *BRANCHES}
-        # Not from the state dict: it would bring every 4-bit weight into its saved order.
-        named = dict(cast(nn.Module, self.model).named_parameters())
-        added = {name: p.detach() for name, p in named.items() if parts & set(name.split("."))}
-        for name, value in added.items():
-            if value.is_meta:
-                raise ValueError(
-                    f"added_state_dict: {name} is offloaded and has no values here; take the hooks "
-                    f"off first ({HOOKS_OFF})"
-                )
-        for name, module in cast(nn.Module, self.model).named_modules():
-            if isinstance(module, DualQLoRALinear):
-                added |= module.scaling_state_dict(f"{name}.")
-        return added
+        return added_tensors(cast(nn.Module, self.model))
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], processor: CollavoProcessor | None = None, **kwargs: Any
+    ) -> None:
+        """Save the model as it is now, with crayon, adapters and 4 bits, into a CoLLaVO folder.
+
+        ``collavo.load_pretrained`` reads it, and with a processor beside the model ``load_folder``,
+        ``collavo chat``, ``eval`` and ``train``. Files take their places together at the end.
+
+        Args:
+            folder: The folder.
+            processor: Saved into it too; None leaves the one that is there.
+            **kwargs: As in transformers' ``save_pretrained``.
+
+        Raises:
+            TypeError: if the processor is another one, which those commands could not use.
+            ValueError: if the model was restored, or holds what could not be loaded again.
+        """
+        self._expect_applied("save_pretrained")
+        if processor is not None and not isinstance(processor, CollavoProcessor):
+            raise TypeError(
+                f"processor: expected a CollavoProcessor, got {type(processor).__name__}; make "
+                "one around it"
+            )
+        save: Any = self.model.save_pretrained
+        if processor is None:
+            save(folder, **kwargs)
+            return
+        with written_folder(folder, weight_patterns(kwargs.get("variant"))) as partial:
+            save(partial, **kwargs)
+            processor.save_pretrained(partial)
+
+    def save_added(self, folder: str | PathLike[str]) -> None:
+        """Save crayon, branches and adapters alone, with settings, ranks and scalings.
+
+        ``load_added`` of a handle, or ``collavo.load_added`` of the model before it is patched,
+        brings them back, bit for bit.
+
+        Args:
+            folder: Made if needed; gets ``collavo_added.safetensors`` and ``collavo_added.json``.
+
+        Raises:
+            ValueError: if the model was restored, or the additions are offloaded.
+        """
+        self._expect_applied("save_added")
+        save_added(self.model, folder)
+
+    def load_added(self, folder: str | PathLike[str]) -> None:
+        """Load what ``save_added`` wrote; ranks and scalings are the file's then.
+
+        Args:
+            folder: The folder.
+
+        Raises:
+            FileNotFoundError: naming the file that is missing.
+            ValueError: naming what does not fit, before anything changes: a file that is damaged,
+                settings of another kind, or a model that the additions do not belong to.
+        """
+        self._expect_applied("load_added")
+        load_tensors(self.model, *read_added(folder))
+
+    def _expect_applied(self, method: str) -> None:
+        if not self._applied:
+            raise ValueError(
+                f"{method}: the model was restored and has nothing of this handle's; "
+                "apply_to_llava makes a new one"
+            )
 
     def keep(self, layer: nn.Module, parent: nn.Module, name: str) -> None:
         """Remember a module of a decoder layer that is about to be replaced.
@@ -197,29 +267,21 @@ class LlavaHandle:
                 )
 
 
-HOOKS_OFF = "accelerate's: remove_hook_from_module(model, recurse=True) of accelerate.hooks"
-
-
 def replaced_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linear layers of a decoder layer by name, and those inside of PEFT's layers.
+    """Yield a decoder layer's linear layers and those inside of PEFT's, each with its name.
 
     Args:
         layer: As it is before a patch.
     """
     for parent, name in decoder_linears(layer):
-        linear = cast(nn.Module, getattr(parent, name))
-        yield name, linear
+        linear, full_name = cast(nn.Module, getattr(parent, name)), name_in_decoder(layer, name)
+        yield full_name, linear
         if is_peft_layer(linear):
-            yield name, cast(nn.Module, linear.base_layer)
+            yield full_name, cast(nn.Module, linear.base_layer)
 
 
 def _path_of(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _dtype_of(model: Any) -> torch.dtype:
-    """Return the dtype of a model, read where nothing is quantised and scripts upcast nothing."""
-    return cast(torch.dtype, next(model.model.multi_modal_projector.parameters()).dtype)
 
 
 def _follow(
@@ -255,42 +317,3 @@ def _follow_linear(
         own = id(parameter) not in shared and type(parameter) is nn.Parameter
         if own and dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-@cache
-def with_mixin(mixin: Any, original: Any) -> Any:
-    """Return a class with a mixin in front, made once for each pair, whose instances pickle.
-
-    Args:
-        mixin: The class in front.
-        original: The class whose name and module it has: transformers looks classes up by both.
-    """
-    body: Mapping[str, Any] = {
-        "__module__": original.__module__,
-        "__doc__": original.__doc__,
-        "__reduce_ex__": _reduce_ex(mixin, original),
-    }
-    return type(original.__name__, (mixin, original), dict(body))
-
-
-def _reduce_ex(mixin: type, original: type) -> Callable[[Any, Any], tuple[Any, ...]]:
-    """Return what pickles an instance of ``with_mixin``'s class: no module has it by its name."""
-
-    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        parts = cast("tuple[Any, ...]", object.__reduce_ex__(self, max(2, protocol)))
-        if type(self) is not with_mixin(mixin, original):  # a subclass, e.g. FSDP's
-            return parts
-        return (instance_with_mixin, (mixin, original), *parts[2:])
-
-    return reduce
-
-
-def instance_with_mixin(mixin: type, original: type) -> Any:
-    """Return an instance of ``with_mixin``'s class without state: what a pickle starts from.
-
-    Args:
-        mixin: The class in front.
-        original: The class behind it.
-    """
-    made = with_mixin(mixin, original)
-    return made.__new__(made)

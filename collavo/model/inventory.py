@@ -11,7 +11,7 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 from torch import Tensor, nn
 
-from collavo.configuration import WAY_OF_LLAVA, WAY_OF_OFFICIAL
+from collavo._relatives import WAY_OF_LLAVA, WAY_OF_OFFICIAL
 from collavo.model.files import FACTS, PARTS, StoredTensor
 from collavo.model.layer import BRANCHES
 from collavo.model.linear import CollavoLinear

@@ -18,6 +18,7 @@ from collavo.model.linear import CollavoLinear
 from collavo.model.peft_layers import copy_adapters, is_peft_layer
 from collavo_kernels.nn import (
     ATTENTION_PROJECTIONS,
+    QKV_PROJECTIONS,
     CrayonAttention,
     CrayonBranch,
     CrayonInputs,
@@ -25,7 +26,13 @@ from collavo_kernels.nn import (
     sdpa_without_plans,
 )
 
+HOOKS_OFF = "accelerate's: remove_hook_from_module(model, recurse=True) of accelerate.hooks"
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = {
+    "self_attn": (*QKV_PROJECTIONS, "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+}
+"""The linear layers that a decoder layer can have, by the part of it that has them."""
 MLP_BRANCHES = ("crayon_gate", "crayon_up")
 BRANCHES = ("crayon_qkv", "crayon_o", *MLP_BRANCHES)
 
@@ -98,17 +105,8 @@ class CrayonMLPMixin:
         return cast(Tensor, getattr(self, branch)(crayon.table)), crayon.row_index
 
 
-class CrayonLayerMixin:
-    """Put before a LLaMA-shaped decoder-layer class: hands the crayon to attention and MLP.
-
-    The forward is LLaMA's, Mistral's and Qwen2's line by line, but for the MLP's argument: theirs
-    sends the crayon to the attention alone.
-    """
-
-    input_layernorm: nn.Module
-    self_attn: nn.Module
-    post_attention_layernorm: nn.Module
-    mlp: nn.Module
+class LayerCallMixin:
+    """The call of a decoder layer with a crayon, under either kind of checkpointing too."""
 
     def __call__(
         self, hidden_states: Tensor, *, crayon: CrayonInputs | None = None, **kwargs: Any
@@ -126,13 +124,13 @@ class CrayonLayerMixin:
             self._check_adapters()
         table = None if crayon is None else crayon.table
         if crayon is not None:
-            crayon = _with_table(crayon, None)
+            crayon = with_table(crayon, None)
         if getattr(self, "gradient_checkpointing", False):
             self._check_checkpointing(hidden_states, table)
         return super().__call__(hidden_states, table, crayon=crayon, **kwargs)  # type: ignore[misc]
 
     def _check_adapters(self) -> None:
-        names = getattr(cast(Any, self).mlp.gate_proj, "image_adapters", ())
+        names = getattr(cast(Any, self).mlp.down_proj, "image_adapters", ())
         if names:
             raise ValueError(
                 f"crayon: expected the image tokens' places, on which alone {list(names)} act, got "
@@ -154,6 +152,19 @@ class CrayonLayerMixin:
                     "none; enable it with {'use_reentrant': False}, or call "
                     "model.enable_input_require_grads()"
                 )
+
+
+class CrayonLayerMixin(LayerCallMixin):
+    """Put before a LLaMA-shaped decoder-layer class: hands the crayon to attention and MLP.
+
+    The forward is LLaMA's, Mistral's and Qwen2's line by line, but for the MLP's argument: theirs
+    sends the crayon to the attention alone.
+    """
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
 
     def forward(
         self,
@@ -181,7 +192,7 @@ class CrayonLayerMixin:
             **kwargs: Passed on to the attention.
         """
         if crayon is not None and crayon_table is not None:
-            crayon = _with_table(crayon, crayon_table)
+            crayon = with_table(crayon, crayon_table)
         mixed, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -197,7 +208,13 @@ class CrayonLayerMixin:
         return cast(Tensor, hidden_states + self.mlp(normed, crayon=crayon))
 
 
-def _with_table(crayon: CrayonInputs, table: Tensor | None) -> CrayonInputs:
+def with_table(crayon: CrayonInputs, table: Tensor | None) -> CrayonInputs:
+    """Return a crayon with another table.
+
+    Args:
+        crayon: A forward pass's.
+        table: ``[T, hidden_size]`` or None.
+    """
     # Field by field: torch 2.6 compiles neither _replace nor a slice of a named tuple.
     return CrayonInputs(
         table,
@@ -267,7 +284,27 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
         ValueError: if a linear layer is of an unknown kind, or ``crayon_attention`` cannot serve
             the configuration.
     """
-    attention, mlp = cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)
+    build_attention(layer, settings)
+    mlp = cast(nn.Module, layer.mlp)
+    for name in MLP_PROJECTIONS:
+        setattr(
+            mlp, name, convert_linear(getattr(mlp, name), settings, name_in_decoder(layer, name))
+        )
+    if settings.crayon_mode == "projection":
+        add_branches(mlp, config, settings, dict.fromkeys(MLP_BRANCHES, config.intermediate_size))
+
+
+def build_attention(layer: nn.Module, settings: LayerSettings) -> None:
+    """Put a ``CollavoAttention`` into the place of a decoder layer's attention.
+
+    Args:
+        layer: A decoder layer.
+        settings: What to make of it.
+
+    Raises:
+        ValueError: as ``build_layer``.
+    """
+    attention = cast(nn.Module, layer.self_attn)
     made = {
         name: convert_linear(getattr(attention, name), settings, name_in_decoder(layer, name))
         for name in ATTENTION_PROJECTIONS
@@ -281,23 +318,31 @@ def build_layer(layer: nn.Module, config: Any, settings: LayerSettings) -> None:
         crayon_dtype=settings.adapter_dtype,
         projections=cast("dict[str, nn.Module]", made),
     )
-    for name in MLP_PROJECTIONS:
-        setattr(
-            mlp, name, convert_linear(getattr(mlp, name), settings, name_in_decoder(layer, name))
+
+
+def add_branches(
+    part: nn.Module, config: Any, settings: LayerSettings, outputs: Mapping[str, int]
+) -> None:
+    """Give an attention or an MLP the branches of projection mode.
+
+    Args:
+        part: Its linear layers are converted.
+        config: The decoder's configuration.
+        settings: Of the layer.
+        outputs: How many a branch has, by its name.
+    """
+    device = next(m.weight.device for m in part.modules() if isinstance(m, CollavoLinear))
+    for name, out_features in outputs.items():
+        branch = CrayonBranch(
+            config.hidden_size,
+            out_features,
+            rank=settings.crayon_rank,
+            scaling=settings.crayon_scaling,
+            dropout=settings.crayon_dropout,
+            device=device,
+            dtype=settings.adapter_dtype,
         )
-    if settings.crayon_mode == "projection":
-        device = made["q_proj"].weight.device
-        for name in MLP_BRANCHES:
-            branch = CrayonBranch(
-                config.hidden_size,
-                config.intermediate_size,
-                rank=settings.crayon_rank,
-                scaling=settings.crayon_scaling,
-                dropout=settings.crayon_dropout,
-                device=device,
-                dtype=settings.adapter_dtype,
-            )
-            mlp.add_module(name, branch.train(layer.training))
+        part.add_module(name, branch.train(part.training))
 
 
 def adapt_layer(layer: nn.Module, settings: LayerSettings) -> None:
@@ -325,11 +370,16 @@ def freeze_linears(layer: nn.Module) -> None:
 
 
 def decoder_linears(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the seven linear layers of a decoder layer, each as (parent, name)."""
-    for name in ATTENTION_PROJECTIONS:
-        yield cast(nn.Module, layer.self_attn), name
-    for name in MLP_PROJECTIONS:
-        yield cast(nn.Module, layer.mlp), name
+    """Yield the linear layers of a decoder layer, seven or with fused ones fewer: (parent, name).
+
+    Args:
+        layer: A decoder layer.
+    """
+    for part, names in LINEARS.items():
+        parent = cast(nn.Module, getattr(layer, part))
+        for name in names:
+            if name in parent._modules:
+                yield parent, name
 
 
 def name_in_decoder(layer: nn.Module, name: str) -> str:
@@ -339,7 +389,7 @@ def name_in_decoder(layer: nn.Module, name: str) -> str:
         layer: The decoder layer.
         name: One of the names that ``decoder_linears`` yields.
     """
-    part = "self_attn" if name in ATTENTION_PROJECTIONS else "mlp"
+    part = next(part for part, names in LINEARS.items() if name in names)
     return f"layers.{cast(Any, layer.self_attn).layer_idx}.{part}.{name}"
 
 
@@ -395,7 +445,7 @@ def convert_linear(linear: nn.Module, settings: LayerSettings, name: str) -> Col
         raise ValueError(
             f"{name}: expected nn.Linear or bitsandbytes' Linear4bit, got "
             f"{type(linear).__module__}.{type(linear).__qualname__}; "
-            "merge or unload other wrappers (PEFT: merge_and_unload()) first"
+            "put back first what was there (PEFT: merge_and_unload(); swap_linears returned it)"
         )
     if settings.quantize is not None and not made.quantized:
         made.quantize(settings.quant_block_size, settings.double_quant)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
@@ -16,20 +17,14 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 
-from collavo.configuration import CollavoConfig
+from collavo.configuration import CollavoConfig, CollavoTextConfig
 from collavo.model import text as _registers_text_model  # noqa: F401
 from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
 from collavo.model.described import update_settings
-from collavo.model.layer import (
-    LayerSettings,
-    adapt_layer,
-    decoder_linears,
-    name_in_decoder,
-    trainable_dtype,
-)
+from collavo.model.layer import trainable_dtype
 from collavo.model.linear import init_leaf
 from collavo.model.pretrained import LoadedWhole, SavedWhole
-from collavo_kernels.nn import CrayonPrompt, has_own_forward
+from collavo_kernels.nn import CrayonPrompt
 
 
 class CollavoModel(CrayonModelMixin, LoadedWhole, SavedWhole, LlavaModel):  # type: ignore[misc]
@@ -44,6 +39,9 @@ class CollavoModel(CrayonModelMixin, LoadedWhole, SavedWhole, LlavaModel):  # ty
 
     def __init__(self, config: CollavoConfig) -> None:
         super().__init__(config)
+        if config.vision_config.model_type == "clip_vision_model":
+            # Before transformers 5.6 it is a module in a module: tensors would have other names.
+            self.vision_tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         self.crayon_adapters = tuple(config.adapters)
         self.crayon_image_adapters = tuple(config.image_adapters)
         self.crayon_prompt: CrayonPrompt | None = None
@@ -82,7 +80,7 @@ class CollavoForConditionalGeneration(  # type: ignore[misc]
     ``forward``.
 
     Args:
-        config: The configuration.
+        config: The configuration; the weights are made in its ``dtype`` where it says one.
 
     Source: arXiv 2402.11248.
 
@@ -110,9 +108,11 @@ class CollavoForConditionalGeneration(  # type: ignore[misc]
     def __init__(self, config: CollavoConfig) -> None:
         # LLaVA's own constructor builds a LlavaModel.
         LlavaPreTrainedModel.__init__(self, config)
-        self.model = CollavoModel(config)
-        text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        # Else the released model, which has 18.6 GB, would take twice that.
+        with _made_in(getattr(config, "dtype", None)):
+            self.model = CollavoModel(config)
+            text = config.text_config
+            self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def saved_config(self) -> CollavoConfig:
@@ -120,53 +120,9 @@ class CollavoForConditionalGeneration(  # type: ignore[misc]
         update_settings(self.config.text_config, self, self.model.language_model)
         return self.config
 
-    def add_dual_qlora(
-        self,
-        adapters: Sequence[str] = ("image", "vl"),
-        *,
-        rank: int = 64,
-        alpha: float = 64.0,
-        dropout: float = 0.0,
-        quantize: bool = True,
-        double_quant: bool = True,
-        dtype: torch.dtype | None = None,
-    ) -> CollavoForConditionalGeneration:
-        """Freeze the decoder's linear layers, quantise them, and give them LoRA adapters, in place.
-
-        The adapters' B starts at zero, so up to the rounding of NF4 the model computes what it did.
-        ``config`` follows, so ``save_pretrained`` and ``from_pretrained`` give the same bits back.
-
-        Args:
-            adapters: Names; CoLLaVO's Dual QLoRA has ``"image"`` and ``"vl"``.
-            rank: R.
-            alpha: The scaling is ``alpha / rank``.
-            dropout: Dropout on the adapters' input, while training.
-            quantize: Whether to keep the frozen weights in 4 bits; layers that are in 4 bits
-                already stay so.
-            double_quant: Whether to quantise their scales too.
-            dtype: dtype of the adapters; None keeps ``config.adapter_dtype`` (float32 by default).
-
-        Returns:
-            The model itself.
-
-        Raises:
-            ValueError: if an adapter of one of the names exists, a setting is no possible one, or
-                layers to change are offloaded; the model is then as it was.
-
-        Source: arXiv 2402.11248, section 4 (NF4, double quantisation, R = alpha = 64).
-        """
-        config = self.config.text_config
-        if adapters or (quantize and config.quantize is None):
-            _refuse_offloaded(self.model.language_model.layers)
-        config.add_adapters(adapters, rank, alpha, dropout)
-        self.model.crayon_adapters = tuple(config.adapters)
-        if quantize and config.quantize is None:
-            config.quantize, config.double_quant = "nf4", double_quant
-        if dtype is not None:
-            config.adapter_dtype = str(dtype).removeprefix("torch.")
-        for layer in cast(nn.ModuleList, self.model.language_model.layers):
-            adapt_layer(layer, LayerSettings.from_config(config))
-        return self
+    def decoder_settings(self) -> CollavoTextConfig:
+        """Return what the decoder's layers are."""
+        return self.config.text_config
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize embedding and head together, as in LLaVA.
@@ -182,17 +138,16 @@ class CollavoForConditionalGeneration(  # type: ignore[misc]
         return super().resize_token_embeddings(*args, **kwargs)
 
 
-def _refuse_offloaded(layers: Any) -> None:
-    """Raise if linear layers of a decoder are offloaded: their hooks keep what they had."""
-    for layer in layers:
-        for parent, name in decoder_linears(layer):
-            linear = getattr(parent, name)
-            if linear.weight.is_meta and has_own_forward(linear):
-                raise ValueError(
-                    f"add_dual_qlora: {name_in_decoder(layer, name)} is offloaded and cannot be "
-                    "changed; load the model without a device map, change and save it, and "
-                    "load that with the map"
-                )
+@contextmanager
+def _made_in(dtype: torch.dtype | str | None) -> Iterator[None]:
+    """Make floating tensors in a dtype; None leaves PyTorch's default."""
+    default = torch.get_default_dtype()
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        torch.set_default_dtype(wanted or default)
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 AutoModel.register(CollavoConfig, CollavoModel, exist_ok=True)

@@ -1,8 +1,7 @@
-"""A loaded Hugging Face LLaVA model becomes a crayon and Dual QLoRA model, in place."""
+"""A loaded LLaVA, or one of its kind, becomes a crayon and Dual QLoRA model, in place."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -11,20 +10,26 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from collavo.configuration import CollavoTextConfig
 from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
-from collavo.model.handle import HOOKS_OFF, LlavaHandle, replaced_linears, with_mixin
+from collavo.model.decoders import DecoderPaths, decoder_paths
+from collavo.model.families import check_family, check_places, decoder_of, vision_width
+from collavo.model.handle import LlavaHandle, replaced_linears
 from collavo.model.layer import (
+    HOOKS_OFF,
     MLP_PROJECTIONS,
     CollavoAttention,
     CrayonLayerMixin,
     CrayonMLPMixin,
     LayerSettings,
+    build_attention,
     build_layer,
+    decoder_linears,
     freeze_linears,
 )
+from collavo.model.linear_level import BoundLayerMixin, BranchedMixin, build_linears
 from collavo.model.peft_layers import (
     PatchedPeftMixin,
     PatchedTunerMixin,
@@ -32,26 +37,18 @@ from collavo.model.peft_layers import (
     inner_model,
     is_peft_layer,
 )
-from collavo_kernels.nn import CrayonPrompt, has_own_forward
-
-DECODERS = ("llama", "mistral", "qwen2")
-# By the class that wrote their forward: layers and MLPs that compute what the mixins do.
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
-# Where a module keeps what runs around its forward and backward.
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+from collavo_kernels.nn import (
+    MODULE_HOOKS,
+    BoundLinearMixin,
+    CrayonPrompt,
+    has_hooks,
+    has_own_forward,
+    with_mixin,
 )
 
 
 def apply_to_llava(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     *,
     crayon_mode: Literal["attention", "projection", "none"] = "attention",
     num_crayon_classes: int = 133,
@@ -82,12 +79,16 @@ def apply_to_llava(
     them refuses to save, load, merge, add or switch adapters.
 
     Args:
-        model: With a LLaMA, Mistral or Qwen2 decoder; linear layers plain, or bitsandbytes' NF4,
+        model: A vision-language model of transformers: LLaVA 1.5, NeXT, OneVision, VipLLaVA,
+            Video-LLaVA, Mistral3, InternVL, GOT-OCR2, Ovis2, Janus, Idefics3, SmolVLM or another
+            with an image token for each place of an image; its decoder LLaMA, Mistral, Qwen2,
+            Qwen3, Phi-3, Granite, OLMo2 or SmolLM3; linear layers plain, or bitsandbytes' NF4,
             each with or without PEFT's LoRA around it. A ``PeftModel``: the model inside is meant.
         crayon_mode: As in ``CollavoTextConfig``.
         num_crayon_classes: Classes of the segmenter.
         max_crayon_number: Largest instance number with a vector of its own.
-        crayon_embed_dim: Width of the crayon queries; None takes the vision tower's hidden size.
+        crayon_embed_dim: Width of the crayon queries; None takes the vision tower's hidden size,
+            the decoder's where the tower's configuration names none.
         crayon_rank: R of the branches in projection mode.
         crayon_scaling: s of the branches in projection mode.
         adapters: Names of LoRA adapters on the decoder's linear layers, e.g. ``("image", "vl")``.
@@ -103,15 +104,15 @@ def apply_to_llava(
         A handle whose ``undo()`` restores the model.
 
     Raises:
-        TypeError: if ``model`` is no ``LlavaForConditionalGeneration``.
-        ValueError: if it has the crayon already, another decoder, or hooks and wrappers that this
-            change would bypass; or for settings that ``CollavoTextConfig`` refuses.
+        TypeError: if ``model`` is no vision-language model, naming what it lacks.
+        ValueError: if it has the crayon already, another decoder, a resampler that leaves its image
+            tokens no place in the image (``crayon_mode="none"`` works), or hooks and wrappers that
+            this change would bypass; or for settings that ``CollavoTextConfig`` refuses.
     """
     wrapper, model = model, inner_model(model)
-    _check_model(model)
-    decoder = cast(Any, model.model).language_model
+    paths = _check_model(model, crayon_mode)
+    decoder: Any = decoder_of(model.model)
     brought = active_adapters(decoder)
-    tuned = any(map(is_peft_layer, decoder.modules()))
     if brought and not isinstance(adapters, str):
         adapters = (*adapters, *brought)
     sizes = dict.fromkeys(adapters, (lora_rank, lora_alpha)) | brought
@@ -129,25 +130,34 @@ def apply_to_llava(
         adapter_dtype=None if adapter_dtype is None else str(adapter_dtype).removeprefix("torch."),
     )
     handle = LlavaHandle(model, LayerSettings.from_config(text))
+    tuned = any(map(is_peft_layer, decoder.modules()))
     try:
-        _apply_to_layers(handle)
-        inner = cast(nn.Module, model.model)
-        handle.attach(
-            inner,
-            crayon_prompt=_make_prompt(
-                handle, num_crayon_classes, max_crayon_number, crayon_embed_dim
-            ),
-            crayon_adapters=text.adapters,
-            crayon_image_adapters=text.image_adapters,
-        )
-        handle.attach(cast(nn.Module, model), crayon_settings=text)
-        handle.reclass(inner, CrayonModelMixin)
-        handle.reclass(model, CrayonGenerationMixin)
+        _apply_to_layers(handle, paths)
+        prompt = _make_prompt(handle, num_crayon_classes, max_crayon_number, crayon_embed_dim)
+        _apply_to_model(handle, text, prompt, fused=paths.attention == "fused")
         _set_peft_aside(handle, wrapper if tuned else model, trains=bool(adapters))
     except Exception:
         handle.restore()
         raise
     return handle
+
+
+def _apply_to_model(
+    handle: LlavaHandle, settings: CollavoTextConfig, prompt: CrayonPrompt | None, *, fused: bool
+) -> None:
+    """Let the model take a crayon, and say what was made of it."""
+    model = cast(nn.Module, handle.model)
+    inner = cast(nn.Module, model.model)
+    handle.attach(
+        inner,
+        crayon_prompt=prompt,
+        crayon_adapters=settings.adapters,
+        crayon_image_adapters=settings.image_adapters,
+        crayon_fused=fused,
+    )
+    handle.attach(model, crayon_settings=settings)
+    handle.reclass(inner, CrayonModelMixin)
+    handle.reclass(model, CrayonGenerationMixin)
 
 
 def _set_peft_aside(handle: LlavaHandle, wrapper: Any, *, trains: bool) -> None:
@@ -178,7 +188,7 @@ def _make_prompt(
     return CrayonPrompt(
         num_classes,
         max_number,
-        embed_dim or config.vision_config.hidden_size,
+        embed_dim or vision_width(config),
         config.get_text_config().hidden_size,
         zero_init=handle.settings.crayon_mode == "attention",
         device=model.device,
@@ -186,20 +196,47 @@ def _make_prompt(
     ).train(model.training)
 
 
-def _apply_to_layers(handle: LlavaHandle) -> None:
-    decoder: Any = cast(Any, handle.model.model).language_model
+def _apply_to_layers(handle: LlavaHandle, paths: DecoderPaths) -> None:
+    decoder: Any = decoder_of(handle.model.model)
     for layer in decoder.layers:
-        attention = layer.self_attn
-        handle.keep(layer, layer, "self_attn")
-        for name in MLP_PROJECTIONS:
-            handle.keep(layer, layer.mlp, name)
-        build_layer(layer, decoder.config, handle.settings)
-        _take_over(attention, layer.self_attn)
-        handle.reclass(layer.mlp, CrayonMLPMixin)
-        handle.reclass(layer, CrayonLayerMixin)
+        if paths.layer == "fused":
+            _apply_fused(handle, layer, decoder.config)
+        else:
+            _apply_bound(handle, layer, decoder.config, paths)
         if handle.settings.adapters:
             freeze_linears(layer)
     handle.replaced()
+
+
+def _apply_fused(handle: LlavaHandle, layer: Any, config: Any) -> None:
+    attention = layer.self_attn
+    handle.keep(layer, layer, "self_attn")
+    for name in MLP_PROJECTIONS:
+        handle.keep(layer, layer.mlp, name)
+    build_layer(layer, config, handle.settings)
+    _take_over(attention, layer.self_attn)
+    handle.reclass(layer.mlp, CrayonMLPMixin)
+    handle.reclass(layer, CrayonLayerMixin)
+
+
+def _apply_bound(handle: LlavaHandle, layer: Any, config: Any, paths: DecoderPaths) -> None:
+    """Leave a layer its own forward: the crayon is bound for what it calls."""
+    bound = [layer.mlp]
+    if paths.attention == "linear":
+        bound.append(layer.self_attn)
+    else:
+        attention = layer.self_attn
+        handle.keep(layer, layer, "self_attn")
+        build_attention(layer, handle.settings)
+        _take_over(attention, layer.self_attn)
+    for parent, name in decoder_linears(layer):
+        if parent in bound:
+            handle.keep(layer, parent, name)
+    for part in bound:
+        build_linears(part, layer, config, handle.settings)
+        if handle.settings.crayon_mode == "projection":
+            handle.reclass(part, BranchedMixin)
+    handle.reclass(layer, BoundLayerMixin)
 
 
 def _take_over(attention: nn.Module, made: nn.Module) -> None:
@@ -208,28 +245,23 @@ def _take_over(attention: nn.Module, made: nn.Module) -> None:
     transformers' own are among them: those that record ``output_attentions``, by class.
     """
     made.__class__ = with_mixin(cast(Any, CollavoAttention), cast(Any, type(attention)))
-    for name in (*HOOKS, "_is_full_backward_hook"):
+    for name in (*MODULE_HOOKS, "_is_full_backward_hook"):
         setattr(made, name, getattr(attention, name))
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, LlavaForConditionalGeneration):
-        raise TypeError(
-            f"model: expected LlavaForConditionalGeneration, got {type(model).__name__}; "
-            "LlavaForConditionalGeneration.from_pretrained loads one"
-        )
+def _check_model(model: Any, crayon_mode: str) -> DecoderPaths:
+    """Raise unless a model can be patched; return where the crayon joins in its decoder."""
+    check_family(model)
+    if crayon_mode != "none":
+        check_places(model)
     if isinstance(model, CrayonGenerationMixin):
         raise ValueError(
             "model: has the crayon already; call undo() on its handle, or load the LLaVA anew"
         )
-    kind = model.config.get_text_config().model_type
-    if kind not in DECODERS:
-        raise ValueError(f"model: expected a decoder of type {', '.join(DECODERS)}, got {kind!r}")
-    decoder = cast(Any, model.model).language_model
+    decoder: Any = decoder_of(model.model)
+    paths = decoder_paths(decoder)
     changed = [model, cast(nn.Module, model.model)]
     for layer in decoder.layers:
-        _check_forward(layer, LAYERS)
-        _check_forward(layer.mlp, MLPS)
         changed += [layer, layer.self_attn, layer.mlp]
         for name, linear in replaced_linears(layer):
             _check_linear(name, linear)
@@ -243,25 +275,19 @@ def _check_model(model: Any) -> None:
             )
         # Accelerate's hooks, taken off, leave the class's own method as an attribute.
         module.__dict__.pop("forward", None)
+    return paths
 
 
 def _check_linear(name: str, linear: nn.Module) -> None:
     """Raise where a linear layer does more than its class says."""
-    if any(getattr(linear, hooks) for hooks in HOOKS):
+    if isinstance(linear, BoundLinearMixin):
+        raise ValueError(
+            f"{name}: carries a crayon already (crayon_context, add_crayon_to_linears); load the "
+            "model anew, or give its layers that are a CrayonLinearMixin to "
+            "remove_crayon_from_linears of collavo_kernels.nn"
+        )
+    if has_hooks(linear):
         raise ValueError(
             f"{name}: expected a linear layer without hooks, which the layer that takes its place "
             "would not run; remove them, or put them on the attention, the MLP or the decoder layer"
-        )
-
-
-def _check_forward(module: nn.Module, known: tuple[str, ...]) -> None:
-    """Raise unless a module's forward is one that the mixins write anew."""
-    # transformers and FSDP wrap the forward of every subclass; what counts is who wrote it.
-    forward = inspect.unwrap(type(module).forward)
-    owner = f"{forward.__module__}.{forward.__qualname__}"
-    name = forward.__qualname__.removesuffix(".forward")
-    if name not in known or not forward.__module__.startswith("transformers."):
-        raise ValueError(
-            f"model: expected the forward of transformers' {', '.join(known)}, got {owner}, which "
-            "the crayon would replace; load the model without the package that patches it"
         )

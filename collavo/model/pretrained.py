@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from collavo._arguments import fields_read
 from collavo.configuration import CollavoConfig, CollavoTextConfig, check_model_type
 from collavo.model.files import (
     HUB_OPTIONS,
@@ -90,6 +91,11 @@ class SavedWhole:
                 with written_folder(save_directory, weight_patterns(variant)) as partial:
                     save(partial, **kwargs)
                     sign_index(partial, variant)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"save_pretrained: {error} Where the model has a device map of one place, "
+                "transformers saves it from 5.15 on: install that, or load it without device_map"
+            ) from error
         finally:
             self.config = config
 
@@ -133,9 +139,12 @@ class LoadedWhole:
         _refuse_arguments(name, kwargs)
         state, wants_info = kwargs.pop("state_dict", None), kwargs.pop("output_loading_info", False)
         own, config = _configurations(cls.config_class, name, kwargs)
+        with fields_read(f"{name or 'config'}: {CONFIG_NAME}"):
+            kind, config = cls.resolve(config)
+        _refuse_settings(config)
         folder = None if name is None else local_folder(name, kwargs)
-        with torch.device("meta"):  # takes no memory
-            model = cast(Any, cls)(copy.deepcopy(config), *model_args)
+        with fields_read(f"{name or 'config'}: {CONFIG_NAME}"), torch.device("meta"):
+            model = kind(copy.deepcopy(config), *model_args)  # takes no memory
         stored = headers_of(state) if folder is None else read_headers(folder, variant)
         check_generation(folder)
         stored = _as_named_in(model, stored)
@@ -143,7 +152,7 @@ class LoadedWhole:
         fresh = _fresh(model, stored, own)
         in_4_bits = check_tensors(model, stored, where=where, fresh=fresh, any_shape=any_shape)
         kwargs |= {"config": config, "output_loading_info": True}
-        load = cast(Any, super()).from_pretrained
+        load = cast(Any, super(LoadedWhole, kind)).from_pretrained
         # transformers would put an adapter that lies beside the model on top of it.
         adapter = folder is not None and (folder / ADAPTER_CONFIG_NAME).is_file()
         if in_4_bits.kept or in_4_bits.dense or adapter or folder is None:
@@ -154,8 +163,18 @@ class LoadedWhole:
         else:
             loaded, info = load(name, *model_args, **kwargs)
         _expect_all(where, loaded, info["missing_keys"], fresh)
+        _set_scalings(loaded, stored)
         _freeze_under_adapters(loaded)
         return (loaded, info) if wants_info else loaded
+
+    @classmethod
+    def resolve(cls, config: Any) -> tuple[Any, Any]:
+        """Return the class to load, and its configuration.
+
+        Args:
+            config: Of ``config_class``.
+        """
+        return cls, config
 
 
 def _refuse_arguments(name: Any, kwargs: dict[str, Any]) -> None:
@@ -220,7 +239,6 @@ def _configurations(config_class: Any, name: Any, kwargs: dict[str, Any]) -> tup
         changes = {key: kwargs.pop(key) for key in settings}
         config = config_class.from_dict(config.to_dict(), **changes)
         config = config_class.from_dict(config.to_dict())  # what was set is checked
-    _refuse_settings(config)
     return own, config
 
 
@@ -285,6 +303,16 @@ def _parts_of(config: Any) -> set[str]:
     mode = config.crayon_mode
     crayon = {"attention": {"crayon prompt"}, "projection": {"crayon prompt", "crayon branches"}}
     return {f"adapter {name}" for name in config.adapters} | crayon.get(mode, set())
+
+
+def _set_scalings(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Take scalings as they were: an alpha, divided by the rank, is now and then one ulp off."""
+    for name, module in model.named_modules():
+        if isinstance(module, CollavoLinear):
+            for adapter in module.scaling:
+                entry = stored.get(f"{name}.lora_scaling.{adapter}")
+                if entry is not None:
+                    module.scaling[adapter] = float(entry.read())
 
 
 def _freeze_under_adapters(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,25 @@ from PIL import Image
 from torch import Tensor
 
 from collavo.panoptic.images import ImageInput
+from collavo.panoptic.maps import MapInput
 from collavo_kernels import CrayonMap
+
+
+class Pictures(NamedTuple):
+    """The images of a batch.
+
+    Attributes:
+        by_prompt: Those of each prompt.
+        nested: Whether they were given so; else in one list.
+    """
+
+    by_prompt: list[list[Image.Image]]
+    nested: bool
+
+    @property
+    def flat(self) -> list[Image.Image]:
+        """All of them, in order."""
+        return [one for own in self.by_prompt for one in own]
 
 
 def check_crayon(
@@ -118,11 +136,65 @@ def images_per_prompt(images: ImageInput | Sequence[Any] | None) -> list[int] | 
     return [len(list(flatten_images(one))) for one in images]
 
 
-def batch_crayon(crayon: CrayonMap, counts: Sequence[int]) -> dict[str, Tensor]:
+def maps_by_image(
+    panoptic: MapInput | Sequence[MapInput | None] | None, images: int
+) -> list[MapInput | None]:
+    """Return one map, or None, for each image.
+
+    Args:
+        panoptic: What came: one for the only image, one for each, or none at all.
+        images: How many images there are.
+
+    Raises:
+        TypeError: if one is no map.
+        ValueError: if there are more or less.
+    """
+    if panoptic is None:
+        return [None] * images
+    if isinstance(panoptic, MapInput):
+        panoptic = [panoptic]
+    maps = list(panoptic)
+    for position, one in enumerate(maps):
+        if one is not None and not isinstance(one, MapInput):
+            raise TypeError(
+                f"panoptic[{position}]: expected a PanopticMap, a CrayonMap or None, "
+                f"got {type(one).__name__}"
+            )
+    if len(maps) != images:
+        raise ValueError(
+            f"panoptic: expected one map, or None, for each of {images} images, got {len(maps)}"
+        )
+    return maps
+
+
+def switch_by_prompt(
+    wanted: bool | Sequence[bool] | None, default: bool, prompts: int
+) -> list[bool]:
+    """Return for each prompt whether it names its objects.
+
+    Args:
+        wanted: For all, for each, or None for the default.
+        default: What None means.
+        prompts: How many there are.
+
+    Raises:
+        ValueError: if there are more or less.
+    """
+    if wanted is None or isinstance(wanted, bool):
+        return [default if wanted is None else wanted] * prompts
+    if len(wanted) != prompts:
+        raise ValueError(
+            f"object_text: expected one value, or one for each of {prompts} prompts, "
+            f"got {len(wanted)}"
+        )
+    return list(wanted)
+
+
+def batch_crayon(crayons: Sequence[CrayonMap], counts: Sequence[int]) -> dict[str, Tensor]:
     """Turn the rows of a batch of images into the model's padded, batch-first inputs.
 
     Args:
-        crayon: Rows and cells of all images, in the order of the samples.
+        crayons: Rows and image tokens of each image, in the order of the samples.
         counts: How many of the images belong to each sample, in order.
 
     Returns:
@@ -132,20 +204,34 @@ def batch_crayon(crayon: CrayonMap, counts: Sequence[int]) -> dict[str, Tensor]:
     Raises:
         ValueError: if the counts do not add up to the number of images.
     """
-    if sum(counts) != crayon.num_images:
-        raise ValueError(f"counts: expected {crayon.num_images} images in all, got {sum(counts)}")
-    rows_of_image = torch.bincount(crayon.row_image.long(), minlength=crayon.num_images)
-    image_start = [0, *rows_of_image.cumsum(0).tolist()]
-    cells = crayon.num_cells
+    if sum(counts) != len(crayons):
+        raise ValueError(f"counts: expected {len(crayons)} images in all, got {sum(counts)}")
     bounds = [0, *torch.tensor(counts).cumsum(0).tolist()]
-    spans = [(image_start[a], image_start[b]) for a, b in pairwise(bounds)]
-    batch, most = len(counts), max(stop - start for start, stop in spans)
-    index = torch.full((batch, max(counts) * cells), -1, dtype=torch.int32)
-    label = torch.full((batch, most), -1, dtype=torch.int32)
-    number = torch.zeros((batch, most), dtype=torch.int32)
-    for sample, (start, stop) in enumerate(spans):
-        own = crayon.row_index[bounds[sample] : bounds[sample + 1]].reshape(-1)
-        index[sample, : own.numel()] = own - start
-        label[sample, : stop - start] = crayon.row_class[start:stop]
-        number[sample, : stop - start] = crayon.row_number[start:stop]
+    samples = [crayons[first:last] for first, last in pairwise(bounds)]
+    places = max(sum(one.num_cells for one in own) for own in samples)
+    rows = max(sum(one.num_rows for one in own) for own in samples)
+    index = torch.full((len(counts), places), -1, dtype=torch.int32)
+    label = torch.full((len(counts), rows), -1, dtype=torch.int32)
+    number = torch.zeros((len(counts), rows), dtype=torch.int32)
+    for sample, own in enumerate(samples):
+        place = row = 0
+        for one in own:
+            cells = one.row_index[0]
+            shifted = torch.where(cells >= 0, cells + row, -1)
+            index[sample, place : place + one.num_cells] = shifted
+            label[sample, row : row + one.num_rows] = one.row_class
+            number[sample, row : row + one.num_rows] = one.row_number
+            place, row = place + one.num_cells, row + one.num_rows
     return {"crayon_index": index, "crayon_class": label, "crayon_number": number}
+
+
+def as_kind(value: Tensor, kind: str | None) -> Any:
+    """Return a tensor as what was asked for.
+
+    Args:
+        value: On the CPU.
+        kind: ``"pt"``, ``"np"`` or None for lists.
+    """
+    if kind is None:
+        return value.tolist()
+    return value.numpy() if kind == "np" else value

@@ -1,9 +1,10 @@
 """Chat templates: how a conversation becomes a prompt.
 
-Both are the released code's: ``"demo"`` works with any tokenizer, ``"eval"`` uses the turn tokens
-of InternLM2. What the model has to say, its stop token included, stands in a ``generation`` block,
-which is where training takes its loss from. ``<objects>`` is where the processor puts the image's
-object text.
+``"demo"`` and ``"eval"`` are the released code's: the first works with any tokenizer, the second
+uses the turn tokens of InternLM2. ``"paper"`` is the protocol that the paper prints: the image,
+``User:``, ``Assistant:`` and a stop token, with single blanks between. What the model has to say,
+its stop token included, stands in a ``generation`` block, which is where training takes its loss
+from. ``<objects>`` is where the processor puts the image's object text.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ _HEAD = """\
 {%- set objects = namespace(count=images.count) -%}
 {%- set turns = messages -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
-  {{- words(messages[0]) -}}
+  {{- words(messages[0]) -}}{{- SYSTEM_STOP -}}
   {%- set turns = messages[1:] -%}
 {%- else -%}
-  {{- 'SYSTEM_TEXT' -}}
+  {{- SYSTEM_WORDS -}}
 {%- endif -%}
-{%- for _ in range(images.count) -%}{{- ' IMAGE_TOKEN' -}}{%- endfor -%}
+{%- for _ in range(images.count) -%}{{- IMAGE_PLACE -}}{%- endfor -%}
 {%- for message in turns -%}
   {%- if message['role'] == 'user' -%}
     {{- USER_START -}}
@@ -61,12 +62,14 @@ _HEAD = """\
 
 
 def _template(**pieces: str) -> str:
-    text = _HEAD.replace("SYSTEM_TEXT", SYSTEM)
-    text = text.replace("IMAGE_TOKEN", IMAGE_TOKEN).replace("OBJECTS_MARKER", OBJECTS_MARKER)
-    for name, expression in pieces.items():
+    text = _HEAD.replace("OBJECTS_MARKER", OBJECTS_MARKER)
+    for name, expression in (_RELEASED | pieces).items():
         text = text.replace(name, expression)
     return text
 
+
+# What the released scripts begin with.
+_RELEASED = {"SYSTEM_WORDS": f"'{SYSTEM}'", "SYSTEM_STOP": "''", "IMAGE_PLACE": f"' {IMAGE_TOKEN}'"}
 
 CHAT_TEMPLATES: dict[str, str] = {
     "demo": _template(
@@ -85,5 +88,16 @@ CHAT_TEMPLATES: dict[str, str] = {
         ANSWER_STOP="'[UNUSED_TOKEN_145]'",
         ANSWER_END="'\\n'",
     ),
+    "paper": _template(
+        SYSTEM_WORDS="''",
+        SYSTEM_STOP="' '",
+        IMAGE_PLACE=f"'{IMAGE_TOKEN} '",
+        USER_START="'User: '",
+        USER_STOP="''",
+        ANSWER_START="' Assistant:'",
+        ANSWER_SPACE="' '",
+        ANSWER_STOP="eos_token",
+        ANSWER_END="''",
+    ),
 }
-"""Templates by the released script they come from."""
+"""Templates by where they come from: two released scripts, and the paper."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from collavo.processing.stretches import Encode, Piece, encode_pieces
@@ -24,10 +24,9 @@ def special_texts(tokenizer: Any) -> set[str]:
 def tokenize_answers(
     tokenizer: Any,
     samples: Sequence[Sequence[Piece]],
-    names: Sequence[str],
     *,
     image_token: str,
-    cells: int,
+    image_tokens: Sequence[Sequence[Sequence[int]]],
     max_length: int | None = None,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Any]:
@@ -36,17 +35,13 @@ def tokenize_answers(
     Args:
         tokenizer: Of transformers, with a pad token.
         samples: Prompts, with one image token per image.
-        names: What to call them in messages.
         image_token: The placeholder of an image.
-        cells: How often it stands in the sequence.
+        image_tokens: For each prompt, and each of its images, the tokens that stand in its place.
         max_length: Longest sequence; longer ones are cut on the tokenizer's truncation side.
         pad_to_multiple_of: Pad lengths to a multiple of this.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, lists ``[B][L]``.
-
-    Raises:
-        ValueError: naming the prompt, if an image is cut.
     """
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -64,12 +59,10 @@ def tokenize_answers(
     frame = special_frame(whole, encode, tokenizer(whole, verbose=False)["input_ids"])
     added = frozenset(tokenizer.added_tokens_decoder)
     rows, labels = [], []
-    for pieces, name in zip(samples, names, strict=True):
+    for pieces, images in zip(samples, image_tokens, strict=True):
         own = encode_pieces(pieces, encode, tokenizer.unk_token_id, added)
-        ids, spoken = label_answers(pieces, own, {image: cells})
+        ids, spoken = label_answers(pieces, own, {image: iter(images)})
         kept = cut_to_length(len(ids), frame, max_length, tokenizer.truncation_side)
-        count = cells * sum(piece.text.count(image_token) for piece in pieces)
-        check_not_cut(count, image, ids[kept], name)
         rows.append([*frame[0], *ids[kept], *frame[1]])
         around = [[IGNORE_INDEX] * len(part) for part in frame]
         labels.append([*around[0], *spoken[kept], *around[1]])
@@ -130,14 +123,14 @@ def special_frame(text: str, encode: Encode, framed: Sequence[int]) -> tuple[lis
 def label_answers(
     pieces: Sequence[Piece],
     ids: Sequence[Sequence[int]],
-    repeats: Mapping[int, int],
+    instead: Mapping[int, Iterator[Sequence[int]]],
 ) -> tuple[list[int], list[int]]:
     """Join the tokens of a prompt, and keep those of its answers as labels.
 
     Args:
         pieces: A prompt, in order.
         ids: The token ids of each piece.
-        repeats: How often a token stands in the sequence, such as an image's for its cells.
+        instead: What stands in the sequence in a token's place, such as an image's, each time.
 
     Returns:
         Token ids and labels.
@@ -146,7 +139,7 @@ def label_answers(
     labels: list[int] = []
     for piece, own in zip(pieces, ids, strict=True):
         for token in own:
-            run = [token] * repeats.get(token, 1)
+            run = list(next(instead[token], [token])) if token in instead else [token]
             joined += run
             labels += run if piece.is_answer else [IGNORE_INDEX] * len(run)
     return joined, labels

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from os import PathLike
 from typing import Any, TypeAlias
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
-from jinja2 import TemplateError
 from PIL import Image
-from torch import Tensor
 from transformers import AutoProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from collavo._arguments import expect_like
-from collavo.configuration import CollavoConfig
+from collavo.configuration import CollavoConfig, refuse_relative
 from collavo.panoptic.images import ImageInput, read_image
 from collavo.panoptic.maps import MapInput, PanopticMap
 from collavo.panoptic.text import detections_by_image, object_prefix
 from collavo.processing.batch import (
+    Pictures,
+    as_kind,
     batch_crayon,
     check_crayon,
     check_upright,
     flatten_images,
     images_per_prompt,
+    maps_by_image,
+    switch_by_prompt,
 )
+from collavo.processing.blocks import Layout, look_up
 from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, OBJECTS_MARKER
 from collavo.processing.labels import (
     IGNORE_INDEX,
@@ -36,9 +39,10 @@ from collavo.processing.labels import (
     special_texts,
     tokenize_answers,
 )
-from collavo.processing.region import crop_map, make_image_processor, visible_region
+from collavo.processing.region import even_grid, frame, make_image_processor
+from collavo.processing.rendering import FilledTemplate
 from collavo.processing.stretches import Conversation, Piece, cut_tags, split_answers
-from collavo_kernels import CrayonMap, panoptic_lookup
+from collavo_kernels import CrayonMap
 
 __all__ = ["IGNORE_INDEX", "CollavoProcessor", "make_image_processor"]
 
@@ -105,9 +109,84 @@ class CollavoProcessor(ProcessorMixin):
         self.num_classes = num_classes
         self.max_number = max_number
         self.reduce = reduce
+        self.behind_image = ""
         template = CHAT_TEMPLATES["demo"] if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)  # type: ignore[no-untyped-call]
-        visible_region(image_processor, 1, 1)
+        self._layout(*self.grid)  # refuses what it cannot follow
+
+    @classmethod
+    def from_llava(cls, processor: Any, **settings: Any) -> CollavoProcessor:
+        """Make a processor for a model that is there already, around its own processor.
+
+        Pixels, prompt and image tokens are what the given processor makes; beside them come
+        ``crayon_index`` (a row, or -1, for each image token, whatever the resolution),
+        ``crayon_class`` and ``crayon_number``.
+
+        Args:
+            processor: Of LLaVA, LLaVA-NeXT (and Video), LLaVA-OneVision, VipLLaVA, Video-LLaVA,
+                Pixtral, Mistral3, InternVL, GOT-OCR2, Ovis2, Janus, Idefics3 or SmolVLM.
+            **settings: ``object_text`` (default False: the prompt stays the model's own),
+                ``num_classes``, ``max_number`` and ``reduce`` as of ``CollavoProcessor``.
+
+        Raises:
+            TypeError: if the processor is of no such family.
+            ValueError: naming the setting whose tokens could not be followed back to the picture.
+        """
+        from collavo.processing.llava import CollavoLlavaProcessor
+
+        return CollavoLlavaProcessor(processor, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any
+    ) -> CollavoProcessor:
+        """Load a processor that ``save_pretrained`` saved.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a name of the hub.
+            *args: As of transformers.
+            **kwargs: As of transformers.
+
+        Raises:
+            ValueError: if it is another model's processor, which ``from_llava`` takes.
+        """
+        from collavo.processing.layouts import FAMILIES
+        from collavo.processing.llava import CollavoLlavaProcessor
+
+        values, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "collavo" in values:
+            return CollavoLlavaProcessor.from_saved(
+                pretrained_model_name_or_path, values["collavo"], **kwargs
+            )
+        if values.get("processor_class") in FAMILIES:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: expected a processor of CoLLaVO, got "
+                f"{values['processor_class']}; CollavoProcessor.from_llava(AutoProcessor."
+                "from_pretrained(...)) keeps its pixels, prompt and grid"
+            )
+        loaded: CollavoProcessor = super().from_pretrained(
+            pretrained_model_name_or_path, *args, **kwargs
+        )
+        return loaded
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a processor's settings; another model's folder is refused, not read in part.
+
+        Args:
+            pretrained_model_name_or_path: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            ValueError: if it is the folder of a LLaVA or of the official CoLLaVO.
+        """
+        read: Any = super().get_processor_dict
+        values, rest = read(pretrained_model_name_or_path, **kwargs)
+        if not str(values.get("processor_class")).startswith("Collavo"):
+            refuse_relative(pretrained_model_name_or_path, "CollavoProcessor", kwargs)
+        return values, rest
 
     def __call__(
         self,
@@ -150,14 +229,12 @@ class CollavoProcessor(ProcessorMixin):
             raise ValueError("text: expected a prompt or a list of prompts, got none")
         names = [f"text[{number}]" for number in range(len(texts))]
 
-        def tokenize(samples: Samples) -> dict[str, Any]:
-            return self._tokenize(["".join(p.text for p in one) for one in samples], kwargs, names)
+        def encode(samples: Samples, pictures: Pictures) -> dict[str, Any]:
+            joined = ["".join(piece.text for piece in one) for one in samples]
+            return self._encode(joined, pictures, return_tensors, kwargs)
 
         pieces = [[Piece(one, False)] for one in texts]
-        cells = self.grid[0] * self.grid[1]
-        return self._batch(
-            pieces, names, images, panoptic, object_text, return_tensors, tokenize, cells
-        )
+        return self._batch(pieces, names, images, panoptic, object_text, return_tensors, encode)
 
     def training_batch(
         self,
@@ -206,20 +283,19 @@ class CollavoProcessor(ProcessorMixin):
         pairs = zip(conversations, names, strict=True)
         pieces = [self._render(one, name, tags) for one, name in pairs]
 
-        def tokenize(samples: Samples) -> dict[str, Any]:
-            return tokenize_answers(
+        def encode(samples: Samples, pictures: Pictures) -> dict[str, Any]:
+            made, image_tokens = self._image_tokens(pictures, return_tensors, pixels)
+            data = tokenize_answers(
                 self.tokenizer,
                 samples,
-                names,
                 image_token=self.image_token,
-                cells=self.grid[0] * self.grid[1],
+                image_tokens=image_tokens,
                 max_length=max_length,
                 pad_to_multiple_of=pad_to_multiple_of,
             )
+            return {**data, **made}
 
-        return self._batch(
-            pieces, names, images, panoptic, object_text, return_tensors, tokenize, 1, pixels
-        )
+        return self._batch(pieces, names, images, panoptic, object_text, return_tensors, encode)
 
     def prompt(self, question: str | Conversation, *, num_images: int = 1) -> str:
         """Return the prompt of a question, up to where the model's answer starts.
@@ -231,32 +307,20 @@ class CollavoProcessor(ProcessorMixin):
         if isinstance(question, str):
             parts = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
             question = [{"role": "user", "content": parts}]
-        return self._fill_template(question, "question", add_generation_prompt=True)[0]
+        return self._filled.text(question, "question", add_generation_prompt=True)
 
-    def _fill_template(
-        self, conversation: Conversation, where: str, **options: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the prompt, and where in it the assistant's words stand."""
-        render: Any = render_jinja_template  # its annotations are narrower than what it does
-        try:
-            prompts, spans = render(
-                conversations=[list(conversation)],
-                chat_template=self.chat_template,
-                **options,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"{where}: the chat template does not take it ({error})") from error
-        return prompts[0], spans[0] if spans else []
+    @property
+    def one_grid(self) -> bool:
+        """Whether every image has image tokens on ``grid``, whatever its size."""
+        return True
+
+    @property
+    def _filled(self) -> FilledTemplate:
+        return FilledTemplate(str(self.chat_template), self.tokenizer.special_tokens_map)
 
     def _render(self, conversation: Conversation, name: str, tags: set[str]) -> list[Piece]:
         words, mark = cut_tags(conversation, tags)
-        text, spans = self._fill_template(words, name, return_assistant_tokens_mask=True)
-        if not spans:
-            raise ValueError(
-                f"{name}: expected an assistant's turn inside the chat template's "
-                "{% generation %} block, got none"
-            )
+        text, spans = self._filled.with_answers(words, name, special_texts(self.tokenizer))
         return split_answers(text, spans, mark)
 
     def _batch(
@@ -267,54 +331,37 @@ class CollavoProcessor(ProcessorMixin):
         panoptic: MapInput | Sequence[MapInput | None] | None,
         object_text: bool | Sequence[bool] | None,
         return_tensors: str | None,
-        tokenize: Callable[[Samples], dict[str, Any]],
-        tokens_per_image: int,
-        pixels: bool = True,
+        encode: Callable[[Samples, Pictures], dict[str, Any]],
     ) -> BatchFeature:
         pictures = [read_image(image) for image in flatten_images(images)]
-        maps = self._maps(panoptic, len(pictures))
+        maps = maps_by_image(panoptic, len(pictures))
         for position, (picture, known) in enumerate(zip(pictures, maps, strict=True)):
             if isinstance(known, PanopticMap):
                 check_upright(known.size, picture, f"panoptic[{position}]")
-        counts = self._count_images(samples, names, len(pictures), images_per_prompt(images))
-        wanted = self._object_switch(object_text, len(samples))
-        crayon = self._crayon(pictures, maps) if pictures else None
-        objects = detections_by_image(crayon) if crayon is not None and any(wanted) else []
-        expanded, first = [], 0
-        for pieces, name, count, wants in zip(samples, names, counts, wanted, strict=True):
-            prefixes = [""] * count
-            if objects and wants:
-                prefixes = [object_prefix(own) for own in objects[first : first + count]]
-            expanded.append(self._expand(pieces, prefixes, tokens_per_image, name))
-            first += count
-        data = tokenize(expanded)
-        if crayon is not None:
-            if pixels:
-                processed = self.image_processor(images=pictures, return_tensors=return_tensors)
-                data["pixel_values"] = processed["pixel_values"]
-            crayon_inputs = batch_crayon(crayon, counts)
-            data |= {key: _as(value, return_tensors) for key, value in crayon_inputs.items()}
+        nested = images_per_prompt(images)
+        counts = self._count_images(samples, names, len(pictures), nested)
+        bounds = [0, *accumulate(counts)]
+        wanted = switch_by_prompt(object_text, self.object_text, len(samples))
+        together = [1] * len(pictures) if nested is None else [n for n in nested for _ in range(n)]
+        crayons = self._crayons(pictures, maps, together)
+        expanded = []
+        for pieces, name, (first, last), wants in zip(
+            samples, names, pairwise(bounds), wanted, strict=True
+        ):
+            own = crayons[first:last]
+            prefixes = [object_prefix(detections_by_image(one)[0]) if wants else "" for one in own]
+            expanded.append(self._with_objects(pieces, prefixes, name))
+        own_pictures = [pictures[first:last] for first, last in pairwise(bounds)]
+        data = encode(expanded, Pictures(own_pictures, nested is not None))
+        for name, ids, (first, last) in zip(
+            names, data["input_ids"], pairwise(bounds), strict=True
+        ):
+            places = sum(one.num_cells for one in crayons[first:last])
+            check_not_cut(places, self.image_token_id, ids, name)
+        if crayons:
+            crayon_inputs = batch_crayon(crayons, counts)
+            data |= {key: as_kind(value, return_tensors) for key, value in crayon_inputs.items()}
         return BatchFeature(data, tensor_type=return_tensors)
-
-    def _maps(
-        self, panoptic: MapInput | Sequence[MapInput | None] | None, images: int
-    ) -> list[MapInput | None]:
-        if panoptic is None:
-            return [None] * images
-        if isinstance(panoptic, MapInput):
-            panoptic = [panoptic]
-        maps = list(panoptic)
-        for position, one in enumerate(maps):
-            if one is not None and not isinstance(one, MapInput):
-                raise TypeError(
-                    f"panoptic[{position}]: expected a PanopticMap, a CrayonMap or None, "
-                    f"got {type(one).__name__}"
-                )
-        if len(maps) != images:
-            raise ValueError(
-                f"panoptic: expected one map, or None, for each of {images} images, got {len(maps)}"
-            )
-        return maps
 
     def _count_images(
         self, samples: Samples, names: Sequence[str], images: int, nested: list[int] | None
@@ -335,70 +382,68 @@ class CollavoProcessor(ProcessorMixin):
             )
         return counts
 
-    def _object_switch(self, wanted: bool | Sequence[bool] | None, samples: int) -> list[bool]:
-        if wanted is None or isinstance(wanted, bool):
-            return [self.object_text if wanted is None else wanted] * samples
-        if len(wanted) != samples:
-            raise ValueError(
-                f"object_text: expected one value, or one for each of {samples} prompts, "
-                f"got {len(wanted)}"
+    def _layout(self, height: int, width: int, together: int = 1) -> Layout:
+        """Return where the image tokens of a picture look.
+
+        Args:
+            height: Of the picture, in pixels.
+            width: Of the picture.
+            together: How many pictures its prompt has, where they were given as one list.
+        """
+        return (even_grid(frame(self.image_processor, height, width), self.grid),)
+
+    def _crayons(
+        self,
+        pictures: Sequence[Image.Image],
+        maps: Sequence[MapInput | None],
+        together: Sequence[int],
+    ) -> list[CrayonMap]:
+        """Give every picture its rows; all maps that are no crayon yet are looked up together."""
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        layouts = [self._layout(*size, n) for size, n in zip(sizes, together, strict=True)]
+        given = list(zip(maps, layouts, strict=True))
+        looked_up: Iterator[CrayonMap] = iter(())
+        pairs = [(known, layout) for known, layout in given if not isinstance(known, CrayonMap)]
+        if pairs:
+            looked_up = iter(
+                look_up(
+                    pairs,
+                    num_classes=self.num_classes,
+                    max_number=self.max_number,
+                    reduce=self.reduce,
+                )
             )
-        return list(wanted)
+        return [
+            self._checked(i, pictures[i], known, layout)
+            if isinstance(known, CrayonMap)
+            else next(looked_up)
+            for i, (known, layout) in enumerate(given)
+        ]
 
-    def _crayon(
-        self, pictures: Sequence[Image.Image], maps: Sequence[MapInput | None]
+    def _checked(
+        self, position: int, picture: Image.Image, crayon: CrayonMap, layout: Layout
     ) -> CrayonMap:
-        """Look up all maps that are no crayon yet, neighbours in one call."""
-        parts: list[CrayonMap] = []
-        pairs = enumerate(zip(pictures, maps, strict=True))
-        for ready, run in groupby(pairs, lambda pair: isinstance(pair[1][1], CrayonMap)):
-            if ready:
-                parts += [self._checked(i, picture, crayon) for i, (picture, crayon) in run]
-            else:
-                parts.append(self._look_up([pair for _, pair in run]))
-        return CrayonMap.cat(parts)
-
-    def _checked(self, position: int, picture: Image.Image, crayon: Any) -> CrayonMap:
         where = f"panoptic[{position}]"
-        whole = (0, 0, picture.height, picture.width)
-        if visible_region(self.image_processor, picture.height, picture.width) != whole:
+        (block, *others) = layout
+        if others or not block.whole or block.places != block.grid[0] * block.grid[1]:
             raise ValueError(
                 f"{where}: expected a PanopticMap, since the image processor crops this image of "
-                f"{picture.width}x{picture.height} and its map has to be cropped alike, got a "
-                "CrayonMap; use a processor that squashes (make_image_processor)"
+                f"{picture.width}x{picture.height}, pads it or cuts it into tiles, and its map has "
+                "to follow, got a CrayonMap; use a processor that squashes (make_image_processor)"
             )
         check_crayon(
             crayon,
             where,
-            cells=self.grid[0] * self.grid[1],
+            cells=block.places,
             num_classes=self.num_classes,
             max_number=self.max_number,
         )
-        checked: CrayonMap = crayon
-        return checked
+        return crayon
 
-    def _look_up(self, pairs: Sequence[tuple[Image.Image, Any]]) -> CrayonMap:
-        visible = []
-        for picture, panoptic in pairs:
-            # A map without segments is all unknown, whatever its size.
-            known = PanopticMap.empty(*self.grid) if panoptic is None else panoptic
-            size = (picture.height, picture.width) if panoptic is None else known.size
-            region = visible_region(self.image_processor, *size)
-            visible.append(known if panoptic is None else crop_map(known, region))
-        return panoptic_lookup(
-            [one.segmentation for one in visible],
-            [one.segment_ids for one in visible],
-            [one.segment_classes for one in visible],
-            grid=self.grid,
-            num_classes=self.num_classes,
-            max_number=self.max_number,
-            reduce=self.reduce,
-        )
-
-    def _expand(
-        self, pieces: Sequence[Piece], prefixes: Sequence[str], tokens_per_image: int, name: str
+    def _with_objects(
+        self, pieces: Sequence[Piece], prefixes: Sequence[str], name: str
     ) -> list[Piece]:
-        """Repeat the image token and put the object text where it belongs."""
+        """Put the object text where it belongs."""
         markers = sum(p.text.count(OBJECTS_MARKER) for p in pieces if not p.is_answer)
         if markers not in (0, len(prefixes)):
             raise ValueError(
@@ -406,37 +451,48 @@ class CollavoProcessor(ProcessorMixin):
                 f"images, got {markers}"
             )
         remaining = iter(prefixes)
-        tokens = self.image_token * tokens_per_image
         # Blanks after the placeholder stay in front of the object text.
-        pattern = rf"{re.escape(self.image_token)}(\s*)|{re.escape(OBJECTS_MARKER)}"
+        image = rf"({re.escape(self.image_token)}(?:{re.escape(self.behind_image)})?\s*)"
 
         def replace(match: re.Match[str]) -> str:
-            blanks = match.group(1)
-            if blanks is None:
+            if match[1] is None:
                 return next(remaining)
-            return tokens + blanks + ("" if markers else next(remaining))
+            return match[1] + ("" if markers else next(remaining))
 
         return [
             piece
             if piece.is_answer
-            else dataclasses.replace(piece, text=re.sub(pattern, replace, piece.text))
+            else dataclasses.replace(
+                piece, text=re.sub(rf"{image}|{re.escape(OBJECTS_MARKER)}", replace, piece.text)
+            )
             for piece in pieces
         ]
 
-    def _tokenize(
-        self, texts: list[str], kwargs: dict[str, Any], names: Sequence[str]
+    def _encode(
+        self,
+        texts: list[str],
+        pictures: Pictures,
+        return_tensors: str | None,
+        kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        encoded = self.tokenizer(texts, return_token_type_ids=False, **kwargs)
+        """Return token ids and pixels of prompts with their objects' text."""
+        made, _ = self._image_tokens(pictures, return_tensors, pixels=True)
+        cells = self.image_token * (self.grid[0] * self.grid[1])
+        whole = [text.replace(self.image_token, cells) for text in texts]
+        encoded = self.tokenizer(whole, return_token_type_ids=False, **kwargs)
         data = {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
-        for text, ids, name in zip(texts, data["input_ids"], names, strict=True):
-            check_not_cut(text.count(self.image_token), self.image_token_id, ids, name)
-        return data
+        return {**data, **made}
 
-
-def _as(value: Tensor, kind: str | None) -> Any:
-    if kind is None:
-        return value.tolist()
-    return value.numpy() if kind == "np" else value
+    def _image_tokens(
+        self, pictures: Pictures, return_tensors: str | None, pixels: bool
+    ) -> tuple[dict[str, Any], list[list[list[int]]]]:
+        """Return the pixels, and the tokens that stand in the place of each prompt's images."""
+        tokens = [self.image_token_id] * (self.grid[0] * self.grid[1])
+        made = {}
+        if pixels and pictures.flat:
+            processed = self.image_processor(images=pictures.flat, return_tensors=return_tensors)
+            made["pixel_values"] = processed["pixel_values"]
+        return made, [[tokens] * len(own) for own in pictures.by_prompt]
 
 
 AutoProcessor.register(CollavoConfig, CollavoProcessor, exist_ok=True)  # type: ignore[no-untyped-call]

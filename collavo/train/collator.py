@@ -20,7 +20,8 @@ class CrayonCollator:
 
     Args:
         processor: With a tokenizer that has a pad token, and a chat template with a
-            ``{% generation %}`` block around what the assistant says.
+            ``{% generation %}`` block around what the assistant says, or one that only adds text
+            with each turn.
         object_text: Whether prompts name their objects, for records that do not say; None takes
             the processor's setting.
         max_length: Longest sequence in tokens; longer ones are cut. A cut through an image, or one

@@ -109,6 +109,9 @@ class CollavoTrainer(Trainer):
         if "eval_dataset" in kwargs:
             kwargs["eval_dataset"] = self._past_unusable(kwargs["eval_dataset"], check)
         super().__init__(model=cast(Any, model), args=args, train_dataset=joined, **kwargs)
+        # Losses are divided by all of a step's labels. transformers 5.5.0 lets accelerate divide
+        # them by the micro-batches once more; later ones set this themselves.
+        self.accelerator.gradient_accumulation_steps = 1
         self._check_fsdp()
         self._check_deepspeed()
         self.add_callback(SaveCheck(self.check_saving))

@@ -91,7 +91,7 @@ PATHS = {
 MOVED = {
     "collavo.panoptic": ["collavo.prepared", "collavo.pictures"],
     "collavo.modeling": ["collavo.model.llava"],
-    "collavo.convert": ["collavo.model.convert"],
+    "collavo.convert": ["collavo.conversion"],
     "collavo_kernels.nn.peft_exchange": ["collavo_kernels.nn"],
 }
 PUBLIC = tuple(f"collavo_kernels{part}" for part in ("", ".info", ".nn", ".testing"))

@@ -34,7 +34,7 @@ MAP = panoptic.PanopticMap.from_segments(IDS, [1], [3])
 PATH = Path("somewhere")
 PROCESSOR = tiny_processor()
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
-    (collavo.apply_to_llava, (PROCESSOR,), "model: expected LlavaForConditionalGeneration, got Co"),
+    (collavo.apply_to_llava, (PROCESSOR,), "model: expected a vision-language .* got CollavoPr"),
     (collavo.apply_to_llava, (PATH,), "model: .* got PosixPath; .*from_pretrained loads one"),
     (collavo.load_pretrained, (MODEL,), "folder: expected the path of a model folder, got Linear"),
     (collavo.load_pretrained, (None,), "folder: expected the path .* got NoneType"),

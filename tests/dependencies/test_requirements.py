@@ -15,13 +15,18 @@ import torch
 
 from collavo_kernels import quantize_nf4
 from collavo_kernels._backends import triton_reason
-from collavo_kernels._requirements import OLDEST_TRANSFORMERS, RequirementError, require
+from collavo_kernels._requirements import (
+    OLDEST_TRANSFORMERS,
+    OLDEST_WITH_SEAMS,
+    RequirementError,
+    require,
+)
 from collavo_kernels.info import operators
 from collavo_kernels.nn import register_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 SENTENCE = (
-    "collavo needs transformers >= 5.17 and found {}; pip install 'transformers>=5.17', "
+    "collavo needs transformers >= 5.5 and found {}; pip install 'transformers>=5.5', "
     "or use collavo_kernels alone, which works beside transformers from 4.37"
 )
 
@@ -164,7 +169,7 @@ def test_register_attention_names_the_version(
 ) -> None:
     installed(monkeypatch, "transformers", version)
     with pytest.raises(
-        ImportError, match=rf"^register_attention needs transformers >= 5.17 and found {shown}; pip"
+        ImportError, match=rf"^register_attention needs transformers >= 5.5 and found {shown}; pip"
     ):
         register_attention()
 
@@ -196,12 +201,12 @@ def test_triton_backends_decline_by_version(monkeypatch: pytest.MonkeyPatch, ope
 @pytest.mark.parametrize(
     ("found", "serves"),
     [
-        ("5.17.0", True),
-        ("5.17", True),
-        ("5.17.0.dev0", True),  # a source checkout of the release that is wanted
+        ("5.5.0", True),
+        ("5.5", True),
+        ("5.5.0.dev0", True),  # a source checkout of the release that is wanted
         ("5.20.1+local", True),
         ("10.0", True),  # numbers, not strings
-        ("5.9.1", False),
+        ("5.4.0", False),
         ("4.57.6", False),
         ("5", False),
         ("unknown", False),
@@ -212,10 +217,10 @@ def test_versions_are_compared_as_numbers(
 ) -> None:
     installed(monkeypatch, "transformers", found)
     if serves:
-        require("transformers", "5.17", "the test")
+        require("transformers", "5.5", "the test")
     else:
         with pytest.raises(RequirementError, match=f"found {re.escape(found)};"):
-            require("transformers", "5.17", "the test")
+            require("transformers", "5.5", "the test")
 
 
 def test_an_imported_source_tree_counts_by_its_own_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +229,7 @@ def test_an_imported_source_tree_counts_by_its_own_version(monkeypatch: pytest.M
     module = type(sys)("transformers")
     module.__version__ = "5.18.0.dev0"
     monkeypatch.setitem(sys.modules, "transformers", module)
-    require("transformers", "5.17", "the test")
+    require("transformers", "5.5", "the test")
 
 
 def declared() -> dict[str, str]:
@@ -239,6 +244,8 @@ def declared() -> dict[str, str]:
 
 def test_the_declared_bounds_are_those_of_the_code() -> None:
     assert declared()["transformers"] == OLDEST_TRANSFORMERS
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f"collavo itself needs {OLDEST_WITH_SEAMS}." in project
 
 
 def test_the_tested_set_is_within_the_declared_bounds() -> None:
@@ -256,7 +263,7 @@ def test_the_tested_set_is_within_the_declared_bounds() -> None:
 def test_every_imported_package_is_declared() -> None:
     """Whatever another dependency happens to bring can be gone with its next release."""
     own = {"collavo", "collavo_kernels", "benchmarks"}
-    optional = {"scipy", "matplotlib"}  # extras
+    optional = {"scipy", "matplotlib", "sentencepiece", "google"}  # extras; google is protobuf
     known = own | optional | set(declared()) | set(sys.stdlib_module_names)
     for package in ("collavo", "collavo_kernels"):
         for path in sorted((ROOT / package).rglob("*.py")):

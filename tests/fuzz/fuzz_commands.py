@@ -80,6 +80,7 @@ COMMANDS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("collavo_kernels", "--json"), (0,)),
     (("collavo", "show", *SHOW, *LISTED, "--output", "{output}/été.png"), (0,)),
     (("collavo", "prepare", *FOLDERS, *LISTED, "--output", "{output}"), (0,)),
+    (("collavo", "convert", "{output}/none", "{output}/new"), (2,)),
     (("collavo", "chat", "--model", "{output}/none"), (2,)),
     (("collavo", "eval", "--model", "{output}/none", *FOLDERS, *LISTED), (2,)),
     (("collavo", "train", "--model", "{output}/none", "--stage", "cpt"), (2,)),

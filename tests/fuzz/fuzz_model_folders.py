@@ -219,8 +219,10 @@ def _change_settings(folder: Path, rng: random.Random, case: FolderCase) -> None
             ("crayon", {"decoder": {"adapters": ["image"]}}),
         ]
     )
-    if name in config["text_config"] and name != "model_type":
-        config["text_config"][name] = value
+    # A patched model's folder has its own configuration in one of its fields.
+    text = (config.get("base_config") or config)["text_config"]
+    if name in text and name != "model_type":
+        text[name] = value
     else:
         config[name] = value
     path.write_text(json.dumps(config))

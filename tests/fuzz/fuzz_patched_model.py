@@ -1,7 +1,8 @@
 """Random things that users do to a patched model: it computes what the stock model does.
 
 ``python -m tests.fuzz.fuzz_patched_model --seconds 120 --seed 0`` runs until the time is over or a
-case fails, and prints the case. A case is a tiny LLaVA model, patched with random settings, and a
+case fails, and prints the case. A case is a tiny model of a random
+family and decoder, patched with random settings, and a
 few acts in a row (casts, copies, pickles, offload, training, undoing, ...); after each the model
 answers a random question as a stock model does to which plain hooks add crayon and adapters
 (``stock_crayon.py``), or refuses with a ``ValueError`` that is expected of the act.
@@ -30,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.fuzz.patched_history import (
     DECODERS,
+    FAMILIES,
     IMAGE,
     SCALING,
     SIZES,
@@ -96,10 +98,12 @@ def offload(s: History) -> bool:
     elif kind == 1:
         accelerate.disk_offload(s.model, folder, execution_device=torch.device("cpu"))
     else:
-        parts = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-        parts += [f"model.language_model.{n}" for n in ("embed_tokens", "norm", "rotary_emb")]
-        parts += [f"model.language_model.layers.{i}" for i in range(2)]
-        parts += ["model.crayon_prompt"] if s.oracle.prompt else []
+        inner = s.model.model
+        decoder = "text_model" if hasattr(inner, "text_model") else "language_model"
+        own = {**inner._modules, **inner._parameters}
+        parts = [f"model.{n}" for n, part in own.items() if part is not None and n != decoder]
+        parts += [f"model.{decoder}.{n}" for n in ("embed_tokens", "norm", "rotary_emb")]
+        parts += [f"model.{decoder}.layers.{i}" for i in range(2)]
         places = {part: s.rng.choice(("cpu", "disk")) for part in parts}
         accelerate.dispatch_model(s.model, places | {"lm_head": "disk"}, offload_dir=folder)
     s.hooked = True
@@ -123,7 +127,7 @@ def undo(s: History) -> bool:
     if s.dtype == torch.float64 and s.options["quantize"]:
         return False  # it could not be patched again: float64 is not quantised
     s.handle.undo()
-    batch = make_batch(s.rng, 2)
+    batch = make_batch(s.rng, 2, s.family)
     with torch.no_grad():
         found, expected = (m(**inputs_of(s, batch, False)).logits for m in (s.model, s.stock))
     assert torch.equal(found, expected), "undone: another model"
@@ -140,7 +144,7 @@ def train(s: History) -> bool:
         return False
     kind = s.rng.choice((None, True, False))
     models = (s.model, s.oracle.model)
-    batch = make_batch(s.rng, 2)
+    batch = make_batch(s.rng, 2, s.family)
     inputs = inputs_of(s, batch, True) | {"labels": batch["input_ids"]}
     for model, reentrant in zip(models, (kind, False), strict=True):
         model.train()
@@ -149,7 +153,7 @@ def train(s: History) -> bool:
     models[0](**inputs).loss.backward()
     models[1](**{n: v for n, v in inputs.items() if not n.startswith("crayon")}).loss.backward()
     for name, parameter in s.model.named_parameters():
-        key = re.sub(r"^model\.(language_model\.layers|crayon_prompt)\.", "", name)
+        key = re.sub(r"^model\.(\w+_model\.layers|crayon_prompt)\.", "", name)
         if key in s.oracle.names:
             own, expected = parameter.grad, s.oracle.of(key).grad
             found = torch.zeros_like(parameter) if own is None else own
@@ -201,7 +205,7 @@ def mistake(s: History) -> bool:
     """A crayon of another grid; features merged in beside a crayon."""
     if not s.oracle.prompt:
         return False
-    inputs = inputs_of(s, make_batch(s.rng, 2), True)
+    inputs = inputs_of(s, make_batch(s.rng, 2, s.family), True)
     wide = torch.zeros(2, 9, dtype=torch.int32)
     refused(lambda: s.model(**inputs | {"crayon_index": wide}), "crayon_index: sample . has")
     merged = embeds_of(s, inputs, merged=True)
@@ -246,14 +250,14 @@ def to_double(value: Tensor) -> Tensor:
 
 def forward(s: History) -> None:
     """Logits of a batch."""
-    batch = make_batch(s.rng, 2)
+    batch = make_batch(s.rng, 2, s.family)
     mask = batch["attention_mask"].bool()
     ask_logits(s, lambda model, inputs: model(**inputs).logits[mask], batch)
 
 
 def forward_embeds(s: History) -> None:
     """Logits from the embeddings of the ids."""
-    batch = make_batch(s.rng, 2)
+    batch = make_batch(s.rng, 2, s.family)
     mask = batch["attention_mask"].bool()
 
     def ask(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -266,7 +270,7 @@ def forward_embeds(s: History) -> None:
 
 def outputs(s: History) -> None:
     """Hidden states and attention weights: as many, of the same shapes."""
-    inputs = inputs_of(s, make_batch(s.rng, 2), False)
+    inputs = inputs_of(s, make_batch(s.rng, 2, s.family), False)
     with torch.no_grad():
         one, other = (
             m(**inputs, output_attentions=True, output_hidden_states=True)
@@ -284,7 +288,7 @@ def generated(s: History) -> None:
     ways = ("greedy", "beams", "static", "embeds", "uncached", "lookup", "assistant")
     # Assisted decoding sends tokens to the first weight's device, "meta" where it is offloaded.
     kind = rng.choice(ways[:-2] if s.hooked else ways)
-    batch = make_batch(rng, 1 if kind in ("lookup", "assistant") else 2)
+    batch = make_batch(rng, 1 if kind in ("lookup", "assistant") else 2, s.family)
     inputs = inputs_of(s, batch, rng.random() < 0.7)
     way |= {
         "beams": {"num_beams": 2},
@@ -346,7 +350,9 @@ def run(seed: int) -> list[str]:
         "lora_alpha": 2 * SCALING,
         "quantize": rng.choice((None, None, "nf4")),
     }
-    history = History(rng, make_stock(rng.randrange(len(DECODERS)), seed), options)
+    family = rng.choice(tuple(FAMILIES))
+    stock = make_stock(family, rng.randrange(len(DECODERS)), seed)
+    history = History(rng, family, stock, options)
     history.patch()
     try:
         for _ in range(rng.randrange(1, 6)):
@@ -357,9 +363,8 @@ def run(seed: int) -> list[str]:
                 history.done.append(question.__name__)
                 question(history)
     except Exception as error:
-        raise AssertionError(
-            f"seed {seed}, {options}, {' -> '.join(history.done)}: {type(error).__name__}: {error}"
-        ) from error
+        told = f"seed {seed}, {family}, {options}, {' -> '.join(history.done)}"
+        raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
     return history.done
 
 

@@ -1,4 +1,4 @@
-"""A stock LLaVA model with the crayon and adapters added by plain hooks, one vector per token.
+"""A stock model with the crayon and adapters added by plain hooks, one vector per token.
 
 The slow, obvious way, which shares no code with the package but its parameters: what a patched
 model must compute whatever was done to it.
@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from collavo_kernels.ops.qlora_linear import NF4Weight
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
+ATTENTION = (*QKV, "qkv_proj", "o_proj")
+LINEARS = (*ATTENTION, "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
+
+def layers_of(model: Any) -> Any:
+    """Return the decoder layers of a model."""
+    inner = model.model
+    return (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
+
+
+def tokens_of(config: Any) -> list[int]:
+    """Return the tokens that stand for places of images and videos."""
+    names = ("image_token_id", "video_token_id")
+    return [getattr(config, name) for name in names if getattr(config, name, None) is not None]
 
 
 class StockWithCrayon:
@@ -41,15 +54,17 @@ class StockWithCrayon:
         self.crayon: dict[str, Tensor] = {}
         self.dense: Tensor | None = None
         self.images: Tensor | None = None
+        # Where a prompt's embeddings have features merged in: they do not say so themselves.
+        self.merged: Tensor | None = None
         self.decoded: list[tuple[nn.Linear, Tensor]] = []
         self._copy(patched)
         stock.model.register_forward_pre_hook(self._look, with_kwargs=True)
-        for layer, source in zip(
-            stock.model.language_model.layers, patched.model.language_model.layers, strict=True
-        ):
+        for layer, source in zip(layers_of(stock), layers_of(patched), strict=True):
             for name in LINEARS:
                 parent = layer.self_attn if name in ATTENTION else layer.mlp
                 given = source.self_attn if name in ATTENTION else source.mlp
+                if not hasattr(parent, name):
+                    continue
                 base = getattr(given, name).base()
                 linear = getattr(parent, name)
                 if isinstance(base, NF4Weight):
@@ -76,7 +91,7 @@ class StockWithCrayon:
             if "crayon_prompt" in name:
                 own[name.split("crayon_prompt.")[1]] = value
             elif "lora_" in name or ".crayon_" in name:
-                own[name.split("language_model.layers.")[1]] = value
+                own[name.split("_model.layers.")[1]] = value
         self.names = {name: name.replace(".", "-") for name in own}
         copies = {self.names[n]: nn.Parameter(p.detach().clone()) for n, p in own.items()}
         self.model.extra = nn.ParameterDict(copies)
@@ -91,12 +106,17 @@ class StockWithCrayon:
         """Find the image tokens of a forward pass and the crayon's vector of each."""
         ids = inputs.get("input_ids")
         ids = ids if ids is not None else (args[0] if args else None)
-        if ids is None:
-            embeds = inputs["inputs_embeds"]
-            token = torch.tensor(module.config.image_token_id)
-            self.images = (embeds == module.get_input_embeddings()(token)).all(-1)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and self.merged is not None:
+            self.images = self.merged.repeat_interleave(len(embeds) // len(self.merged), 0)
+        elif ids is None:
+            found = [
+                (embeds == module.get_input_embeddings()(torch.tensor(token))).all(-1)
+                for token in tokens_of(module.config)
+            ]
+            self.images = torch.stack(found).any(0)
         else:
-            self.images = ids == module.config.image_token_id
+            self.images = torch.isin(ids, torch.tensor(tokens_of(module.config)))
         self.dense = None
         if self.crayon and self.prompt and bool(self.images.any()):
             self.dense = self._vectors(self.images)
@@ -120,7 +140,7 @@ class StockWithCrayon:
     def _before(self, linear: Any, args: tuple[Tensor]) -> Tensor | None:
         """Add the crayon to the input of q, k and v: attention mode."""
         name = linear.crayon_key.split(".")[1]
-        if self.dense is None or self.branches or name not in ("q_proj", "k_proj", "v_proj"):
+        if self.dense is None or self.branches or name not in (*QKV, "qkv_proj"):
             return None
         return args[0] + self.dense.to(args[0].dtype)
 
@@ -142,14 +162,21 @@ class StockWithCrayon:
         return out if branch is None else out + branch.to(out.dtype)
 
     def _branch(self, layer: str, group: str, name: str) -> Tensor | None:
-        kinds = {"o_proj": "crayon_o", "gate_proj": "crayon_gate", "up_proj": "crayon_up"}
-        kind = kinds.get(name, "crayon_qkv")
+        kinds = {
+            "o_proj": ("crayon_o",),
+            "gate_proj": ("crayon_gate",),
+            "up_proj": ("crayon_up",),
+            "gate_up_proj": ("crayon_gate", "crayon_up"),
+        }
         if self.dense is None or not self.branches or name == "down_proj":
             return None
-        a, b = (self.of(f"{layer}.{group}.{kind}.{side}.weight") for side in "AB")
-        out = nn.functional.linear(nn.functional.linear(self.dense.to(a.dtype), a), b)
-        if kind != "crayon_qkv":
+        outs = []
+        for kind in kinds.get(name, ("crayon_qkv",)):
+            a, b = (self.of(f"{layer}.{group}.{kind}.{side}.weight") for side in "AB")
+            outs.append(nn.functional.linear(nn.functional.linear(self.dense.to(a.dtype), a), b))
+        out = torch.cat(outs, -1)
+        if name not in QKV:
             return out
-        attention = self.model.model.language_model.layers[int(layer)].self_attn
-        sizes = [getattr(attention, n).out_features for n in ("q_proj", "k_proj", "v_proj")]
-        return torch.split(out, sizes, -1)[("q_proj", "k_proj", "v_proj").index(name)]
+        attention = layers_of(self.model)[int(layer)].self_attn
+        sizes = [getattr(attention, n).out_features for n in QKV]
+        return torch.split(out, sizes, -1)[QKV.index(name)]

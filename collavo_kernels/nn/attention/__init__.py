@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collavo_kernels._requirements import require
+from collavo_kernels._requirements import OLDEST_WITH_SEAMS, require
 from collavo_kernels._sdpa import sdpa_without_plans
 from collavo_kernels.nn.attention.masks import (
     interval_range,
@@ -46,7 +46,8 @@ def register_attention() -> None:
     - Everything else (decoding, a later chat turn, chunked prefill, assisted generation, packed or
       holed or ready-made masks, dropout, position biases, head dims that are odd or above 256,
       float64): transformers' SDPA function with transformers' mask. So does a padding mask under
-      ``torch.compile``, whose values cannot be read.
+      ``torch.compile``, whose values cannot be read, and, before transformers 5.14, which does not
+      tell such a mask from others, the prefill of a static cache.
 
     Soft-capped scores, attention sinks and head masks raise a ``ValueError`` when they are used:
     transformers' SDPA function, which would serve them, lacks them too.
@@ -55,7 +56,7 @@ def register_attention() -> None:
     ``collavo``'s models calls it.
 
     Raises:
-        ImportError: if transformers is not installed, or is older than 5.17.
+        ImportError: if transformers is not installed, or is older than 5.5.
 
     Source: transformers' ``AttentionInterface`` and ``AttentionMaskInterface``.
 
@@ -70,7 +71,7 @@ def register_attention() -> None:
         >>> model(torch.tensor([[0, 1, 2], [3, 4, 5]]), attention_mask=mask).logits.shape
         torch.Size([2, 3, 16])
     """
-    require("transformers", "5.17", "register_attention")
+    require("transformers", OLDEST_WITH_SEAMS, "register_attention")
     from collavo_kernels.nn.attention import transformers
 
     transformers.register()

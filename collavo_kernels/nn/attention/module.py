@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from collavo_kernels._requirements import RequirementError, installed_version, shortfall
+from collavo_kernels._requirements import OLDEST_WITH_SEAMS, installed_version, shortfall
 from collavo_kernels._sdpa import grouped_attention
 from collavo_kernels.nn.attention.masks import (
     cache_offsets,
@@ -15,6 +15,7 @@ from collavo_kernels.nn.attention.masks import (
     read_prefill_mask,
     visible_keys,
 )
+from collavo_kernels.nn.attention.older import OwnRotary, PositionedCache, check_unmasked
 from collavo_kernels.nn.attention.projections import (
     CrayonInputs,
     project,
@@ -34,10 +35,10 @@ from collavo_kernels.ops.crayon_attention import crayon_attention, prepare
 
 # Implementations of transformers whose masks the module reads; None is a module on its own.
 _READABLE = (None, "sdpa", "eager", "crayon")
-# Caches of older ones ask for positions at every update, and read sizes from them. Found out here:
-# a compiled forward cannot.
-_CACHE_FAULT = (
-    None if installed_version("transformers") is None else shortfall("transformers", "5.17")
+# Found out here: a compiled forward cannot.
+_OLDER = (
+    installed_version("transformers") is not None
+    and shortfall("transformers", OLDEST_WITH_SEAMS) is not None
 )
 
 
@@ -49,7 +50,7 @@ class _Projected(NamedTuple):
 
 
 class CrayonAttention(nn.Module):
-    r"""Drop-in for the attention of a LLaMA, Mistral or Qwen2 decoder layer, with the crayon.
+    r"""Drop-in for the attention of a LLaMA-shaped decoder layer, with the crayon.
 
     At image tokens the rows of the crayon table join q, k and v before RoPE:
 
@@ -126,7 +127,10 @@ class CrayonAttention(nn.Module):
         self.num_heads = int(config.num_attention_heads)
         self.num_key_value_heads = int(config.num_key_value_heads)
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        multiplier = getattr(config, "attention_multiplier", None)  # Granite's
+        self.scaling = self.head_dim**-0.5 if multiplier is None else float(multiplier)
+        rotates = getattr(config, "no_rope_layers", None)  # SmolLM3's: 1 where a layer does
+        self.rotates = rotates is None or bool(rotates[layer_idx])
         self.attention_dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
         self.is_causal = True
         self.sliding_window = sliding_window(config, layer_idx)
@@ -170,8 +174,9 @@ class CrayonAttention(nn.Module):
         and stay what they are if it is put back.
 
         Args:
-            attention: transformers' ``LlamaAttention`` (LLaMA, Vicuna, LLaVA), ``MistralAttention``
-                or ``Qwen2Attention``.
+            attention: transformers' ``LlamaAttention`` (LLaMA, Vicuna, LLaVA) or that of Mistral,
+                Qwen2, Granite or SmolLM3. One of before 4.48, with ``sdpa`` or ``eager``, brings
+                its rotary embedding, and the new module is called as it was.
             crayon_mode: As in the constructor.
             crayon_rank: As in the constructor.
             crayon_scaling: As in the constructor.
@@ -197,10 +202,11 @@ class CrayonAttention(nn.Module):
             >>> model(torch.tensor([[1, 2, 3]])).logits.shape
             torch.Size([1, 3, 16])
         """
-        check_source(attention)
+        own_rotary = cls is CrayonAttention and hasattr(attention, "rotary_emb")
+        check_source(attention, own_rotary)
         source: Any = attention
         taken = {name: getattr(source, name) for name in ATTENTION_PROJECTIONS}
-        made = cls(
+        made: Any = (RotaryCrayonAttention if own_rotary else cls)(
             source.config,
             source.layer_idx,
             crayon_mode=crayon_mode,
@@ -210,13 +216,16 @@ class CrayonAttention(nn.Module):
             crayon_dtype=crayon_dtype,
             projections=taken if projections is None else projections,
         )
-        made.scaling = float(source.scaling)
+        made.scaling = float(getattr(source, "scaling", made.scaling))
+        made.rotates = bool(getattr(source, "use_rope", True))
+        if own_rotary:
+            made.take_rotary(source.rotary_emb)
         made.training = attention.training
         device = next(made.q_proj.parameters()).device
         for branch in (getattr(made, name, None) for name in ("crayon_qkv", "crayon_o")):
             if branch is not None:
                 branch.to(device).train(attention.training)
-        return made
+        return cast(Self, made)
 
     def forward(
         self,
@@ -241,7 +250,6 @@ class CrayonAttention(nn.Module):
 
         Raises:
             ValueError: if a mask or one of the crayon's inputs cannot be read.
-            ImportError: if a cache is of a transformers before 5.17, and more than filled at once.
         """
         crayon = CrayonInputs() if crayon is None else crayon
         self._check_implementation()
@@ -250,6 +258,13 @@ class CrayonAttention(nn.Module):
                 f"is_causal: expected True or nothing, got False; a {type(self).__name__} is causal"
             )
         fused, key_range = crayon.fused, crayon.key_range
+        if _OLDER:
+            # Until 4.55 a cache comes under the second name.
+            given = kwargs.pop("past_key_value", None) if past_key_values is None else None
+            past_key_values = given if past_key_values is None else past_key_values
+            position = kwargs.get("cache_position")
+            if past_key_values is not None:
+                past_key_values = PositionedCache(past_key_values, position_embeddings, position)
         if fused is None:
             fused = self._is_prefill(attention_mask, past_key_values)
         if is_prefill_mask(attention_mask):
@@ -262,10 +277,6 @@ class CrayonAttention(nn.Module):
         )
         projected = self._project(hidden_states, crayon)
         weights: Tensor | None = None
-        if _CACHE_FAULT is not None:
-            # Until 4.55 a cache comes under the second name. An empty one can be filled at once.
-            filled = None if crayon.fused else past_key_values
-            self._refuse_caches(filled, kwargs.get("past_key_value"))
         if crayon.fused:
             mixed = self._prefill(projected, position_embeddings, past_key_values, crayon)
         else:
@@ -288,14 +299,6 @@ class CrayonAttention(nn.Module):
                 f"config._attn_implementation: expected sdpa, eager or crayon around a "
                 f"{type(self).__name__}, got {self._implementation()!r}, whose masks it cannot "
                 'read; call model.set_attn_implementation("sdpa")'
-            )
-
-    def _refuse_caches(self, *caches: Any | None) -> None:
-        if any(cache is not None for cache in caches):
-            raise RequirementError(
-                f"{type(self).__name__} with a cache {_CACHE_FAULT}; "
-                "pip install 'transformers>=5.17', or pass use_cache=False",
-                name="transformers",
             )
 
     def _is_prefill(self, attention_mask: Tensor | None, past_key_values: Any | None) -> bool:
@@ -336,7 +339,7 @@ class CrayonAttention(nn.Module):
         Raises:
             ValueError: if the mask has not four dimensions.
         """
-        if attention_mask is None:
+        if attention_mask is None and not (_OLDER and query.shape[2] == 1):
             attention_mask = visible_keys(
                 query.shape[2],
                 key.shape[2],
@@ -345,11 +348,13 @@ class CrayonAttention(nn.Module):
                 key_offset=offsets[1],
                 device=query.device,
             )
-        elif attention_mask.ndim != 4:
+        elif attention_mask is not None and attention_mask.ndim != 4:
             raise ValueError(
                 "attention_mask: expected [B, 1, S, keys], got "
                 f"{list(attention_mask.shape)}; expand a padding mask, or give crayon.key_range"
             )
+        elif attention_mask is not None and _OLDER:  # eager's have a key more than there are
+            attention_mask = attention_mask[..., : key.shape[2]]
         mixed = grouped_attention(
             query,
             key,
@@ -389,7 +394,7 @@ class CrayonAttention(nn.Module):
         crayon: CrayonInputs,
     ) -> Tensor:
         (q, k, v), (tq, tk, tv) = projected
-        cos, sin = position_embeddings
+        cos, sin = position_embeddings if self.rotates else (None, None)
         result = crayon_attention(
             q,
             k,
@@ -420,7 +425,7 @@ class CrayonAttention(nn.Module):
         crayon: CrayonInputs,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cos, sin = position_embeddings
+        cos, sin = position_embeddings if self.rotates else (None, None)
         # Under autocast a branch's table can be wider than the projections.
         dtype = projected.states[0].dtype
         tq, tk, tv = (None if t is None else t.to(dtype) for t in projected.tables)
@@ -439,6 +444,8 @@ class CrayonAttention(nn.Module):
             if attention_mask is None:
                 offsets = cache_offsets(past_key_values, q, self.layer_idx)
             k, v = past_key_values.update(k, v, self.layer_idx)
+            if attention_mask is None and _OLDER:
+                check_unmasked(q.shape[2], k.shape[2], int(offsets[0]), crayon.key_range)
         if attention_mask is None and crayon.key_range is not None:
             attention_mask = visible_keys(
                 q.shape[2],
@@ -454,3 +461,7 @@ class CrayonAttention(nn.Module):
     def extra_repr(self) -> str:
         """Show what the submodules do not."""
         return f"layer_idx={self.layer_idx}, crayon_mode={self.crayon_mode!r}"
+
+
+class RotaryCrayonAttention(OwnRotary, CrayonAttention):  # type: ignore[misc]
+    """A ``CrayonAttention`` of ``from_attention``, for a decoder of transformers 4.37 to 4.47."""

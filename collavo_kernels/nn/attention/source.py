@@ -12,7 +12,15 @@ from collavo_kernels.ops.crayon_attention.inputs import LARGEST_HEAD_DIM
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The linear layers of a LLaMA-shaped attention, by the names that its checkpoints have."""
 
-SOURCES = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+SOURCES = (
+    "LlamaAttention",
+    "MistralAttention",
+    "Qwen2Attention",
+    "GraniteAttention",
+    "SmolLM3Attention",
+)
+# Before 4.48 each implementation is a class. Masks of FlashAttention's are of another kind.
+_OLDER = tuple(name.replace("Attention", "SdpaAttention") for name in SOURCES)
 
 
 def head_dim(config: Any) -> int:
@@ -24,6 +32,8 @@ def head_dim(config: Any) -> int:
 def sliding_window(config: Any, layer_idx: int) -> int | None:
     """Return the window of a layer, or None where it sees everything."""
     kinds = getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", None) is False:  # older Qwen2 keeps a size
+        return None
     window = getattr(config, "sliding_window", None)
     sliding = kinds is None or kinds[layer_idx] == "sliding_attention"
     return int(window) if window and sliding else None
@@ -81,11 +91,15 @@ def new_projections(config: Any) -> dict[str, nn.Module]:
     }
 
 
-def check_source(attention: Any) -> None:
+def check_source(attention: Any, own_rotary: bool = False) -> None:
     """Check that a loaded module computes what ``CrayonAttention`` would.
 
     A module is known by the class that wrote its forward: others look alike and rotate or scale in
     another way.
+
+    Args:
+        attention: The module.
+        own_rotary: Whether it may have a rotary embedding, as before transformers 4.48.
 
     Raises:
         TypeError: if it is no module.
@@ -95,11 +109,13 @@ def check_source(attention: Any) -> None:
         raise TypeError(f"attention: expected a module, got {type(attention).__name__}")
     kind = type(attention).__name__
     own = [n for n, _ in (*attention.named_children(), *attention.named_parameters(recurse=False))]
-    extra = [name for name in own if name not in ATTENTION_PROJECTIONS]
+    known = (*ATTENTION_PROJECTIONS, "rotary_emb") if own_rotary else ATTENTION_PROJECTIONS
+    extra = [name for name in own if name not in known]
     if extra:
         raise ValueError(
             f"attention.{extra[0]}: not supported, got a {kind} that has it (CrayonAttention has "
-            "projections only: no norms of q and k, no sinks, no fused qkv_proj)"
+            "projections only: no norms of q and k, no sinks, no fused qkv_proj); "
+            "add_crayon_to_linears serves any attention"
         )
     if not getattr(attention, "is_causal", True) or getattr(attention, "is_cross_attention", False):
         raise ValueError(
@@ -112,10 +128,20 @@ def check_source(attention: Any) -> None:
             "another patch), which would be lost; take it off first"
         )
     owner = next(base for base in type(attention).__mro__ if "forward" in vars(base))
-    if owner.__name__ not in SOURCES or not owner.__module__.startswith("transformers."):
+    if own_rotary and "FlashAttention2" in owner.__name__:
         raise ValueError(
-            f"attention: expected transformers' {', '.join(SOURCES)}, got {kind}; "
-            'attn_implementation="crayon" serves other models'
+            f"attention: expected one of sdpa or eager, got {kind}, whose masks are not read; load "
+            'the model with attn_implementation="sdpa": what runs here is crayon_attention'
+        )
+    if owner.__name__ not in (
+        SOURCES + _OLDER if own_rotary else SOURCES
+    ) or not owner.__module__.startswith("transformers."):
+        wrote = f"{owner.__module__}.{owner.__qualname__}"
+        found = kind if owner.__name__ == kind else f"a {kind} with the forward of {wrote}"
+        raise ValueError(
+            f"attention: expected transformers' {', '.join(SOURCES)}, got {found}; "
+            "add_crayon_to_linears serves any attention, and without a crayon "
+            'attn_implementation="crayon" does'
         )
 
 

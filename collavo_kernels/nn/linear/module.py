@@ -67,6 +67,9 @@ class DualQLoRALinear(AdapterSlots):
         ['lora_A.image.weight', 'lora_B.image.weight']
     """
 
+    # Of the forward's arguments; what stands around such a layer and hands them on says so too.
+    takes_adapter_mask = True
+
     def __init__(
         self,
         in_features: int,

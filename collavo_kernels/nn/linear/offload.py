@@ -28,6 +28,33 @@ def has_own_forward(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
+MODULE_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Where a module keeps what runs around its forward and backward."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether something runs around a module's forward or backward.
+
+    Args:
+        module: Any.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> handle = layer.register_full_backward_hook(lambda *_: None)
+        >>> has_hooks(layer)
+        True
+    """
+    return any(getattr(module, hooks) for hooks in MODULE_HOOKS)
+
+
 class OffloadedBytes(Mapping[str, Tensor]):
     """An offloaded NF4 layer's tensors by parameter, read from its state dict's entries.
 

@@ -35,7 +35,8 @@ _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _LLAVA_EXTRAS = "non_lora_trainables.bin"
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and of checkpointing
+# Of torch.compile, of checkpointing, and of PEFT around a layer.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
 
 _LAYOUTS = (
     ("", ""),

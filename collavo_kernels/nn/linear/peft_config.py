@@ -46,10 +46,16 @@ _REFUSED = {
     "megatron_config": "Megatron's layers",
     "ensure_weight_tying": "tied adapters",
 }
+_AROUND_THE_LAYERS = (
+    *("bias", "layer_replication", "modules_to_save", "trainable_token_indices"),
+    *("target_parameters", "ensure_weight_tying", "layers_to_transform", "layers_pattern"),
+)
+"""What PEFT does to a model beside the branches of its layers."""
+
 _ON_WHEN_EMPTY = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config")
 """An empty dictionary switches these on, with their defaults."""
 
-_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Ways to draw a new adapter that leave the base alone, so a loaded one does not depend on them."""
 
 _CHANGE_THE_BASE = {
@@ -63,6 +69,8 @@ _PATTERN, _INDEX = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 """How PEFT reads a key of a pattern, and a name of the list of decoder layers."""
 
 _MERGE = "merge it into the model with PEFT (merge_and_unload) and load that"
+_CONVERT = f"save the adapter with PEFT's path_initial_model_for_weight_conversion, or {_MERGE}"
+_LEAVE_OUT = "leave it out"
 
 
 @dataclass(frozen=True)
@@ -200,20 +208,42 @@ def check_config(config: Mapping[str, Any], source: str = CONFIG_FILE) -> Adapte
     )
 
 
+def check_branches(config: Mapping[str, Any], source: str = "LoraConfig") -> None:
+    """Raise unless the adapters that PEFT makes with these settings are branches ``s B A x``.
+
+    Args:
+        config: Fields of PEFT's ``LoraConfig``.
+        source: What to call it in an error.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    own = {key: value for key, value in config.items() if key not in _AROUND_THE_LAYERS}
+    check = _Fields(own, source, _LEAVE_OUT)
+    check.refuse_what_is_not_understood()
+    if own.get("init_lora_weights") in ("orthogonal", "mica"):  # both read or follow a dense weight
+        raise check.error(
+            "init_lora_weights",
+            "expected true, false, 'gaussian' or 'eva'",
+            own["init_lora_weights"],
+            _LEAVE_OUT,
+        )
+
+
 class _Fields:
     """Checks fields one by one; every error names the file, the field, and what came."""
 
-    def __init__(self, config: Mapping[str, Any], source: str) -> None:
-        self.config, self.source = config, source
+    def __init__(self, config: Mapping[str, Any], source: str, advice: str = _MERGE) -> None:
+        self.config, self.source, self.advice = config, source, advice
 
     def refuse_what_is_not_understood(self) -> None:
         kind = self.config.get("peft_type", "LORA")
         if kind != "LORA":
-            raise self.error("peft_type", "expected 'LORA'", kind, _MERGE)
+            raise self.error("peft_type", "expected 'LORA'", kind, self.advice)
         for field, value in self.config.items():
             if field in _HONOURED or field in _WITHOUT_EFFECT or _off(field, value):
                 continue
-            shown = f"got {_short(value)}; {_MERGE}"
+            shown = f"got {_short(value)}; {self.advice}"
             if field in _REFUSED:
                 raise ValueError(
                     f"{self.source}: {field} is set; adapters with {_REFUSED[field]} are not "
@@ -225,7 +255,7 @@ class _Fields:
             )
         self._refuse_init()
         if self.config.get("bias", "none") != "none":
-            raise self.error("bias", "expected 'none'", self.config["bias"], _MERGE)
+            raise self.error("bias", "expected 'none'", self.config["bias"], self.advice)
         dropout = self.number("lora_dropout", self.config.get("lora_dropout", 0.0))
         if not 0 <= dropout <= 1:
             raise self.error("lora_dropout", "expected 0 to 1", dropout)
@@ -240,18 +270,18 @@ class _Fields:
 
     def _refuse_init(self) -> None:
         init = self.config.get("init_lora_weights", True)
-        if init is None or isinstance(init, bool) or init in _KEEP_THE_BASE:
+        if init is None or isinstance(init, bool) or init in KEEP_THE_BASE:
             return
         text = str(init).lower()
         known = [name for start, name in _CHANGE_THE_BASE.items() if text.startswith(start)]
         if not known:
-            expected = f"expected true, false or one of {', '.join(_KEEP_THE_BASE)}"
-            raise self.error("init_lora_weights", expected, init, _MERGE)
+            expected = f"expected true, false or one of {', '.join(KEEP_THE_BASE)}"
+            raise self.error("init_lora_weights", expected, init, self.advice)
         raise self.error(
             "init_lora_weights",
             f"adapters with {known[0]} are not supported: it changes the base weights",
             init,
-            "save the adapter with PEFT's path_initial_model_for_weight_conversion, or " + _MERGE,
+            _CONVERT if self.advice == _MERGE else self.advice,
         )
 
     def error(self, field: str, expected: str, value: object, advice: str = "") -> ValueError:

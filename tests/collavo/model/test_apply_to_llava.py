@@ -11,7 +11,6 @@ import torch
 from tiny import tiny_vision
 from torch import nn
 from transformers import (
-    GPT2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -203,7 +202,7 @@ def test_gradient_checkpointing_in_a_patched_model() -> None:
 
 
 def test_what_cannot_be_patched_is_refused_and_left_as_it_was() -> None:
-    with pytest.raises(TypeError, match="expected LlavaForConditionalGeneration"):
+    with pytest.raises(TypeError, match="expected a vision-language model of transformers"):
         apply_to_llava(nn.Linear(2, 2))  # type: ignore[arg-type]
     model = make_llava("llama")
     handle = apply_to_llava(model)
@@ -261,16 +260,9 @@ def test_a_forward_that_transformers_did_not_write_is_refused(part: str) -> None
     module = layer if part == "layer" else layer.mlp
     original = type(module)
     module.__class__ = type("Patched", (original,), {"forward": lambda self, x: x})
-    with pytest.raises(ValueError, match=r"got test_apply_to_llava\..*, which the crayon would re"):
+    with pytest.raises(ValueError, match=r"got test_apply_to_llava\..*, which the crayon does"):
         apply_to_llava(model)
     # A subclass that leaves the forward alone is none of our business.
     module.__class__ = type("Renamed", (original,), {})
     apply_to_llava(model).undo()
     assert type(module).__name__ == "Renamed"
-
-
-def test_another_decoder_is_refused() -> None:
-    model = make_llava("llama")
-    model.config.text_config = GPT2Config()
-    with pytest.raises(ValueError, match="expected a decoder of type llama, mistral, qwen2"):
-        apply_to_llava(model)

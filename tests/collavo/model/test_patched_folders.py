@@ -100,7 +100,7 @@ def test_other_classes_refuse_it_by_name(tmp_path: Path) -> None:
     make_patched(adapters=("vl",), quantize="nf4").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"apply_to_llava changed.*collavo\.load_pretrained"):
         CollavoForConditionalGeneration.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"collavo\.load_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"processor_config\.json: missing"):
         load_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for wrong in ({}, None, {"decoder": {"rank": 1}}, {"decoder": {}, "base": [64]}):
@@ -182,7 +182,32 @@ def test_a_llava_that_bitsandbytes_quantised(
 def test_layers_that_could_not_be_read_back_are_named_when_saving(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     model = _in_4_bits(tmp_path / "base")
-    model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.quant_state.quant_type = "fp4"
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)  # before transformers 5.6
+    tower.encoder.layers[0].mlp.fc1.weight.quant_state.quant_type = "fp4"
     with pytest.raises(ValueError, match=r"fc1: expected dense .*got Linear4bit in fp4"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("crayon", "decoder", "crayon_rank"), "2"),
+        (("crayon", "decoder", "adapter_dtype"), "nf4"),
+        (("crayon", "num_crayon_classes"), None),
+        (("base_config", "text_config", "hidden_size"), []),
+    ],
+)
+def test_a_configuration_with_fields_of_another_kind_is_named(
+    tmp_path: Path, place: tuple[str, ...], value: Any
+) -> None:
+    make_patched(adapters=("vl",), lora_rank=2).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    part = values
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config\.json: a field is of another kind"):
+        load_pretrained(tmp_path)

@@ -22,6 +22,7 @@ from test_apply_to_llava import (
     plain,
     snapshot,
 )
+from tiny_families import make_family, make_inputs
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -29,13 +30,29 @@ from collavo import apply_to_llava
 from collavo.loading import load_pretrained
 from collavo.model.crayon import CrayonGenerationMixin, CrayonModelMixin
 from collavo.model.rows import flatten_rows
+from tests.fuzz.stock_crayon import layers_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# Images that are one picture each; crops with lines' ends; a padded list, and "text_model".
+KINDS = ("llama", "llava_next", "smolvlm")
+# What a mode adds to a decoder does not depend on the family.
+MODES = [("qwen2", "projection"), *((kind, "attention") for kind in ("qwen2", *KINDS[1:]))]
+
+
+def stock_of(kind: str) -> Any:
+    """A stock LLaVA with that decoder, or a stock model of that family."""
+    return make_llava(kind) if kind in DECODERS else make_family(kind)
+
+
+def batch_of(kind: str) -> dict[str, Tensor]:
+    return make_batch() if kind in DECODERS else make_inputs(kind, [2, 1])
+
+
 def patched(kind: str = "llama", **options: Any) -> tuple[Any, Any]:
     """A patched model whose crayon and adapters have an effect, and its handle."""
-    model = make_llava(kind)
+    model = stock_of(kind)
     handle = apply_to_llava(model, crayon_rank=4, lora_rank=2, **options)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -68,7 +85,9 @@ def test_a_mixin_has_every_parameter_that_transformers_looks_for() -> None:
             theirs = inspect.signature(getattr(base, name)).parameters
             open_ended = any(p.kind is p.VAR_POSITIONAL for p in own.values())
             # With ``mm_encoder_outputs`` transformers would encode images before turns are sorted.
-            missing = set() if open_ended else set(theirs) - set(own) - {"mm_encoder_outputs"}
+            # The other two older ones name as well, and look for in forward's signature.
+            unread = {"mm_encoder_outputs", "pixel_values", "logits_to_keep"}
+            missing = set() if open_ended else set(theirs) - set(own) - unread
             assert not missing, (name, missing)
 
 
@@ -133,18 +152,18 @@ def test_rows_on_another_device_are_laid_out_without_a_look_at_values() -> None:
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-@pytest.mark.parametrize("mode", ["attention", "projection", "none"])
-def test_model_and_handle_pickle(mode: Any, quantize: Any) -> None:
+@pytest.mark.parametrize(("kind", "mode"), [*MODES, ("qwen2", "none")])
+def test_model_and_handle_pickle(kind: str, mode: Any, quantize: Any) -> None:
     """What spawned processes, ray and ``torch.save`` do."""
-    model, handle = patched("qwen2", adapters=("a",), crayon_mode=mode, quantize=quantize)
+    model, handle = patched(kind, adapters=("a",), crayon_mode=mode, quantize=quantize)
     file = io.BytesIO()
     torch.save((model, handle), file)
     file.seek(0)
     twin, way_back = torch.load(file, weights_only=False)
-    batch = make_batch()
+    batch = batch_of(kind)
     assert type(twin) is type(model) and way_back.model is twin
     assert torch.equal(twin(**batch).logits, model(**batch).logits)
-    stock = make_llava("qwen2")
+    stock = stock_of(kind)
     assert torch.equal(way_back.undo()(**plain(batch)).logits, stock(**plain(batch)).logits)
     assert type(twin) is type(stock)
 
@@ -221,18 +240,20 @@ def test_attention_weights_are_recorded() -> None:
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_undo_follows_casts_training_and_assigned_weights(quantize: Any) -> None:
-    model, handle = patched("qwen2", quantize=quantize)
-    stock = make_llava("qwen2")
+@pytest.mark.parametrize("kind", ["qwen2", *KINDS[1:]])
+def test_undo_follows_casts_training_and_assigned_weights(kind: str, quantize: Any) -> None:
+    model, handle = patched(kind, quantize=quantize)
+    stock = stock_of(kind)
     for each in (model, stock):
         each.to(torch.bfloat16)
     if quantize is None:
         for each in (model, stock):
-            each.model.language_model.layers[0].self_attn.q_proj.weight.data.mul_(1.5)
+            layers_of(each)[0].self_attn.q_proj.weight.data.mul_(1.5)
         state = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
     handle.undo()
-    batch = plain(make_batch()) | {"pixel_values": make_batch()["pixel_values"].bfloat16()}
+    batch = plain(batch_of(kind))
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model(**batch).logits, stock(**batch).logits)
 
@@ -251,10 +272,11 @@ def test_undo_casts_no_more_than_was_cast() -> None:
     assert norms[0].weight.dtype == torch.float32
 
 
-def test_undo_is_whole_or_not_at_all() -> None:
+@pytest.mark.parametrize("which", KINDS)
+def test_undo_is_whole_or_not_at_all(which: str) -> None:
     """What something else put in is named, and nothing is undone."""
-    model, handle = patched(adapters=("a",))
-    layer, batch = model.model.language_model.layers[1], make_batch()
+    model, handle = patched(which, adapters=("a",))
+    layer, batch = layers_of(model)[1], batch_of(which)
     logits = model(**batch).logits
 
     def refused(message: str) -> None:
@@ -269,11 +291,11 @@ def test_undo_is_whole_or_not_at_all() -> None:
     linear = layer.mlp.up_proj
     layer.mlp.up_proj = nn.Sequential(linear)
     layer.mlp.up_proj.forward = linear.forward
-    refused(r"undo: model\.language_model\.layers\.1\.mlp\.up_proj is now a torch.*Sequential")
+    refused(r"undo: model\.\w+_model\.layers\.1\.mlp\.up_proj is now a torch.*Sequential")
     layer.mlp.up_proj = linear
     kind = type(layer)
     layer.__class__ = type("Sharded", (kind,), {})
-    refused(r"undo: model\.language_model\.layers\.1 is now a .*Sharded")
+    refused(r"undo: model\.\w+_model\.layers\.1 is now a .*Sharded")
     layer.__class__ = kind
     prompt = model.model.crayon_prompt
     del model.model.crayon_prompt
@@ -281,19 +303,20 @@ def test_undo_is_whole_or_not_at_all() -> None:
         handle.undo()
     model.model.crayon_prompt = prompt
     handle.undo()
-    stock = make_llava("llama")
+    stock = stock_of(which)
     assert torch.equal(model(**plain(batch)).logits, stock(**plain(batch)).logits)
 
 
-def test_re_entrant_checkpointing_without_an_input_that_asks() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_re_entrant_checkpointing_without_an_input_that_asks(kind: str) -> None:
     """Torch warns and leaves adapters without gradients; with such an input it is right."""
-    model, _ = patched(adapters=("a",))
+    model, _ = patched(kind, adapters=("a",))
     model.requires_grad_(False)
     for parameter in model.adapter_parameters("a"):
         parameter.requires_grad_()
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     model.disable_input_require_grads()
-    batch = make_batch()
+    batch = batch_of(kind)
     with pytest.raises(ValueError, match=r"gradient checkpointing: .*'use_reentrant': False"):
         model(**batch)
     model.enable_input_require_grads()
@@ -333,35 +356,37 @@ def test_pefts_preparation_for_training(first: bool, mode: Any) -> None:
         assert one.any() and float((one - other).abs().max()) <= slack
 
 
-@pytest.mark.parametrize("kind", ["memory", "disk", "map"])
-@pytest.mark.parametrize("mode", ["attention", "projection"])
+@pytest.mark.parametrize("way", ["memory", "disk", "map"])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_offload(quantize: Any, mode: Any, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "mode"), MODES)
+def test_offload(kind: str, quantize: Any, mode: Any, way: str, tmp_path: Path) -> None:
     """Qwen2, for its biases; the hooks taken off, all is back, and undo too."""
     model, handle = patched(
-        "qwen2", adapters=("a", "b"), image_adapters=("b",), crayon_mode=mode, quantize=quantize
+        kind, adapters=("a", "b"), image_adapters=("b",), crayon_mode=mode, quantize=quantize
     )
-    batch, cpu = make_batch(), torch.device("cpu")
-    expected, tokens = model(**batch).logits, generate(model, batch)
-    if kind == "memory":
+    batch, cpu = batch_of(kind), torch.device("cpu")
+    expected, tokens = model(**batch).logits, generate(model, batch, num_beams=2)
+    if way == "memory":
         accelerate.cpu_offload(model, execution_device=cpu)
-    elif kind == "disk":
+    elif way == "disk":
         accelerate.disk_offload(model, str(tmp_path), execution_device=cpu)
     else:
-        parts = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector"), "cpu")
-        parts |= {"model.language_model": "disk", "model.crayon_prompt": "disk", "lm_head": "cpu"}
+        own = (*model.model._modules, *model.model._parameters)
+        parts = {f"model.{name}": "cpu" for name in own} | {"lm_head": "cpu"}
+        decoder = "language_model" if hasattr(model.model, "language_model") else "text_model"
+        parts |= {f"model.{decoder}": "disk", "model.crayon_prompt": "disk"}
         accelerate.dispatch_model(model, parts, offload_dir=str(tmp_path))
     assert any(p.is_meta for p in model.parameters())
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, expected)
-    assert torch.equal(generate(model, batch), tokens)
+    assert torch.equal(generate(model, batch, num_beams=2), tokens)
     with pytest.raises(ValueError, match=r"undo: .*forward of its own instance"):
         handle.undo()
     with pytest.raises(ValueError, match=r"added_state_dict: .* is offloaded"):
         handle.added_state_dict()
     remove_hook_from_module(model, recurse=True)
     assert torch.equal(model(**batch).logits, expected)
-    stock = make_llava("qwen2")
+    stock = stock_of(kind)
     assert torch.equal(handle.undo()(**plain(batch)).logits, stock(**plain(batch)).logits)
 
 
@@ -400,7 +425,9 @@ def test_a_linear_layer_that_does_more_is_refused() -> None:
     model = make_llava("llama")
     linear = model.model.language_model.layers[1].mlp.down_proj
     hook = linear.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="down_proj: expected a linear layer without hooks"):
+    with pytest.raises(
+        ValueError, match=r"^layers\.1\.mlp\.down_proj: expected a linear layer without hooks"
+    ):
         apply_to_llava(model)
     hook.remove()
     linear.forward = lambda x: x

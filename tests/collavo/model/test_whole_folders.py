@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_crayon_model import make_batch, make_config, make_llava, make_model
+from tiny_crayon_model import make_batch, make_model
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -21,58 +20,8 @@ from transformers import (
 )
 
 from collavo import CollavoConfig, load_pretrained
-from collavo.loading import load_folder
 from collavo.model.llava import CollavoForConditionalGeneration, CollavoModel
 from collavo.model.text import CollavoTextModel
-
-WAYS: dict[str, Callable[[Path], Any]] = {
-    "class": CollavoForConditionalGeneration.from_pretrained,
-    "class, config": lambda f: CollavoForConditionalGeneration.from_pretrained(
-        f, config=make_config()
-    ),
-    "auto, config": lambda f: AutoModelForImageTextToText.from_pretrained(f, config=make_config()),
-    "base": CollavoModel.from_pretrained,
-    "decoder": CollavoTextModel.from_pretrained,
-    "base, auto": lambda f: AutoModel.from_pretrained(f, config=make_config()),
-    "load_pretrained": load_pretrained,
-    "load_folder": load_folder,
-    "config alone": CollavoConfig.from_pretrained,
-}
-
-
-@pytest.fixture
-def no_weight_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail wherever a tensor of a model would take memory or be drawn."""
-
-    def refuse(self: Any, *arguments: Any, **options: Any) -> None:
-        raise AssertionError("a model was built")
-
-    for kind in (CollavoForConditionalGeneration, CollavoModel, CollavoTextModel):
-        monkeypatch.setattr(kind, "__init__", refuse)
-
-
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("original", [True, False])
-def test_a_llava_folder_is_refused_with_the_way(
-    tmp_path: Path, way: str, original: bool, no_weight_is_made: None
-) -> None:
-    """Under its old names, as the hub has it, its decoder would be drawn at random."""
-    make_llava().save_pretrained(tmp_path, save_original_format=original)
-    with pytest.raises(ValueError, match=r"got 'llava'; this is a LLaVA: .*apply_to_llava"):
-        WAYS[way](tmp_path)
-
-
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("kind", ["internlm", "internlmxcomposer2", "other", None])
-def test_the_official_folder_is_refused_with_the_way(
-    tmp_path: Path, way: str, kind: str | None, no_weight_is_made: None
-) -> None:
-    """Its config.json would be read as CoLLaVO's, with the defaults of LLaMA-7B."""
-    config = {"architectures": ["CoLLaVOModel"], "model_type": kind, "hidden_size": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"official.*collavo\.convert\.convert_state_dict"):
-        WAYS[way](tmp_path)
 
 
 def test_a_folder_without_config_json_is_no_model(tmp_path: Path) -> None:

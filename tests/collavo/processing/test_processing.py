@@ -232,7 +232,7 @@ def test_a_crayon_in_place_of_a_map(tiny_processor, panoptic, crayon):
 
 
 def test_no_lookup_is_made_of_a_crayon(tiny_processor, crayon, monkeypatch):
-    monkeypatch.setattr("collavo.processing.processor.panoptic_lookup", None)
+    monkeypatch.setattr("collavo.processing.blocks.panoptic_lookup", None)
     tiny_processor()(text=PROMPT, images=picture(), panoptic=crayon)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -263,12 +264,16 @@ def test_malformed_records_are_named(tiny_processor, bad, message):
 
 
 def test_template_without_generation_block(tiny_processor):
-    """Such a template cannot tell answers from questions: no silent training on everything."""
-    processor = tiny_processor(
-        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    """Answers are told from questions by what each turn adds: no training on everything."""
+    marked = tiny_processor()
+    plain = tiny_processor(
+        chat_template=re.sub(r"{%- (end)?generation -%}", "", CHAT_TEMPLATES["demo"])
     )
-    with pytest.raises(ValueError, match="generation"):
-        CrayonCollator(processor)([record()])
+    one, other = (CrayonCollator(each)([record()]) for each in (marked, plain))
+    assert torch.equal(one["labels"], other["labels"])
+    lost = tiny_processor(chat_template="{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    with pytest.raises(ValueError, match="leaves out the words of turn 0"):
+        CrayonCollator(lost)([record()])
 
 
 def test_the_model_takes_what_the_collator_and_the_processor_make(coco_dataset, tiny_processor):

@@ -15,22 +15,26 @@ from transformers import (
     Gemma2Config,
     GlmConfig,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.glm.modeling_glm import GlmAttention
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+from transformers.models.granite.modeling_granite import GraniteAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
 from collavo_kernels.nn import CrayonAttention, CrayonInputs, DualQLoRALinear
 
@@ -47,6 +51,12 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "qwen2": (
         Qwen2Attention,
         Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=0),
+    ),
+    "granite": (GraniteAttention, GraniteConfig(**SIZES, attention_multiplier=0.3)),
+    # The layer taken is its second, which does not rotate.
+    "smollm3": (
+        SmolLM3Attention,
+        SmolLM3Config(**SIZES, no_rope_layers=[1, 0], pad_token_id=0, bos_token_id=1),
     ),
 }
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -108,6 +118,19 @@ def test_everything_is_shared_and_nothing_is_changed(kind: str, mode: Any) -> No
     window = getattr(theirs.config, "sliding_window", None)
     expected, _ = theirs(x, position_embeddings=angles(), attention_mask=causal(window))
     torch.testing.assert_close(ours(x, angles())[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["attention", "projection"])
+def test_hooks_of_the_projections_run(mode: Any) -> None:
+    """A plain layer's weight is multiplied without calling it: not where something hangs on it."""
+    ours: Any = CrayonAttention.from_attention(loaded("qwen2"), crayon_mode=mode, crayon_rank=4)
+    ran: list[str] = []
+    ours.q_proj.register_forward_hook(lambda *_: ran.append("q forward"))
+    ours.k_proj.register_full_backward_hook(lambda *_: ran.append("k backward"))
+    ours.v_proj.register_full_backward_pre_hook(lambda *_: ran.append("v backward"))
+    crayon = CrayonInputs(table=torch.randn(T, 32), row_index=ROWS)
+    ours(torch.randn(B, S, 32, requires_grad=True), angles(), crayon=crayon)[0].sum().backward()
+    assert set(ran) == {"q forward", "k backward", "v backward"}
 
 
 def test_the_modules_own_scale_counts() -> None:

@@ -234,20 +234,3 @@ def test_a_padding_mask_is_refused_with_what_to_do() -> None:
     ours, _, config = pair("llama")
     with pytest.raises(ValueError, match=r"expected \[B, 1, S, keys\].*key_range"):
         ours(torch.randn(B, S, 32), angles(config), attention_mask=torch.ones(B, S))
-
-
-def test_caches_of_older_transformers_are_refused_by_version(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """They write to other places without positions, and come under another name until 4.55."""
-    ours, _, config = pair("llama")
-    x, cos_sin = torch.randn(B, S, 32), angles(config)
-    fault = "needs transformers >= 5.17 and found 4.51.3"
-    monkeypatch.setattr("collavo_kernels.nn.attention.module._CACHE_FAULT", fault)
-    cache = DynamicCache()
-    expected, _ = ours(x, cos_sin)
-    filled, _ = ours(x, cos_sin, past_key_values=cache)
-    assert torch.equal(filled, expected)
-    for given in ({"past_key_values": cache}, {"past_key_value": DynamicCache()}):
-        with pytest.raises(ImportError, match=f"^CrayonAttention with a cache {fault}; pip"):
-            ours(x, cos_sin, **given)

@@ -267,7 +267,8 @@ def test_attention_in_chunks_is_no_window(padded: bool) -> None:
     mask, made = torch.tensor(PADDING["left"]) if padded else None, []
     for name in ("crayon", "sdpa"):
         config = LlamaConfig(attention_chunk_size=3, attn_implementation=name)
-        made.append(create_chunked_causal_mask(config, torch.zeros(2, 7, 4), mask, None))
+        embeds = torch.zeros(2, 7, 4)
+        made.append(create_chunked_causal_mask(config, embeds, mask, past_key_values=None))
     assert made[0].dtype == torch.bool and torch.equal(*made)
 
 

@@ -104,6 +104,8 @@ def test_values_that_are_not_finite_stay_in_their_block() -> None:
         ("w.absmax", None, r"w\.absmax: missing from the state dict"),
         ("w.absmax", lambda t: t[:-1], r"w\.absmax: expected 64 values of uint8"),
         ("w", lambda t: t[:-5], r"w: expected 2048 bytes \(uint8\)"),
+        # As many bytes, and every code is one of two.
+        ("w", lambda t: t.bool(), r"w: expected the bytes of 4-bit codes as uint8"),
         (
             "w.nested_absmax",
             lambda t: t.double(),

@@ -207,6 +207,11 @@ def _checked(
             f"{name}: expected {expected_bytes} bytes (uint8) for an NF4 matrix {list(shape)}, "
             f"got {describe(packed)}; it is truncated or belongs to another weight"
         )
+    if packed.dtype == torch.bool or packed.is_complex():  # a cast to bool is not undone
+        raise ValueError(
+            f"{name}: expected the bytes of 4-bit codes as uint8, or seen as another dtype of "
+            f"numbers, got {describe(packed)}; load the weight from the file that it was saved to"
+        )
     # bnb_4bit_quant_storage: FSDP wants one dtype for all, so recipes see the bytes as bfloat16.
     packed = packed.contiguous().view(-1).view(torch.uint8)
     wanted = [("absmax", parts.absmax, torch.uint8 if double_quant else torch.float32, blocks)]

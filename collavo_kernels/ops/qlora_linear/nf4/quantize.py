@@ -25,6 +25,7 @@ _ZERO_CODE = 7
 _SMALLEST_TAIL_SCALE = 1e-38
 # The second quantisation finds codes through a table over [-1, 1] of this many entries.
 _LOOKUP_ENTRIES = 65536
+_STRIP = 1 << 20
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -75,17 +76,26 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
 
 def _quantize_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     whole = flat.numel() // block_size * block_size
-    blocks = flat[:whole].float().view(-1, block_size)
-    absmax = blocks.abs().amax(dim=1)
-    # Full blocks multiply by the reciprocal, the short last one divides: both round as the
-    # original does.
-    codes = _nearest(blocks * (1 / absmax)[:, None]).view(-1)
-    if whole == flat.numel():
-        return codes, absmax
-    tail = flat[whole:].float()
-    tail_scale = tail.abs().amax().clamp_min(_SMALLEST_TAIL_SCALE)
-    codes = torch.cat([codes, _nearest(tail / tail_scale)])
-    return codes, torch.cat([absmax, tail_scale.reshape(1)])
+    blocks = flat[:whole].view(-1, block_size)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(
+        blocks.shape[0] + (whole < flat.numel()), dtype=torch.float32, device=flat.device
+    )
+    # A strip at a time: float32 copies and indices of a whole weight are six times its bytes.
+    taken = max(1, _STRIP // block_size)
+    for start in range(0, blocks.shape[0], taken):
+        strip = blocks[start : start + taken].float()
+        scale = strip.abs().amax(dim=1)
+        absmax[start : start + len(strip)] = scale
+        # Full blocks multiply by the reciprocal, the short last one divides: both round as the
+        # original does.
+        first = start * block_size
+        codes[first : first + strip.numel()] = _nearest(strip * (1 / scale)[:, None]).view(-1)
+    if whole < flat.numel():
+        tail = flat[whole:].float()
+        absmax[-1] = tail.abs().amax().clamp_min(_SMALLEST_TAIL_SCALE)
+        codes[whole:] = _nearest(tail / absmax[-1])
+    return codes, absmax
 
 
 def _nearest(scaled: Tensor) -> Tensor:
