@@ -114,6 +114,20 @@ def test_a_closed_stream_does_not_become_another_file(tmp_path: Path) -> None:
     assert path.read_text() == "w"
 
 
+def started(command: str) -> subprocess.Popen[str]:
+    """Return a process that has said that it is ready."""
+    process = subprocess.Popen(
+        toy(command),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a script runs in the background ignore interrupts, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
 @pytest.mark.parametrize(
     ("number", "status", "word"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
@@ -130,10 +144,7 @@ def test_a_closed_stream_does_not_become_another_file(tmp_path: Path) -> None:
     ],
 )
 def test_signals(number: int, status: int, word: str, command: str) -> None:
-    process = subprocess.Popen(
-        toy(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process = started(command)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (status, f"toy: {word}\n")
@@ -165,10 +176,7 @@ def test_a_signal_while_modules_load_ends_the_process(tmp_path: Path) -> None:
     module = "print('ready', flush=True)\ntry:\n    import time; time.sleep(60)\n"
     (tmp_path / "slow.py").write_text(module + "except BaseException:\n    time.sleep(60)\n")
     command = f"sys.path.insert(0, {str(tmp_path)!r}); import slow"
-    process = subprocess.Popen(
-        toy(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process = started(command)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, "toy: interrupted\n")
