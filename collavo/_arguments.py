@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
-
-from huggingface_hub.errors import StrictDataclassError
 
 
 def expect_like(
@@ -39,20 +36,3 @@ def expect_path(argument: str, value: object, expected: str) -> None:
     """
     if not isinstance(value, (str, PathLike)):
         raise TypeError(f"{argument}: expected the path of {expected}, got {type(value).__name__}")
-
-
-@contextmanager
-def fields_read(where: str) -> Iterator[None]:
-    """Name the file whose fields are read, where one of another kind makes code fail.
-
-    Args:
-        where: The file.
-
-    Raises:
-        ValueError: for what such fields raise.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, RuntimeError, StrictDataclassError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{where}: a field is of another kind than expected ({reason})") from error

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from collavo import writing
-from collavo._arguments import expect_path, fields_read
+from collavo._arguments import expect_path
 from collavo.configuration import decoder_settings
 from collavo.model.described import describe_llava
 from collavo.model.families import decoder_of
+from collavo.model.files import fields_read
 from collavo.model.layer import BRANCHES, HOOKS_OFF
 from collavo.panoptic.json_files import read_object
 from collavo_kernels import NF4Weight

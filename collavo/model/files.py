@@ -15,6 +15,7 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import (
@@ -407,3 +408,20 @@ def made_dense(tensors: Mapping[str, Tensor], weights: Iterable[str]) -> dict[st
     parts = {name + part for name in names for part in PARTS}
     dense = {name: NF4Weight.from_state_dict(tensors, name).dequantize() for name in names}
     return {name: value for name, value in tensors.items() if name not in parts} | dense
+
+
+@contextmanager
+def fields_read(where: str) -> Iterator[None]:
+    """Name the file whose fields are read, where one of another kind makes code fail.
+
+    Args:
+        where: The file.
+
+    Raises:
+        ValueError: for what such fields raise.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, StrictDataclassError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: a field is of another kind than expected ({reason})") from error

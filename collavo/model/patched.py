@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from collavo._arguments import fields_read
 from collavo.configuration import CollavoLlavaConfig, CollavoTextConfig, decoder_settings
 from collavo.model.adapters import AdaptersMixin
 from collavo.model.added import SETTINGS, check_base, load_tensors, read_added
 from collavo.model.described import set_bases
 from collavo.model.families import check_family, decoder_of
+from collavo.model.files import fields_read
 from collavo.model.handle import LlavaHandle
 from collavo.model.layer import LayerSettings, adapt_layer
 from collavo.model.patch import apply_to_llava

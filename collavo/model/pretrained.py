@@ -16,13 +16,13 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from collavo._arguments import fields_read
 from collavo.configuration import CollavoConfig, CollavoTextConfig, check_model_type
 from collavo.model.files import (
     HUB_OPTIONS,
     StoredTensor,
     bytes_from_bitsandbytes,
     check_generation,
+    fields_read,
     headers_of,
     local_folder,
     made_dense,

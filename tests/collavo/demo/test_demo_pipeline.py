@@ -284,10 +284,12 @@ def test_the_saved_model_is_evaluated_by_the_command(finished, tmp_path, capsys)
         (["--batch-size", "0"], "--batch-size"),
     ],
 )
-def test_eval_names_what_is_wrong(scenes, change, message, capsys):
+def test_eval_names_what_is_wrong(scenes, change, message, tmp_path, capsys):
     folder = scenes.images.parent
+    # Of a model folder only this is looked at before the questions are made.
+    (tmp_path / "config.json").write_text('{"model_type": "collavo"}', encoding="utf-8")
     command = [
-        "eval", "--model", str(folder), "--images", str(folder / "images"),
+        "eval", "--model", str(tmp_path), "--images", str(folder / "images"),
         "--panoptic", str(folder / "panoptic"), "--annotations", str(folder / "panoptic.json"),
     ]  # fmt: skip
     assert main([*command, *change]) == 2
