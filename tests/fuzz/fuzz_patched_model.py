@@ -188,6 +188,7 @@ def reload(s: History) -> bool:
         return False
     state = {name: value.clone() for name, value in s.model.state_dict().items()}
     s.model.load_state_dict(state, assign=s.rng.random() < 0.5)
+    s.model.tie_weights()  # torch parts what is tied when it puts tensors in the place
     return True
 
 
