@@ -9,10 +9,8 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 from transformers import TrainingArguments
 
+from collavo.train.stages import stage_of
 from collavo_kernels.info import require
-
-STAGES = ("cpt", "cit")
-LEARNING_RATES = {"cpt": 1e-4, "cit": 1e-5}
 
 
 @dataclass
@@ -41,7 +39,7 @@ class CollavoTrainingArguments(TrainingArguments):
         (1e-05, 0.1)
     """
 
-    stage: Literal["cpt", "cit"] = field(
+    stage: Literal["cpt", "cit", "align", "instruct"] = field(
         default="cpt", metadata={"help": "cpt: crayon prompt tuning; cit: instruction tuning."}
     )
     vl_probability: float = field(
@@ -71,8 +69,7 @@ class CollavoTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Fill in what depends on the stage, then let transformers check the rest."""
         require("accelerate", "1.1", "CollavoTrainer")
-        if self.stage not in STAGES:
-            raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {self.stage!r}")
+        stage = stage_of(self.stage)
         if not 0.0 <= self.vl_probability <= 1.0:
             raise ValueError(f"vl_probability: expected 0 to 1, got {self.vl_probability}")
         if self.ignore_data_skip:
@@ -85,7 +82,7 @@ class CollavoTrainingArguments(TrainingArguments):
                 "batch size"
             )
         if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.stage]
+            self.learning_rate = stage.learning_rate
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             # Not ``min_lr``: transformers divides that by what DeepSpeed's optimizers do not have.
             lowest = min(self.min_learning_rate, self.learning_rate)

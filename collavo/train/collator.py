@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from collavo._arguments import expect_like
+from collavo.conversations.records import check_record, record_images, record_name
 from collavo.panoptic.maps import MapInput
 from collavo.processing.processor import IGNORE_INDEX, CollavoProcessor
-from collavo.train.records import check_record, record_images, record_name
 
 
 class CrayonCollator:
@@ -52,7 +52,7 @@ class CrayonCollator:
         """Make one batch.
 
         Args:
-            records: At least one; see ``collavo.train.records``.
+            records: At least one; see ``collavo.conversations.records``.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels`` int64 ``[B, L]`` (labels -100 outside

@@ -1,92 +1,163 @@
-"""What each stage trains, and how the idle adapter of a step is kept still.
+"""What each stage trains, on what, with which defaults; and how an idle adapter is kept still.
 
-These functions are all that CoLLaVO adds to an ordinary training loop, so a loop without
-:class:`~collavo.train.trainer.CollavoTrainer` (FSDP2 by hand, for example) uses them as they are.
+``STAGES`` is the one place that says how stages differ. The functions are all that CoLLaVO adds to
+an ordinary training loop, so a loop without :class:`~collavo.train.trainer.CollavoTrainer` (FSDP2
+by hand, for example) uses them as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from collavo.train.schedule import STEP_KINDS, StepKind
+from collavo.train.parts import CrayonModel, Part, crayon_model, part_parameters
+from collavo.train.schedule import STEP_KINDS
 
 
-@runtime_checkable
-class CrayonModel(Protocol):
-    """A model with a crayon prompt and named adapters."""
+@dataclass(frozen=True)
+class Stage:
+    """One way to train: parts, streams of samples, and the defaults of its paper.
 
-    def crayon_parameters(self) -> Iterable[nn.Parameter]:
-        """Return queries, crayon MLP and, in projection mode, every ``A_seg`` and ``B_seg``."""
-        ...
+    Args:
+        parts: What it trains where nothing else is asked for.
+        streams: Kinds of optimizer steps; all samples of a step, on all ranks, are of one kind.
+        drawn: Whether a step's kind is drawn (``StepSchedule``); else every kind has its steps in
+            each epoch.
+        adapters: Adapters that it trains; empty takes those that the run names.
+        alternating: Whether a step trains the adapter of its kind alone.
+        learning_rate: Peak.
+        adapter_learning_rate: Peak where adapters are trained in the decoder's place.
+        global_batch: Samples of an optimizer step.
+        epochs: Passes over the data.
+        scheduler: Of transformers.
+        warmup: Share of the steps.
+        template: Name of the chat template that its data are for; None keeps the processor's.
+    """
 
-    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
-        """Return A and B of the named adapter, of all layers; ``ValueError`` if it has none."""
-        ...
+    parts: tuple[Part, ...]
+    streams: tuple[str, ...]
+    drawn: bool = False
+    adapters: tuple[str, ...] = ()
+    alternating: bool = False
+    learning_rate: float = 1e-4
+    adapter_learning_rate: float | None = None
+    global_batch: int = 32
+    epochs: float = 1.0
+    scheduler: str = "cosine"
+    warmup: float = 0.0
+    template: str | None = None
 
 
-def _crayon_model(model: nn.Module) -> CrayonModel:
-    # DistributedDataParallel keeps the model under this name; FSDP2 changes it in place.
-    inner = getattr(model, "module", model)
-    if not isinstance(inner, CrayonModel):
-        raise ValueError(
-            f"model: expected a CoLLaVO model with crayon_parameters() and adapter_parameters(), "
-            f"got {type(inner).__name__}"
-        )
-    return inner
+STAGES: dict[str, Stage] = {
+    "cpt": Stage(
+        ("crayon",), ("image",), drawn=True, learning_rate=1e-4, scheduler="cosine_with_min_lr"
+    ),
+    "cit": Stage(
+        ("crayon", "adapters"),
+        STEP_KINDS,
+        drawn=True,
+        adapters=STEP_KINDS,
+        alternating=True,
+        learning_rate=1e-5,
+        scheduler="cosine_with_min_lr",
+    ),
+    "align": Stage(
+        ("projector",),
+        ("image",),
+        learning_rate=1e-3,
+        global_batch=256,
+        warmup=0.03,
+        template="plain",
+    ),
+    "instruct": Stage(
+        ("projector", "decoder"),
+        ("image", "text"),
+        learning_rate=2e-5,
+        adapter_learning_rate=2e-4,
+        global_batch=128,
+        warmup=0.03,
+        template="vicuna_v1",
+    ),
+}
+"""The stages by name: CoLLaVO's two (paper, section 4), and LLaVA's two (LLaVA-1.5, table 9)."""
 
 
-def trainable_parameters(model: nn.Module, stage: str) -> list[nn.Parameter]:
+def stage_of(name: str) -> Stage:
+    """Return the stage of a name.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if isinstance(name, str) and name in STAGES:
+        return STAGES[name]
+    came = repr(name) if isinstance(name, str) else type(name).__name__
+    raise ValueError(f"stage: expected one of {', '.join(map(repr, STAGES))}, got {came}")
+
+
+def trainable_parameters(
+    model: nn.Module,
+    stage: str,
+    parts: Sequence[Part] | None = None,
+    adapters: Sequence[str] | None = None,
+) -> list[nn.Parameter]:
     """Return the parameters that a stage trains.
 
     Args:
         model: A CoLLaVO model, wrapped or not.
-        stage: ``"cpt"``: the crayon. ``"cit"``: the crayon and both adapters (one per step).
+        stage: A name of ``STAGES``.
+        parts: In place of the stage's own.
+        adapters: Names of the adapters, if they are among the parts; None takes the stage's own.
 
     Raises:
         ValueError: if the stage is unknown, or the model lacks what the stage trains.
     """
-    if stage not in ("cpt", "cit"):
-        came = repr(stage) if isinstance(stage, str) else type(stage).__name__
-        raise ValueError(f"stage: expected 'cpt' or 'cit', got {came}")
-    crayon_model = _crayon_model(model)
-    parameters = list(crayon_model.crayon_parameters())
-    if stage == "cpt":
-        if not parameters:
-            raise ValueError("model: stage 'cpt' trains the crayon, and crayon_mode is 'none'")
-        return parameters
-    for kind in STEP_KINDS:
+    known = stage_of(stage)
+    names = known.adapters if adapters is None else tuple(adapters)
+    found: list[nn.Parameter] = []
+    for part in known.parts if parts is None else parts:
         try:
-            parameters.extend(crayon_model.adapter_parameters(kind))
+            found += part_parameters(model, part, names)
         except ValueError as error:
-            raise ValueError(
-                f"model: stage 'cit' trains the adapters 'image' and 'vl', and the model has no "
-                f"{kind!r}; call model.add_dual_qlora() first"
-            ) from error
-    return parameters
+            if not isinstance(getattr(model, "module", model), CrayonModel):
+                raise
+            raise ValueError(_lacking(stage, part, error)) from error
+    return found
 
 
-def prepare_stage(model: nn.Module, stage: str) -> list[nn.Parameter]:
+def _lacking(stage: str, part: str, error: ValueError) -> str:
+    way = "; call model.add_dual_qlora() first" if part == "adapters" else ""
+    return f"stage {stage!r} trains the {part}; {error}{way}"
+
+
+def prepare_stage(
+    model: nn.Module,
+    stage: str,
+    parts: Sequence[Part] | None = None,
+    adapters: Sequence[str] | None = None,
+) -> list[nn.Parameter]:
     """Let exactly the stage's parameters require gradients, and return them.
 
     Call it once, before the model is wrapped (DDP, FSDP) and before the optimizer is made:
-    ``requires_grad`` does not change afterwards. Crayon and adapters in 16 bits become float32
-    (the paper's learning rates are below the resolution of bfloat16); the rest keeps its dtype.
+    ``requires_grad`` does not change afterwards. What is trained becomes float32 where it has 16
+    bits (the papers' learning rates are below the resolution of bfloat16), and so do crayon and
+    adapters in every stage; the rest keeps its dtype.
 
     Args:
         model: A CoLLaVO model.
-        stage: ``"cpt"`` or ``"cit"``.
+        stage: A name of ``STAGES``.
+        parts: As :func:`trainable_parameters`.
+        adapters: As :func:`trainable_parameters`.
 
     Raises:
         ValueError: as :func:`trainable_parameters`.
     """
-    parameters = trainable_parameters(model, stage)
-    # Both stages alike: a saved model has one dtype for crayon and adapters.
-    for parameter in _own_parameters(_crayon_model(model)):
+    parameters = trainable_parameters(model, stage, parts, adapters)
+    # Crayon and adapters in all stages alike: a saved model has one dtype for them.
+    for parameter in (*_own_parameters(crayon_model(model)), *parameters):
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     model.requires_grad_(False)
@@ -102,7 +173,7 @@ def _own_parameters(model: CrayonModel) -> Iterator[nn.Parameter]:
             yield from model.adapter_parameters(name)
 
 
-def drop_idle_gradients(model: nn.Module, kind: StepKind) -> None:
+def drop_idle_gradients(model: nn.Module, kind: str) -> None:
     """Take the gradients of the adapter that this step does not train away.
 
     Both adapters act in the forward pass. Without a gradient, neither weight decay nor the moments
@@ -113,8 +184,8 @@ def drop_idle_gradients(model: nn.Module, kind: StepKind) -> None:
         model: A CoLLaVO model, wrapped or not.
         kind: The step's kind: the adapter of that name keeps its gradients.
     """
-    crayon_model = _crayon_model(model)
+    inner = crayon_model(model)
     for name in STEP_KINDS:
         if name != kind:
-            for parameter in crayon_model.adapter_parameters(name):
+            for parameter in inner.adapter_parameters(name):
                 parameter.grad = None

@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from collavo.conversations.records import record_images
 from collavo.panoptic.coco_index import CocoIndex
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import ConversationDataset
-from collavo.train.records import record_images
 from tests.collavo.tiny import tiny_processor
 from tests.fuzz.command_line import run_for_a_time
 

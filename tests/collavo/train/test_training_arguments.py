@@ -46,7 +46,7 @@ def test_the_command_line_parses_the_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "sft"}, "stage: expected one of cpt, cit, got 'sft'"),
+        ({"stage": "sft"}, "stage: expected one of 'cpt', 'cit', 'align', 'instruct', got 'sft'"),
         ({"vl_probability": -0.1}, "vl_probability: expected 0 to 1"),
         ({"ignore_data_skip": True}, "ignore_data_skip: expected False"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: expected False"),
