@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.ops import llava_order_cases as order
+from benchmarks.ops import llava_training_cases as training
 from benchmarks.ops.qlora_linear_cases import BASE_ONLY
 
 NOT_MEASURED = "not measured here"
@@ -166,12 +168,29 @@ def _data_goals() -> Iterator[Goal]:
     yield Goal(what, "480x640/s15/b16", "images", 0.9, "share", peer="decoding-alone")
 
 
+def _stage_goals() -> Iterator[Goal]:
+    qlora, crayon = "PEFT + bitsandbytes, a training step", "the same without crayon"
+    for isa, case in (("avx512", training.TWO), ("", training.SEVEN_B)):
+        for mode, bound in (("align", 1.12), ("instruct", 1.2)):
+            yield Goal(qlora, str(case), mode, bound, peer=training.QLORA, isa=isa)
+        price = Goal(crayon, str(case), "instruct", 1.03, "price", "ours", isa=isa)
+        yield replace(price, ours=training.CRAYON)
+
+
+def _order_goals() -> Iterator[Goal]:
+    for isa, mix in (("avx512", order.SMALL), ("", order.WIDE)):
+        grouped, anyhow = order.NAMES
+        yield Goal("any order", str(mix), order.MODE, 1.2, peer=anyhow, ours=grouped, isa=isa)
+
+
 GOALS = {
     "panoptic_lookup": tuple(_lookup_goals()),
     "panoptic_data": tuple(_data_goals()),
     "crayon_prompt": tuple(_prompt_goals()),
     "qlora_linear": (*_cpu_goals(), *_gpu_goals()),
     "crayon_attention": (*_attention_goals(), *_attention_gpu_goals()),
+    "llava_training": tuple(_stage_goals()),
+    "llava_order": tuple(_order_goals()),
 }
 
 

@@ -152,9 +152,12 @@ BENCHMARKS = {
     for benchmark in (
         Benchmark("panoptic_lookup"),
         Benchmark("panoptic_data"),
+        Benchmark("llava_data", in_turns=True),
         Benchmark("crayon_prompt"),
         Benchmark("qlora_linear", in_turns=True),
         Benchmark("crayon_attention", in_turns=True),
         Benchmark("end_to_end"),
+        Benchmark("llava_training", in_turns=True),
+        Benchmark("llava_order", in_turns=True),
     )
 }

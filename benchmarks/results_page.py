@@ -17,6 +17,7 @@ from benchmarks import headline, report
 from benchmarks.ops.qlora_linear_cases import FLOAT32_ADAPTERS
 from benchmarks.results_tables import OURS, TABLES, Rows, Table, fastest
 from collavo.demo import seeds
+from collavo.demo.llava import seeds as llava_seeds
 from collavo.demo.report import ROWS
 
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -33,6 +34,11 @@ DEMO = """\
 is any object of a class (C2B, as many wrong as right). Runs without another name took the best
 instruction set and one thread; those with ablations took longer. Scores differ with the
 instruction set and the threads by how torch's own products round, which train the base.
+"""
+LLAVA = """\
+`collavo demo --llava`: a LLaVA built of a tiny language model and a tiny vision tower learns to
+describe drawn scenes (`align`, the projector alone) and to answer (`instruct`, projector, adapter
+over 4 bits and crayon). Captions are right if they name all classes of a scene and no other.
 """
 SEED = re.compile(r"demo_seed\d")
 NAMES = {"avx512": "AVX-512", "avx2": "AVX2"}
@@ -60,6 +66,9 @@ def page(results: Path = report.RESULTS) -> str:
                 parts += _section(device, table, groups[table.op])
         if demos:
             parts += _demo(device, demos)
+        runs = sorted((results / device).glob("llava_seed*.json"))
+        if runs:
+            parts += _llava(device, runs)
     return "\n".join(parts)
 
 
@@ -124,9 +133,31 @@ def _map_notes(rows: Rows) -> Iterator[str]:
         )
 
 
+def _stage_notes(rows: Rows) -> Iterator[str]:
+    """Yield tokens per second, and the memory of a step with its model."""
+    for row in rows:
+        config = json.loads(row.config_json)
+        rate = config["tokens"] / row.p50_ms * 1e3
+        memory = f", {config['model_mb'] + row.peak_mb:.0f} MB" if row.peak_mb is not None else ""
+        yield f"- {row.mode}, {row.case}, {row.provider}: {rate:.0f} tokens a second{memory}"
+
+
+def _order_notes(rows: Rows) -> Iterator[str]:
+    """Yield tokens per second, and how many are padding."""
+    for row in rows:
+        config = json.loads(row.config_json)
+        rate = config["tokens"] / row.p50_ms * 1e3
+        yield (
+            f"- {row.case}, {row.provider}: {rate:.0f} tokens a second that are no padding; of all "
+            f"{config['padded']:.0%} are"
+        )
+
+
 NOTES: dict[str, Callable[[Rows], Iterator[str]]] = {
     "qlora_linear": _layer_notes,
     "panoptic_lookup": _map_notes,
+    "llava_training": _stage_notes,
+    "llava_order": _order_notes,
 }
 
 
@@ -151,6 +182,13 @@ def _demo(device: str, paths: Sequence[Path]) -> Iterator[str]:
     lines.append(["seconds, threads", *(_effort(report) for report in reports.values())])
     yield "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     yield ""
+
+
+def _llava(device: str, paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the table of the runs of LLaVA's two stages."""
+    links = ", ".join(f"[{path.stem}](results/{device}/{path.name})" for path in paths)
+    table = llava_seeds.markdown_table(llava_seeds.read_reports(paths))
+    yield f"### LLaVA's two stages\n\n{LLAVA}\n{table}\n\nEach run: {links}.\n"
 
 
 def _accuracy(measured: dict[str, Any] | None) -> str:

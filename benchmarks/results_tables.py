@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from benchmarks import report
 from benchmarks.caches import COLD
 from benchmarks.headline import MODEL
+from benchmarks.ops import llava_order_cases as order
+from benchmarks.ops import llava_training_cases as training
 from benchmarks.ops.qlora_linear_cases import FLOAT32_ADAPTERS
 
 Rows = Sequence[report.Measurement]
@@ -236,4 +238,41 @@ MODELS = Table(
     tuple(_model_lines()),
 )
 
-TABLES = (MODELS, ATTENTION, LAYER, LOOKUP, DATA, PROMPT)
+
+def _stage_lines() -> Iterator[Line]:
+    for case in training.CASES.values():
+        size = f"{case.layers} layers of a 7B, {case.tokens} tokens"
+        for mode, what in (("align", "projector"), ("instruct", "projector and LoRA adapters")):
+            yield Line(f"{size}: `{mode}` ({what})", str(case), (mode,))
+
+
+TRAINING = Table(
+    training.OP,
+    "A step of LLaVA's stages: forward, backward, AdamW. Ours has NF4 weights; what is trained is "
+    "float32 beside bfloat16, and adapters have rank 128.",
+    (
+        Column("ours", "ours"),
+        Column("with the crayon", re.escape(training.CRAYON)),
+        Column("price of the crayon", re.escape(training.CRAYON), kind="price", over="ours"),
+        Column("transformers + PEFT + bitsandbytes", re.escape(training.QLORA)),
+        Column("speed", re.escape(training.QLORA), kind="speed", over="ours"),
+        Column("transformers + PEFT, bfloat16", re.escape(training.LORA)),
+        Column("speed", re.escape(training.LORA), kind="speed", over="ours"),
+    ),
+    tuple(_stage_lines()),
+)
+ORDER = Table(
+    order.OP,
+    "An epoch over samples of which 60 % have an image, in the trainer's order and in any.",
+    (
+        Column("steps of one kind, alike lengths", "ours:grouped"),
+        Column("any order", "ours:random"),
+        Column("speed", "ours:random", kind="speed", over="ours:grouped"),
+    ),
+    tuple(
+        Line(f"{mix.images} samples with an image, {mix.texts} without", name, (order.MODE,))
+        for name, mix in order.MIXES.items()
+    ),
+)
+
+TABLES = (MODELS, TRAINING, ORDER, ATTENTION, LAYER, LOOKUP, DATA, PROMPT)

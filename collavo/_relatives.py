@@ -12,8 +12,8 @@ WAY_OF_LLAVA = (
 )
 WAY_OF_OFFICIAL = f"this is the official CoLLaVO: turn it into a CoLLaVO folder with {COMMAND}"
 WAY_OF_ORIGINAL = (
-    "this is a LLaVA in the original repository's format, which is not read yet; take its folder "
-    f"in transformers' format (LlavaForConditionalGeneration's) and {COMMAND}"
+    f"this is a LLaVA in the original repository's format: turn it into a CoLLaVO folder with "
+    f"{COMMAND}"
 )
 LLAVA_TYPES = (
     "llava",

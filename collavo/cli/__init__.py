@@ -27,8 +27,10 @@ DESCRIPTION = "CoLLaVO: a vision-language model that sees objects, on kernels of
 COMMANDS = {
     "demo": "train and measure a tiny CoLLaVO on drawn scenes, in minutes on a CPU",
     "prepare": "turn a COCO panoptic folder into shards of crayon maps and instructions",
+    "build": "put a LLaVA together from a language model and a CLIP tower",
     "convert": "turn the official CoLLaVO or a LLaVA into a CoLLaVO folder, or a folder back",
-    "train": "train a model: crayon prompt tuning (cpt) or instruction tuning (cit)",
+    "train": "train a stage: the crayon (cpt), adapters (cit), LLaVA's two (align, instruct)",
+    "labels": "see and check what of conversations is trained on, with any processor",
     "chat": "answer questions about an image with its panoptic map",
     "eval": "measure Class2Binary and Box2Class on a COCO panoptic folder",
     "show": "draw an image's segments, crayon grid and numbered boxes",
@@ -36,8 +38,8 @@ COMMANDS = {
     "bench": "run the benchmarks and write their tables and plots",
 }
 _MODULES = {"eval": "evaluate"}
-_NEED_A_MODEL = ("demo", "convert", "train", "chat", "eval")
-_READ_PICTURES = ("prepare", "train", "chat", "eval", "show")
+_NEED_A_MODEL = ("demo", "build", "convert", "train", "labels", "chat", "eval")
+_READ_PICTURES = ("prepare", "train", "labels", "chat", "eval", "show")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

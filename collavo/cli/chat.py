@@ -99,9 +99,9 @@ class _Chat:
         ).to(self.model.device)
         tokenizer = self.processor.tokenizer
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        tokens = self.model.generate(**inputs, **self.options, streamer=streamer)
-        new = tokens[0, inputs["input_ids"].shape[1] :]
-        answer = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+        options = {**self.options, **self.processor.stopping()}
+        tokens = self.model.generate(**inputs, **options, streamer=streamer)
+        answer: str = self.processor.answer(tokens[0, inputs["input_ids"].shape[1] :])
         self.turns.append({"role": "assistant", "content": answer})
         return answer
 

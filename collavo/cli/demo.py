@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also train one adapter in place of two, and two phases in place of the alternation",
     )
+    parser.add_argument(
+        "--llava",
+        action="store_true",
+        help="LLaVA's two stages in place of CoLLaVO's: build, align, instruct with the crayon",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
 
 
@@ -49,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seed: expected at least 0, got {args.seed}")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output: {args.output} is a file, expected a folder")
+    if args.llava and args.ablations:
+        raise ValueError("--ablations: expected without --llava, whose run has none")
     _quiet_libraries()
+    return _run_llava(args) if args.llava else _run_crayon(args)
+
+
+def _run_crayon(args: argparse.Namespace) -> int:
     from collavo.demo import answers, report
     from collavo.demo.estimate import estimate_seconds, in_words
     from collavo.demo.experiment import Experiment
@@ -83,6 +94,39 @@ def run(args: argparse.Namespace) -> int:
     print(report.check_lines(found))
     print(f"\nheld-out scene, {picture}:\n{answers.scene_lines(answered)}")
     print(f"\n{results.seconds['total']:.0f} s; report, pictures and model: {args.output}")
+    return _verdict(found, args)
+
+
+def _run_llava(args: argparse.Namespace) -> int:
+    from collavo.demo import report as common
+    from collavo.demo.estimate import estimate_llava, in_words
+    from collavo.demo.llava import report, sheet
+    from collavo.demo.llava.course import Course
+    from collavo.demo.llava.settings import FULL, QUICK
+
+    settings = QUICK if args.quick else FULL
+    args.output.mkdir(parents=True, exist_ok=True)
+    writing.check_file(args.output / "report.json")
+    start = time.perf_counter()
+    print(
+        f"collavo demo --llava, seed {args.seed}: {in_words(estimate_llava(settings))} on this "
+        f"machine ({common.machine_in_words()})",
+        flush=True,
+    )
+    progress = sys.stderr.isatty() and not args.no_progress
+    course = Course(settings, args.seed, args.output, tqdm.write, progress=progress)
+    results = course.run()
+    found = report.checks(results, settings)
+    shown, picture = sheet.scene_of(course), args.output / "scene.png"
+    sheet.draw(course, shown, picture)
+    course.save()
+    results.seconds["total"] = round(time.perf_counter() - start, 1)
+    made = report.content(results, found, settings, args.seed)
+    report.write(args.output, made, found)
+    print(f"\n{report.table(made['measurements'])}\n\n{report.STAND_INS}")
+    print(common.check_lines(found))
+    print(f"\nheld-out scene, {picture}:\n{sheet.scene_text(course, shown)}")
+    print(f"\n{results.seconds['total']:.0f} s; report, picture and model: {args.output}")
     return _verdict(found, args)
 
 

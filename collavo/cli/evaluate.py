@@ -12,6 +12,7 @@ from collavo import writing
 from collavo.cli import expect_text
 from collavo.evaluation import (
     CRAYON_USES,
+    ObjectQuestion,
     ObjectScore,
     answer_questions,
     box_questions,
@@ -77,16 +78,12 @@ def run(args: argparse.Namespace) -> int:
 
     expect_model_folder(args.model)  # before files that take minutes
     samples = CocoPanopticDataset(args.images, args.panoptic, args.annotations)
-    questions = []
-    if "c2b" in args.tasks:
-        questions += class_questions(
-            samples, limit=args.limit, candidates=args.candidates, seed=args.seed
-        )
-    if "b2c" in args.tasks:
-        questions += box_questions(samples, limit=args.limit)
+    questions = _questions(args, samples, "image")
     if not questions:
         raise ValueError(f"{args.annotations}: no image shows a countable object to ask about")
     model, processor = _load(args.model, args.device)
+    if processor.box_frame != "image":
+        questions = _questions(args, samples, processor.box_frame)
     results: dict[str, dict[str, ObjectScore]] = {}
     for use in args.crayon:
         answers = answer_questions(
@@ -105,6 +102,19 @@ def run(args: argparse.Namespace) -> int:
         results[use] = {task: score(task, questions, answers) for task in args.tasks}
     _write(args, results, len(samples))
     return 0
+
+
+def _questions(
+    args: argparse.Namespace, samples: CocoPanopticDataset, box_frame: str
+) -> list[ObjectQuestion]:
+    questions = []
+    if "c2b" in args.tasks:
+        questions += class_questions(
+            samples, limit=args.limit, candidates=args.candidates, seed=args.seed
+        )
+    if "b2c" in args.tasks:
+        questions += box_questions(samples, limit=args.limit, box_frame=box_frame)
+    return questions
 
 
 def _load(folder: str, device: str) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""``collavo train``: crayon prompt tuning or instruction tuning of a model folder.
+"""``collavo train``: one stage of training of a model folder.
 
 Beside the options of this file, every option of ``transformers.TrainingArguments`` is taken.
 """
@@ -8,22 +8,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
-from torch.utils.data import Dataset
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
-from collavo.panoptic.coco import CocoPanopticDataset
-from collavo.panoptic.coco_index import Skipped
-from collavo.prepared.read import PreparedDataset
 from collavo.train.arguments import CollavoTrainingArguments
-from collavo.train.schedule import STEP_KINDS
-
-Samples: TypeAlias = CocoPanopticDataset | PreparedDataset
+from collavo.train.stages import stage_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +24,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "collavo train --model DIR --stage {cpt,cit} --coco-images DIR (--panoptic DIR "
         "--annotations JSON | --prepared DIR) [--vl-data JSON ...] "
-        "[option of transformers.TrainingArguments ...]"
+        "[option of transformers.TrainingArguments ...]\n"
+        "       collavo train --model DIR --stage {align,instruct} --data JSON[:WEIGHT] ... "
+        "--images DIR [--preset NAME] [--adapters NAME ...] [option ...]"
     )
-    group = parser.add_argument_group("model and data")
+    group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, help="model folder: weights and processor")
+    group.add_argument("--max-length", type=int, help="longest sequence, in tokens")
+    group.add_argument("--lora-rank", type=int, help="rank of new adapters (64; instruct: 128)")
+    group.add_argument("--lora-alpha", type=float, help="alpha of new adapters (64; instruct: 256)")
+    group.add_argument("--lora-dropout", type=float, help="dropout of new adapters (0; 0.05)")
+    group.add_argument(
+        "--quantize", choices=["nf4"], help="bring the decoder to 4 bits (align, instruct)"
+    )
+    group.add_argument(
+        "--no-quantize", action="store_true", help="keep the decoder's weights dense (cit)"
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="continue from the last checkpoint in --output_dir"
+    )
+    _add_crayon(parser.add_argument_group("crayon instructions (cpt, cit) and panoptic maps"))
+    _add_conversations(parser.add_argument_group("conversations (align, instruct)"))
+
+
+def _add_crayon(group: Any) -> None:
     group.add_argument("--coco-images", type=Path, help="folder of the images")
     group.add_argument("--panoptic", type=Path, help="folder of the panoptic PNGs")
     group.add_argument("--annotations", type=Path, help="COCO panoptic JSON")
@@ -48,17 +61,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vl-coco-images",
         type=Path,
-        help="folder among --vl-images whose pictures have COCO's maps, such as coco/train2017 "
-        "(default: wherever one picture alone ends in a name that COCO lists)",
+        help="folder among --vl-images (--images) whose pictures have COCO's maps, such as "
+        "coco/train2017 (default: wherever one picture alone ends in a name that COCO lists)",
     )
-    group.add_argument("--max-length", type=int, help="longest sequence, in tokens")
-    group.add_argument("--lora-rank", type=int, default=64, help="rank of new adapters (cit)")
-    group.add_argument("--lora-alpha", type=float, default=64.0, help="alpha of new adapters (cit)")
+
+
+def _add_conversations(group: Any) -> None:
     group.add_argument(
-        "--no-quantize", action="store_true", help="keep the decoder's weights dense (cit)"
+        "--data",
+        nargs="+",
+        help="JSON, JSON lines or LLaVA-NeXT's YAML, each with :WEIGHT behind it or not",
     )
+    group.add_argument("--eval-data", nargs="+", help="held-out records, for a loss meanwhile")
+    group.add_argument("--images", type=Path, help="folder that their image paths start from")
+    group.add_argument("--template", help="chat template, saved with the model (default: stage's)")
     group.add_argument(
-        "--resume", action="store_true", help="continue from the last checkpoint in --output_dir"
+        "--image-order", default="first", help="where images stand: first, random or keep"
+    )
+    group.add_argument("--on-fault", default="skip", help="faulty records: skip or raise")
+    group.add_argument("--overlong", default="cut", help="longer records: cut, skip or raise")
+    group.add_argument(
+        "--segmenter", type=Path, help="folder of a CachedSegmenter's maps, for images without one"
     )
 
 
@@ -69,41 +92,24 @@ def parents() -> list[argparse.ArgumentParser]:
 
 def run(args: argparse.Namespace) -> int:
     """Train, with transformers' progress bars, and save the model in ``--output_dir``."""
-    from collavo.loading import expect_model_folder, load_folder
-    from collavo.train.collator import CrayonCollator
+    from collavo.cli.train_crayon import open_crayon
+    from collavo.cli.train_llava import open_llava
+    from collavo.loading import expect_model_folder
     from collavo.train.trainer import CollavoTrainer
 
     training = training_arguments(args)
     _check_workers(args, training)
     expect_model_folder(args.model)  # before files that take minutes
-    samples = coco_samples(args)
-    loaded, processor = load_folder(args.model)
-    model: Any = loaded
-    if isinstance(samples, PreparedDataset):
-        samples.check_crayon(
-            grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
-        )
-    skipped = list(samples.skipped) if isinstance(samples, CocoPanopticDataset) else []
-    image_data, vl_data = datasets(args, training, samples, processor.max_number, skipped.append)
-    missing = [name for name in STEP_KINDS if name not in model.decoder_settings().adapters]
-    if training.stage == "cit" and missing:
-        set_seed(training.seed)  # new adapters are drawn before the trainer sets it
-        model.add_dual_qlora(
-            missing, rank=args.lora_rank, alpha=args.lora_alpha, quantize=not args.no_quantize
-        )
+    drawn = stage_of(training.stage).drawn
+    opened = (open_crayon if drawn else open_llava)(args, training)
     trainer = CollavoTrainer(
-        model,
-        training,
-        image_data,
-        vl_data,
-        data_collator=CrayonCollator(processor, max_length=args.max_length),
-        processing_class=processor,
+        opened.model, training, processing_class=opened.processor, **opened.data
     )
     resume = args.resume or training.resume_from_checkpoint
     if trainer.is_world_process_zero():
         if not resume:
             trainer.unusable.begin()  # train() would forget what is added now
-        for one in skipped:
+        for one in opened.skipped:
             trainer.unusable(one)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -133,86 +139,6 @@ def training_arguments(args: argparse.Namespace) -> CollavoTrainingArguments:
     values = {name: getattr(args, name) for name in names}
     if values["output_dir"] is None:
         values["output_dir"] = f"collavo-{args.stage}"
+    if args.eval_data and values["eval_strategy"] == "no":
+        values["eval_strategy"] = "epoch"
     return CollavoTrainingArguments(**values)
-
-
-def coco_samples(args: argparse.Namespace) -> Samples | None:
-    """Open the COCO panoptic folder or what was prepared of it, or return None if none was named.
-
-    Raises:
-        ValueError: if only some of its parts were named.
-    """
-    parts = {
-        "--coco-images": args.coco_images,
-        "--panoptic": args.panoptic,
-        "--annotations": args.annotations,
-    }
-    if args.prepared is not None:
-        if args.panoptic is not None or args.annotations is not None:
-            raise ValueError("--prepared: expected without --panoptic and --annotations, got both")
-        parts = {"--coco-images": args.coco_images, "--prepared": args.prepared}
-    if all(path is None for path in parts.values()):
-        return None
-    missing = [name for name, path in parts.items() if path is None]
-    if missing:
-        raise ValueError(f"{missing[0]}: expected with {', '.join(parts)}, got none")
-    if args.prepared is not None:
-        return PreparedDataset(args.prepared, args.coco_images)
-    return CocoPanopticDataset(args.coco_images, args.panoptic, args.annotations, skip_faults=True)
-
-
-def datasets(
-    args: argparse.Namespace,
-    training: CollavoTrainingArguments,
-    samples: Samples | None,
-    max_number: int,
-    on_skip: Callable[[Skipped], None] | None = None,
-) -> tuple[Dataset[Any] | None, Dataset[Any] | None]:
-    """Build the two data sets; images of the VL data have the maps that COCO has for them.
-
-    Malformed records of the VL data are left out and handed to ``on_skip``.
-
-    Raises:
-        ValueError: if the stage needs a data set that was not named, or it is not clear which of
-            the VL data's images a map is for.
-    """
-    from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
-    from collavo.train.picture_maps import PictureMaps
-    from collavo.train.sampler import JoinedDataset
-
-    if samples is None and (training.stage == "cpt" or training.vl_probability < 1.0):
-        raise ValueError(
-            f"--coco-images: stage {training.stage} trains on crayon instructions; name "
-            "--coco-images and either --panoptic and --annotations or --prepared"
-        )
-    if training.stage == "cit" and training.vl_probability > 0.0 and not args.vl_data:
-        raise ValueError(
-            "--vl-data: stage cit draws visual instructions; name a JSON file, or set "
-            "--vl_probability 0"
-        )
-    image_data = None
-    if samples is not None:
-        image_data = CrayonInstructionDataset(
-            samples, seed=training.stream_seed, max_number=max_number
-        )
-    if training.stage == "cpt" or not args.vl_data:
-        return image_data, None
-
-    parts = [
-        ConversationDataset.from_llava_json(path, images=args.vl_images, on_skip=on_skip)
-        for path in args.vl_data
-    ]
-    if samples is not None:
-        folder = args.vl_coco_images
-        if folder is not None and args.vl_images is not None:
-            folder = args.vl_images / folder
-        pictures = [path for part in parts for path in part.pictures()]
-        first = training.process_index == 0
-        maps = PictureMaps(samples, pictures, folder=folder, sizes=first)
-        for part in parts:
-            part.panoptic = maps
-        if first:
-            print(maps.summary())
-    elif args.vl_coco_images is not None:
-        raise ValueError("--vl-coco-images: expected with --coco-images, whose maps it is about")
-    return image_data, JoinedDataset(parts)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from collavo.conversations.records import (
-    Record,
-    check_record,
-    entry_name,
-    from_llava,
-    record_images,
-    record_name,
-)
+from collavo.conversations.inspection import Inspector, Overlong
+from collavo.conversations.llava import IMAGE_ORDERS, ImageOrder
+from collavo.conversations.mixed import MixedRecords, open_source, report_skipped
+from collavo.conversations.mixture import read_sources
+from collavo.conversations.records import Record, check_record, record_images, record_name
 from collavo.panoptic.coco_index import Skipped
 from collavo.panoptic.file_names import inner_name
 from collavo.panoptic.images import read_image
-from collavo.panoptic.json_files import read_json
 from collavo.panoptic.maps import MapInput, PathLike
 
 
@@ -36,6 +32,11 @@ class ConversationDataset(Dataset[Record]):
             of their own; ``PictureMaps``, a panoptic model or a store of its results.
 
     Attributes:
+        records: The records as they were given, images as paths; read when asked for, where they
+            come from a file.
+        with_image: Which records have an image, bool ``[n]``.
+        lengths: Tokens of each, images included, int32 ``[n]``; None if nothing measured them.
+        num_cut: How many lose their last answers to ``max_length``.
         skipped: What ``from_llava_json`` left out, and why.
 
     Raises:
@@ -54,67 +55,104 @@ class ConversationDataset(Dataset[Record]):
         images: PathLike | None = None,
         panoptic: Callable[[Path], MapInput | None] | None = None,
     ) -> None:
-        self.records = [
+        self.records: Sequence[Record] = [
             check_record(record, record_name(record, f"records[{i}]"))
             for i, record in enumerate(records)
         ]
         self.skipped: list[Skipped] = []
+        self.with_image = np.array([bool(record_images(one)[0]) for one in self.records], np.bool_)
+        self.lengths: np.ndarray[Any, Any] | None = None
+        self.num_cut = 0
         self.images = None if images is None else Path(images)
         self.panoptic = panoptic
 
     @classmethod
     def from_llava_json(
         cls,
-        path: PathLike,
+        path: PathLike | Sequence[PathLike | tuple[PathLike, float]],
         *,
         images: PathLike | None = None,
         panoptic: Callable[[Path], MapInput | None] | None = None,
+        image_order: ImageOrder = "first",
+        seed: int = 0,
+        on_fault: Literal["skip", "raise"] = "skip",
         on_skip: Callable[[Skipped], None] | None = None,
+        processor: Any = None,
+        max_length: int | None = None,
+        overlong: Overlong = "cut",
+        workers: int | None = None,
+        cache: PathLike | None = None,
+        progress: bool = False,
     ) -> ConversationDataset:
         """Read LLaVA's format: a list of ``{"image", "conversations": [{"from", "value"}]}``.
 
-        A malformed record does not end the others: it is left out and listed in ``skipped``, and a
-        warning says how many there are.
+        Every record is looked at once: its turns, whether its images are there and readable by
+        their headers, and, with a processor, whether an answer is left within ``max_length``. What
+        was read and found is kept beside the file (or in the user's cache, where that folder takes
+        none) by content and settings, so a second time takes no time. Records stay there, mapped
+        into memory: processes share them. A faulty record does not end the others: it is left out
+        and listed in ``skipped`` and in ``skipped.jsonl``. An image that is removed afterwards is a
+        fault when it is read; one that was missing is looked for again each time.
 
         Args:
-            path: The JSON.
-            images: As the class itself.
+            path: A file in JSON or JSON lines, LLaVA-NeXT's YAML of a mixture, or several, alone or
+                with a weight each; see ``collavo.conversations.mixture.read_sources``. With weight
+                2.5 every record of a file counts twice, and half of them, drawn by the seed once
+                for all epochs, once more.
+            images: Folder that image paths start from, and do not leave; None takes paths as they
+                are.
             panoptic: As the class itself.
+            image_order: ``"first"`` puts images before the words of their turn, as LLaVA's code
+                does; ``"keep"`` leaves them where ``<image>`` stands; ``"random"``, as LLaVA's
+                paper, draws it for the first question.
+            seed: What is drawn follows from it and the record's number alone.
+            on_fault: ``"raise"`` raises the first fault instead.
             on_skip: Called with every record that is left out, in place of the warning.
+            processor: Measures conversations, so that there are ``lengths``.
+            max_length: Longest conversation in tokens, images included; needs a processor.
+            overlong: What becomes of longer ones: ``"cut"`` after their last whole answer that
+                fits, ``"skip"`` leaves them out as faulty, ``"raise"`` raises.
+            workers: Processes that look at records; 0 is this one, None up to eight.
+            cache: Folder for what is kept; None as said above.
+            progress: Whether to show a bar.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if there is no such file, or no folder ``images``.
+            OSError: naming the folders, if nothing can be kept anywhere.
             ValueError: naming the file, if it is no list in JSON; or naming the first record too,
-                if all of them are malformed.
+                if all of them are faulty or ``on_fault`` says so.
 
-        Source: LLaVA's data format; an ``<image>`` that is an image's place is taken out, since the
-            chat template puts images first.
+        Source: LLaVA's data format; :func:`collavo.conversations.llava.read_llava` has the rules.
         """
-        path = Path(path)
-        content = read_json(path)
-        if not isinstance(content, list):
-            raise ValueError(f"{path}: expected a list of records, got {type(content).__name__}")
-        records, skipped = [], []
-        for position, entry in enumerate(content):
-            name = entry_name(entry, f"{path}: [{position}]")
-            try:
-                records.append(check_record(from_llava(entry, name), name))
-            except ValueError as error:
-                skipped.append(Skipped(name, str(error).removeprefix(f"{name}: ")))
-        if skipped and not records:
-            raise ValueError(f"{skipped[0].name}: {skipped[0].reason}")
-        if on_skip is not None:
-            for one in skipped:
-                on_skip(one)
-        elif skipped:
-            warnings.warn(
-                f"{path}: {len(skipped)} of {len(content)} records are left out and listed in "
-                f"'skipped'; the first: {skipped[0].name}: {skipped[0].reason}",
-                stacklevel=2,
-            )
+        for name, value, choices in (
+            ("image_order", image_order, IMAGE_ORDERS),
+            ("on_fault", on_fault, ("skip", "raise")),
+            ("overlong", overlong, ("cut", "skip", "raise")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        if max_length is not None and processor is None:
+            raise ValueError("max_length: expected with a processor, which counts tokens, got none")
+        if images is not None and not Path(images).is_dir():
+            raise FileNotFoundError(f"images: there is no folder {images}")
+        folder = None if images is None else Path(images)
+        inspector = Inspector(folder, image_order, seed, processor, max_length, overlong)
+        opened = [
+            open_source(one, inspector, folder=cache, workers=workers, progress=progress)
+            for one in read_sources(path)
+        ]
         data = cls([], images=images, panoptic=panoptic)
-        data.records, data.skipped = records, skipped  # checked already
+        records = MixedRecords(opened, inspector, seed)
+        data._take(records, measured=processor is not None)
+        report_skipped(opened, records, strict=on_fault == "raise", to=on_skip)
         return data
+
+    def _take(self, records: MixedRecords, *, measured: bool) -> None:
+        self.records = records
+        self.skipped = records.skipped
+        self.with_image = records.with_image
+        self.lengths = records.lengths if measured else None
+        self.num_cut = int(records.cut.sum())
 
     def __len__(self) -> int:
         return len(self.records)
@@ -136,6 +174,14 @@ class ConversationDataset(Dataset[Record]):
         except (ValueError, OSError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"{self.file_name(index)}: {error}") from error
+
+    def fingerprint(self) -> str | None:
+        """Return what differs where other records come in another order; None where unknown.
+
+        It is known of ``from_llava_json``, which reads the files through; pictures are not read.
+        """
+        own = self.records
+        return own.fingerprint() if isinstance(own, MixedRecords) else None
 
     def file_name(self, index: int) -> str:
         """Return what to call a record in reports: its file, its number there and its id.

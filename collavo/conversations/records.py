@@ -1,4 +1,4 @@
-"""Training records: what one is, and how one of LLaVA's format becomes one.
+"""Training records: what one is, and what messages call it.
 
 A record is a mapping: ``image`` (an RGB image, a path, a list of them, or None), ``panoptic`` (a
 ``PanopticMap``, a ``CrayonMap`` or None for each image), ``conversation`` (messages with ``role``
@@ -17,14 +17,6 @@ from collavo.processing.batch import flatten_images
 from collavo.processing.chat_templates import IMAGE_TOKEN
 
 Record: TypeAlias = dict[str, Any]
-
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 def record_images(record: Mapping[str, Any]) -> tuple[list[Any], list[MapInput | None]]:
@@ -210,57 +202,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def from_llava(record: object, where: str) -> Record:
-    """Make a record of one in LLaVA's format.
-
-    In what a human says ``<image>`` is an image's place: each of them, if there are as many as
-    images, else those on a line of their own. They are taken out, since images go first. Every
-    other is text, as are all that the model says.
-
-    Args:
-        record: ``{"image", "conversations": [{"from", "value"}]}``.
-        where: What to call it in messages.
-
-    Raises:
-        ValueError: naming ``where`` and the key.
-    """
-    turns = record.get("conversations") if isinstance(record, Mapping) else None
-    if not isinstance(record, Mapping) or not isinstance(turns, list):
-        raise ValueError(
-            f"{where}: expected 'conversations' as a list of turns, got {shown(turns)}"
-        )
-    conversation = []
-    for position, turn in enumerate(turns):
-        role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, Mapping) else None
-        value = turn.get("value") if isinstance(turn, Mapping) else None
-        if role is None or not isinstance(value, str):
-            raise ValueError(
-                f"{where}: conversations[{position}]: expected 'from' (human or gpt) and 'value', "
-                f"got {shown(turn)}"
-            )
-        conversation.append({"role": role, "content": value})
-    made = {"image": record.get("image"), "conversation": conversation}
-    try:
-        images, _ = record_images(made)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    asked = [turn for turn in conversation if turn["role"] == "user"]
-    tags = sum(turn["content"].count(IMAGE_TOKEN) for turn in asked)
-    lone = sum(_lone_tags(turn["content"]) for turn in asked)
-    if lone > len(images) or (images and tags > len(images) != lone):
-        raise ValueError(
-            f"{where}: expected {max(lone, 1) if not images else tags} images in 'image', one for "
-            f"each {IMAGE_TOKEN}, got {shown(record.get('image'))}"
-        )
-    for turn in conversation:
-        text = turn["content"]
-        if turn["role"] == "user" and images:
-            text = text.replace(IMAGE_TOKEN, "") if tags == len(images) else _without_lone(text)
-        turn["content"] = text.strip()
-    return made
-
-
-def _without_lone(text: str) -> str:
-    return "".join(line for line in text.splitlines(keepends=True) if line.strip() != IMAGE_TOKEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,12 @@ class Options:
         quantize: ``"nf4"`` writes the decoder's linear layers in 4 bits.
         crayon_mode: Of the target; None is the source's own way.
         image_token: The image token's word, or its id; None is ``<image>``.
+        vision_folder: The CLIP tower of a LLaVA in its own repository's format that lacks it, or
+            lacks its settings.
+        projector: A file of LLaVA's projector, such as ``mm_projector.bin``, which takes the place
+            of the source's.
+        chat_template: The name of the processor's template, for a LLaVA in its own repository's
+            format; None is LLaVA's own choice by the kind of decoder.
 
     Raises:
         ValueError: naming the option that is none of these.
@@ -35,6 +42,9 @@ class Options:
     quantize: Literal["nf4"] | None = None
     crayon_mode: str | None = None
     image_token: str | int | None = None
+    vision_folder: str | PathLike[str] | None = None
+    projector: str | PathLike[str] | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         """Check what a caller in Python gives."""

@@ -8,21 +8,20 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from collavo.configuration import CollavoConfig
+from collavo.conversion.fresh import plan_crayon
 from collavo.conversion.kinds import ImageToken, Options
-from collavo.conversion.plan import DERIVED, Header, Output, Plan, Tensors
+from collavo.conversion.plan import DERIVED, Header, Plan, Tensors
 from collavo.conversion.shapes import on_meta
 from collavo.model.described import describe_llava
 from collavo.model.families import token_id, token_ids
@@ -57,11 +56,11 @@ def plan_llava(
         ValueError: naming the tensors, the field of the configuration, or the option.
     """
     base = read_llava_config(where, values)
-    stock = _stock_on_meta(where, base)
+    stock = stock_on_meta(where, base)
     _check_image_token(where, stock, image_token)
     names = _modern_names(where, stock, headers)
     tied = dict(getattr(stock, "all_tied_weights_keys", None) or {})
-    config, model = _target(base, stock, options)
+    config, model = target_on_meta(base, stock, options)
     tensors = Tensors({n: header for n, header in headers.items() if n in names}, where)
     sources = {new: old for old, new in names.items() if old in tensors.headers}
     if isinstance(config, CollavoConfig):
@@ -74,7 +73,7 @@ def plan_llava(
             tensors.copy(name, sources[name], tuple(tensor.shape))
         elif tied.get(name) not in sources:
             tensors.take(name, tuple(tensor.shape))  # which is missing
-    _plan_crayon(tensors, model)
+    plan_crayon(tensors, model)
     found = [n for n, module in model.named_modules() if isinstance(module, CollavoLinear)]
     return config, tensors.plan([f"{name}.weight" for name in found])
 
@@ -117,7 +116,16 @@ def llava_image_token(values: Mapping[str, Any]) -> int | None:
     return token_id(read_llava_config("config.json", values))
 
 
-def _stock_on_meta(where: str, base: PretrainedConfig) -> Any:
+def stock_on_meta(where: str, base: PretrainedConfig) -> Any:
+    """Return a family's own model without weights.
+
+    Args:
+        where: What it is of.
+        base: Its configuration.
+
+    Raises:
+        ValueError: if transformers has none of images and text for it, or cannot make it.
+    """
     if type(base) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{where}: model_type {base.model_type!r}: not a model of images and text")
     kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(base)]
@@ -172,8 +180,14 @@ def _modern_names(where: str, stock: Any, headers: Mapping[str, Header]) -> dict
     return found
 
 
-def _target(base: Any, stock: Any, options: Options) -> tuple[PretrainedConfig, Any]:
-    """Return what the target's ``config.json`` says, and its model on "meta", dense."""
+def target_on_meta(base: Any, stock: Any, options: Options) -> tuple[PretrainedConfig, Any]:
+    """Return what the target's ``config.json`` says, and its model on "meta", dense.
+
+    Args:
+        base: A LLaVA's configuration.
+        stock: Its model on "meta"; is patched where the target is not a CoLLaVO.
+        options: Of which ``crayon_mode`` and ``quantize`` are read.
+    """
     mode = options.crayon_mode or "attention"
     if (
         base.model_type == "llava"
@@ -193,33 +207,3 @@ def _target(base: Any, stock: Any, options: Options) -> tuple[PretrainedConfig, 
     if options.quantize is not None:
         cast(dict[str, Any], config.crayon)["base"] = list(_BLOCK)
     return config, stock
-
-
-def _plan_crayon(tensors: Tensors, model: nn.Module) -> None:
-    """Plan to draw the crayon, a module at a time; its adapters' like start without effect."""
-    drawn = 0
-    owners = [
-        (name, module)
-        for name, module in model.named_modules()
-        if part_of(f"{name}.") is not None and hasattr(module, "reset_parameters")
-    ]
-    taken: tuple[str, ...] = ()
-    for name, module in owners:
-        if name.startswith(taken or ("\0",)):
-            continue  # drawn with the module that it is in
-        taken = (*taken, f"{name}.")
-        outputs = [
-            Output(f"{name}.{key}", tuple(value.shape), value.dtype)
-            for key, value in module.state_dict().items()
-        ]
-        tensors.make(outputs, [], partial(_drawn, module))
-        drawn += len(outputs)
-    if drawn:
-        how = "an untrained crayon, which has no effect yet, is added"
-        tensors.note(f"{how}: train it with collavo train --stage cpt")
-
-
-def _drawn(module: nn.Module) -> list[Tensor]:
-    made: Any = copy.deepcopy(module).to_empty(device="cpu")
-    made.reset_parameters()
-    return [value.detach() for value in made.state_dict().values()]

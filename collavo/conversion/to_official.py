@@ -94,6 +94,7 @@ def _expect_official(config: CollavoConfig, where: str) -> None:
         ("tie_word_embeddings", bool(config.tie_word_embeddings), False),
         ("mlp_bias", text.mlp_bias, False),
         ("head_dim", text.head_dim or head_dim, head_dim),
+        ("projector_type", config.projector_type, "mlp2x_gelu"),
         ("rope_type", rope if rope == "dynamic" else "default", rope),
         ("vision_config", vision.model_type, "clip_vision_model"),
     )

@@ -55,10 +55,15 @@ class FolderWeights:
 
     def __init__(self, folder: str | PathLike[str]) -> None:
         self.folder = Path(folder)
+        files, placed = _find(self.folder)
+        self._look(files)
+        if placed is not None:
+            self._check_places(placed)
+
+    def _look(self, files: list[Path]) -> None:
         self._opened: tuple[Path, Mapping[str, Tensor]] | None = None
         self._files: dict[str, Path] = {}
         headers: dict[str, Header] = {}
-        files, placed = _find(self.folder)
         for file in files:
             for name, header in self._headers_of(file):
                 if name in self._files:
@@ -69,8 +74,6 @@ class FolderWeights:
         self._opened = None
         self.headers: Mapping[str, Header] = headers
         self.largest = max(file.stat().st_size for file in files)
-        if placed is not None:
-            self._check_places(placed)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -124,6 +127,27 @@ class FolderWeights:
                 f"{self.folder}: tensors are in its shards and not in their index: "
                 f"{listed(sorted(surplus))}"
             )
+
+
+class FileWeights(FolderWeights):
+    """The tensors of one safetensors or weights-only torch file.
+
+    Args:
+        file: Ends in ``.safetensors`` or ``.bin``.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is truncated or none of its format.
+    """
+
+    def __init__(self, file: str | PathLike[str]) -> None:
+        path = Path(file)
+        if path.suffix not in (".bin", ".safetensors"):
+            raise ValueError(f"{path}: expected a file of tensors, .bin or .safetensors")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        self.folder = path
+        self._look([path])
 
 
 def _find(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:

@@ -60,12 +60,12 @@ class Patches:
     labels: Tensor
 
     @classmethod
-    def read(cls, scenes: Scenes, processor: CollavoProcessor) -> Patches:
+    def read(cls, scenes: Scenes, image_processor: Any) -> Patches:
         """Read the scenes and look up their patches with the package's operator.
 
         Args:
             scenes: The training scenes.
-            processor: Gives the pixels.
+            image_processor: Gives the pixels.
         """
         samples = list(scenes)
         maps = [sample.panoptic for sample in samples]
@@ -76,12 +76,17 @@ class Patches:
             grid=(GRID, GRID),
         )
         images = [sample.image for sample in samples]
-        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
         order = torch.zeros(134, dtype=torch.long)
         for position, name in enumerate((*THING_NAMES, *STUFF_NAMES)):
             order[class_index(name) + 1] = position
         classes = crayon.row_class[crayon.row_index.long()]
         return cls(pixels, order[classes.long()])
+
+    def words(self) -> list[str]:
+        """Write every image down: what its patches show, a word each, row by row."""
+        names = (*THING_NAMES, *STUFF_NAMES)
+        return [" ".join(names[index] for index in row) for row in self.labels.tolist()]
 
 
 def align_vision(
@@ -127,7 +132,7 @@ def align_vision(
         where = (features[..., : 2 * SLOT] - place).pow(2).mean() / place.pow(2).mean()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + where
         loss = loss + 0.1 * (scale - 1.0).pow(2).mean()
-        _step(optimizer, loss, parameters)
+        optimizer_step(optimizer, loss, parameters)
         things = labels < len(THING_NAMES)
         right.append(float((logits.argmax(-1) == labels)[things].float().mean()))
     tower.requires_grad_(False)
@@ -177,7 +182,7 @@ def train_language(
         loss = answer_loss(output.logits, labels)
         losses.append(float(loss.detach()))
         auxiliary = helper.loss(model, output.hidden_states, batch["input_ids"], labels)
-        _step(optimizer, loss + auxiliary, parameters)
+        optimizer_step(optimizer, loss + auxiliary, parameters)
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return [sum(ten) / len(ten) for ten in (losses[i : i + 10] for i in range(0, steps, 10))]
 
@@ -286,9 +291,16 @@ def _word_ids(processor: CollavoProcessor, names: tuple[str, ...]) -> Tensor:
     return torch.tensor(ids)
 
 
-def _step(
+def optimizer_step(
     optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[torch.nn.Parameter]
 ) -> None:
+    """Take one step along a loss, its gradient's norm cut to 1.
+
+    Args:
+        optimizer: Of the parameters.
+        loss: With its graph.
+        parameters: What is trained.
+    """
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -15,9 +15,10 @@ import torch
 from collavo.demo import base
 from collavo.demo.conversations import Talks, base_talk, image_talk, vl_talk
 from collavo.demo.language import build_tokenizer
+from collavo.demo.llava.settings import Settings as LlavaSettings
 from collavo.demo.model import build_model, build_processor
 from collavo.demo.scenes import make_scene
-from collavo.demo.settings import Settings
+from collavo.demo.settings import QUICK, Settings
 from collavo.demo.storage import Scenes, write_scenes
 from collavo.demo.tuning import Phase, run_phase
 
@@ -26,6 +27,10 @@ _STEPS = 3
 _SCENE = 0.006
 _VISION_STEP = 0.32
 _QUESTIONS = 11.0
+# The same of --llava, of a language step of the quick run's batch.
+_ALIGN_STEP = 0.6
+_INSTRUCT_STEP = 2.0
+_LLAVA_QUESTIONS = 0.6
 
 
 def estimate_seconds(settings: Settings) -> float:
@@ -47,6 +52,21 @@ def estimate_seconds(settings: Settings) -> float:
     beside = _SCENE * scenes + _QUESTIONS * shown * measured
     in_language_steps = beside + (0.0 if settings.shipped_base else trained)
     return language * in_language_steps + tuning * tuned * runs
+
+
+def estimate_llava(settings: LlavaSettings) -> float:
+    """Return about how long a run of ``collavo demo --llava`` takes here, as the other's.
+
+    Args:
+        settings: Of the run.
+    """
+    with TemporaryDirectory() as name, _random_state_kept():
+        step, _ = _step_seconds(QUICK, Path(name))
+    share = settings.batch_size / QUICK.batch_size
+    trained = _ALIGN_STEP * settings.align_steps + _INSTRUCT_STEP * settings.instruct_steps
+    scenes = settings.train_scenes + settings.test_scenes
+    asked = _LLAVA_QUESTIONS * settings.test_scenes
+    return step * (share * trained + _SCENE * scenes + asked)
 
 
 def in_words(seconds: float) -> str:

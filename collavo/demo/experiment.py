@@ -142,7 +142,7 @@ class Experiment:
         self.processor = build_processor(tokenizer)
         self.model = build_model(tokenizer)
         with self.timed("base"):
-            patches = base.Patches.read(self.train, self.processor)
+            patches = base.Patches.read(self.train, self.processor.image_processor)
             seen = base.align_vision(
                 self.model,
                 self.processor,

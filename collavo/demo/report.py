@@ -208,7 +208,16 @@ def write_json(
         "seconds": results.seconds,
         "losses": results.losses,
     }
-    # A line an entry: to be read, and to be compared by line.
+    write_content(path, content)
+
+
+def write_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a report as JSON, a line an entry: to be read, and to be compared by line.
+
+    Args:
+        path: The file.
+        content: Entries by name.
+    """
     entries = ",\n".join(f"{json.dumps(key)}: {_entry(value)}" for key, value in content.items())
     writing.write_file(path, f"{{\n{entries}\n}}\n".encode())
 

@@ -18,7 +18,7 @@ from collavo.evaluation.answering import with_crayon
 from collavo.processing.processor import CollavoProcessor
 from collavo.train import CollavoTrainer, CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator
-from collavo.train.schedule import STEP_KINDS, StepKind
+from collavo.train.schedule import STEP_KINDS
 
 Stage = Literal["cpt", "cit"]
 
@@ -59,14 +59,14 @@ class Trained:
     """
 
     losses: list[float]
-    steps: dict[StepKind, int]
+    steps: dict[str, int]
     idle_kept: bool
 
 
 class _OneAdapter(CollavoTrainer):
     """Both kinds of steps train one adapter; the other stays without effect."""
 
-    def trained_adapter(self, kind: StepKind) -> StepKind:
+    def trained_adapter(self, kind: str) -> str:
         return "image"
 
 
@@ -92,8 +92,13 @@ class PhaseCollator:
 
 
 @dataclass
-class _Watch(TrainerCallback):
-    """A progress bar, the losses that the trainer logs, and the bits of the idle adapter."""
+class Watch(TrainerCallback):
+    """A progress bar, the losses that the trainer logs, and the bits of the idle adapter.
+
+    Args:
+        label: What the bar calls the run.
+        show: Whether there is a bar.
+    """
 
     label: str
     show: bool
@@ -103,19 +108,22 @@ class _Watch(TrainerCallback):
     _idle: list[Tensor] = field(default_factory=list)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
         self.bar = tqdm(total=state.max_steps, desc=self.label, disable=not self.show, leave=False)
 
     def _idle_parameters(self, step: int, model: Any) -> list[nn.Parameter]:
-        if self.trainer is None or self.trainer.args.stage != "cit":
+        if self.trainer is None or not self.trainer.stage.alternating:
             return []
         trained = self.trainer.trained_adapter(self.trainer.schedule.kind(step))
         idle = [name for name in STEP_KINDS if name != trained]
         return [p for name in idle for p in model.adapter_parameters(name)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Copy what the step must leave."""
         self._idle = snapshot(self._idle_parameters(state.global_step, kwargs["model"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare it."""
         self.bar.update(1)
         now = self._idle_parameters(state.global_step - 1, kwargs["model"])
         self.idle_kept &= same_bits(self._idle, now)
@@ -123,11 +131,13 @@ class _Watch(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
+        """Keep the loss."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
         self.bar.close()
 
 
@@ -178,7 +188,7 @@ def run_phase(
     def talks(talk: Talk | None) -> Talks | None:
         return None if talk is None else Talks(scenes, talk, seed, rounds=rounds)
 
-    watch = _Watch(phase.name, progress)
+    watch = Watch(phase.name, progress)
     trainer = (_OneAdapter if phase.one_adapter else CollavoTrainer)(
         model,
         arguments,
@@ -192,7 +202,8 @@ def run_phase(
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     trainer.train()
-    return Trained(watch.losses, trainer.schedule.counts(0, phase.steps), watch.idle_kept)
+    steps = trainer.schedule.counts(0, phase.steps)
+    return Trained(watch.losses, steps, watch.idle_kept)
 
 
 def snapshot(parameters: Any) -> list[Tensor]:

@@ -146,9 +146,6 @@ def _generate(
     inputs = {key: value.to(model.device) for key, value in batch.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = tokens[:, inputs["input_ids"].shape[1] :]
-    return [
-        str(text).strip()
-        for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    ]
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, **processor.stopping()}
+    tokens = model.generate(**inputs, **options)
+    return [processor.answer(new) for new in tokens[:, inputs["input_ids"].shape[1] :]]

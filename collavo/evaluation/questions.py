@@ -16,6 +16,7 @@ from collavo._arguments import expect_like
 from collavo.panoptic.categories import NUM_THINGS, class_index, display_name, is_thing
 from collavo.panoptic.coco import CocoPanopticDataset
 from collavo.panoptic.text import Detection, detections_from_map, format_box
+from collavo.processing.box_frames import box_in_frame
 
 Kind = Literal["c2b", "b2c"]
 
@@ -122,19 +123,25 @@ def class_questions(
 
 
 def box_questions(
-    samples: CocoPanopticDataset, *, limit: int | None = None
+    samples: CocoPanopticDataset, *, limit: int | None = None, box_frame: str = "image"
 ) -> list[ObjectQuestion]:
     """Make B2C questions: one per thing in an image.
 
     Args:
         samples: A COCO panoptic data set.
         limit: Only the first so many images; None takes all.
+        box_frame: What boxes are fractions of, as of the model's ``CollavoProcessor``.
+
+    Raises:
+        ValueError: if there is no such frame.
     """
-    return [
-        ObjectQuestion("b2c", index, one.name, ask_class(one.box), one.name)
-        for index in _images(samples, limit)
-        for one in things(samples, index)
-    ]
+    questions = []
+    for index in _images(samples, limit):
+        height, width = samples.panoptic_map(index).size
+        for one in things(samples, index):
+            text = ask_class(box_in_frame(one.box, height, width, box_frame))
+            questions.append(ObjectQuestion("b2c", index, one.name, text, one.name))
+    return questions
 
 
 def _images(samples: CocoPanopticDataset, limit: int | None) -> range:

@@ -62,7 +62,7 @@ def describe_llava(model: Any, settings: CollavoTextConfig) -> CollavoLlavaConfi
     own = {name: getattr(settings, name) for name in TEXT_FIELDS if name != "extra_embeddings"}
     values = model.config.to_dict()
     values.pop("quantization_config", None)
-    values["dtype"] = str(model.dtype).removeprefix("torch.")
+    values["dtype"] = str(model.resting_dtype()).removeprefix("torch.")
     crayon = {"decoder": own, "base": _collapsed(_bases(decoder)), **sizes}
     return CollavoLlavaConfig(base_config=values, crayon=crayon)
 

@@ -42,6 +42,11 @@ class CollavoModel(CrayonModelMixin, LoadedWhole, SavedWhole, LlavaModel):  # ty
         if config.vision_config.model_type == "clip_vision_model":
             # Before transformers 5.6 it is a module in a module: tensors would have other names.
             self.vision_tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        if config.projector_type == "linear":
+            made = self.multi_modal_projector.linear_1  # the same two widths
+            cast(Any, self).multi_modal_projector = nn.Linear(
+                made.in_features, made.out_features, bias=config.multimodal_projector_bias
+            )
         self.crayon_adapters = tuple(config.adapters)
         self.crayon_image_adapters = tuple(config.image_adapters)
         self.crayon_prompt: CrayonPrompt | None = None

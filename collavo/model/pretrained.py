@@ -51,6 +51,15 @@ class SavedWhole:
     """Put before a model class of transformers: a save replaces a folder's model as a whole."""
 
     config: Any
+    # What the model had before training made the trained part float32.
+    dtype_at_rest: torch.dtype | None = None
+
+    def resting_dtype(self) -> torch.dtype:
+        """Return the dtype that a saved model is loaded in: that of what is not trained."""
+        model = cast(Any, self)
+        held = {parameter.dtype for parameter in model.parameters()}
+        known = self.dtype_at_rest in held
+        return cast(torch.dtype, self.dtype_at_rest if known else model.dtype)
 
     def save_pretrained(
         self,
@@ -91,6 +100,11 @@ class SavedWhole:
                 with written_folder(save_directory, weight_patterns(variant)) as partial:
                     save(partial, **kwargs)
                     sign_index(partial, variant)
+                    # transformers says the dtype of the first parameter.
+                    dtype = str(self.resting_dtype()).removeprefix("torch.")
+                    if str(self.config.dtype).removeprefix("torch.") != dtype:
+                        self.config.dtype = dtype
+                        self.config.save_pretrained(partial)
         except NotImplementedError as error:
             raise ValueError(
                 f"save_pretrained: {error} Where the model has a device map of one place, "

@@ -52,7 +52,7 @@ from collavo.panoptic.prompts import (
     VisualPrompt,
     rasterize_prompts,
 )
-from collavo.panoptic.segmenter_cache import CachedSegmenter
+from collavo.panoptic.segmenter_cache import CachedMaps, CachedSegmenter
 from collavo.panoptic.segmenters import TransformersSegmenter
 from collavo.panoptic.text import (
     Detection,
@@ -89,6 +89,7 @@ __all__ = [
     "NUM_THINGS",
     "TEMPLATES",
     "BoxPrompt",
+    "CachedMaps",
     "CachedSegmenter",
     "ClickPrompt",
     "CocoPanopticDataset",

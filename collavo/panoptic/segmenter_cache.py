@@ -132,7 +132,7 @@ class CachedSegmenter:
             if found is not None:
                 maps[key] = found
         for key, panoptic in zip(missing, self._segment(list(missing.values())), strict=True):
-            self._write(key, panoptic)
+            self._write(key, panoptic, settings)
             maps[key] = panoptic
         return [maps[key] for key in keys]
 
@@ -164,29 +164,19 @@ class CachedSegmenter:
                 f"settings: expected what JSON can store, so that runs can compare it, got {error}"
             ) from error
 
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.npz"
-
     def _read(self, key: str) -> PanopticMap | None:
-        path = self._path(key)
-        if not path.exists():
-            return None
         try:
-            # Opened here: NumPy leaves the file open where it is no zip.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                if str(stored["key"]) != key:
-                    raise ValueError("it belongs to another image or other settings")
-                return PanopticMap(*(torch.from_numpy(stored[name]) for name in _FIELDS))
-        except FileNotFoundError:
-            return None
+            return _read(self.folder, key)
         except _DAMAGED as error:
             warnings.warn(
-                f"{path}: the cached map is unreadable and is made again ({error})", stacklevel=4
+                f"{_path(self.folder, key)}: the cached map is unreadable and is made again "
+                f"({error})",
+                stacklevel=4,
             )
             return None
 
-    def _write(self, key: str, panoptic: PanopticMap) -> None:
-        path = self._path(key)
+    def _write(self, key: str, panoptic: PanopticMap, settings: str) -> None:
+        path, facts = _path(self.folder, key), _facts(self.folder, settings)
         arrays: dict[str, Any] = {name: getattr(panoptic, name).numpy() for name in _FIELDS}
         content = BytesIO()
         np.savez_compressed(content, key=np.array(key), **arrays)
@@ -195,12 +185,96 @@ class CachedSegmenter:
             # Every write has a name of its own: two workers with the same image both succeed, and
             # the later rename wins. What a power failure damages is made again.
             writing.write_file(path, content.getvalue(), sync=False)
+            if not facts.exists():
+                writing.write_file(facts, settings.encode(), sync=False)
         except OSError as error:
             # A run of hours does not end because its cache is full.
             warnings.warn(
                 f"{self.folder}: a map could not be kept there and will be made again ({error})",
                 stacklevel=4,
             )
+
+
+class CachedMaps:
+    """The maps that a ``CachedSegmenter`` has kept, read without its segmenter.
+
+    Args:
+        folder: In which one segmenter, with one choice of settings, has kept its maps.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no map in it.
+        ValueError: if maps of several settings lie there.
+
+    Example:
+        >>> import tempfile
+        >>> def nothing(image):
+        ...     ids = torch.zeros(image.height, image.width, dtype=torch.int32)
+        ...     return PanopticMap.from_segments(ids, [], [])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = CachedSegmenter(nothing, folder, settings="nothing, v1")(Image.new("L", (4, 2)))
+        ...     maps = CachedMaps(folder)
+        ...     maps(Image.new("L", (4, 2))) is None, maps(Image.new("L", (2, 4))) is None
+        (False, True)
+    """
+
+    def __init__(self, folder: PathLike) -> None:
+        expect_path("folder", folder, "a folder of a CachedSegmenter")
+        self.folder = Path(folder)
+        found = sorted(self.folder.glob("settings-*.json"))
+        if not found:
+            raise FileNotFoundError(
+                f"{self.folder}: expected maps that a CachedSegmenter of this version has kept, "
+                "found none"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.folder}: expected maps of one segmenter and its settings, found those of "
+                f"{len(found)}; keep each in a folder of its own"
+            )
+        self._settings = found[0].read_text(encoding="utf-8")
+
+    def __call__(self, image: ImageInput) -> PanopticMap | None:
+        """Return the map of an image, or None if none is kept.
+
+        Args:
+            image: As ``CachedSegmenter`` takes it.
+
+        Raises:
+            ValueError: naming the file, if the map is unreadable.
+        """
+        key = _key(read_image(image), self._settings)
+        try:
+            return _read(self.folder, key)
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{_path(self.folder, key)}: the cached map is unreadable ({error}); remove it, "
+                "and let the segmenter make it again"
+            ) from error
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.npz"
+
+
+def _facts(folder: Path, settings: str) -> Path:
+    """Return the file that says with which settings maps were made."""
+    return folder / f"settings-{_digest(settings)}.json"
+
+
+def _digest(settings: str) -> str:
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
+def _read(folder: Path, key: str) -> PanopticMap | None:
+    path = _path(folder, key)
+    try:
+        # Opened here: NumPy leaves the file open where it is no zip.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            if str(stored["key"]) != key:
+                raise ValueError("it belongs to another image or other settings")
+            return PanopticMap(*(torch.from_numpy(stored[name]) for name in _FIELDS))
+    except FileNotFoundError:
+        return None
 
 
 def _key(image: Image.Image, settings: str) -> str:

@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from collavo.processing.blocks import Axis, Block, Layout
-from collavo.processing.region import frame, square
+from collavo.processing.geometry import square
+from collavo.processing.region import frame
 
 LayoutOf = Callable[[Any, int, int, int], Layout]
 

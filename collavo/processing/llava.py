@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 import transformers
+from PIL import Image
 from transformers import AutoProcessor
 from transformers.processing_utils import TextKwargs
 from transformers.utils import PROCESSOR_NAME
@@ -25,7 +26,9 @@ from collavo.processing.rendering import FilledTemplate
 
 # What a saved processor's file has beside what the model's own has.
 _KEY = "collavo"
-_SETTINGS = ("object_text", "num_classes", "max_number", "reduce")
+# Of so many sizes of pictures it is remembered which tokens they have.
+_MOST_SIZES = 4096
+_SETTINGS = ("object_text", "num_classes", "max_number", "reduce", "box_frame")
 
 
 class CollavoLlavaProcessor(CollavoProcessor):
@@ -40,11 +43,14 @@ class CollavoLlavaProcessor(CollavoProcessor):
         num_classes: As of ``CollavoProcessor``.
         max_number: As of ``CollavoProcessor``.
         reduce: As of ``CollavoProcessor``.
+        box_frame: As of ``CollavoProcessor``.
 
     Raises:
         TypeError: if the processor is of no such family.
         ValueError: naming the setting whose tokens could not be followed back to the picture.
     """
+
+    _apart = False  # the model's own processor tokenizes the whole text
 
     def __init__(
         self,
@@ -53,8 +59,10 @@ class CollavoLlavaProcessor(CollavoProcessor):
         num_classes: int = 133,
         max_number: int = 20,
         reduce: str = "majority",
+        box_frame: str = "image",
     ) -> None:
         self.processor = processor
+        self._known_sizes: dict[tuple[tuple[int, int], ...], list[list[int]]] = {}
         self.family = family_of(processor)
         side = max(_sides(processor.image_processor), default=1)
         super().__init__(
@@ -67,6 +75,7 @@ class CollavoLlavaProcessor(CollavoProcessor):
             num_classes=num_classes,
             max_number=max_number,
             reduce=reduce,
+            box_frame=box_frame,
         )
         place = self.family.place or processor.image_token
         self.image_token_id = int(processor.tokenizer.convert_tokens_to_ids(place))
@@ -141,6 +150,21 @@ class CollavoLlavaProcessor(CollavoProcessor):
         ]
         return (made if pixels else {}), tokens
 
+    def _image_facts(self) -> Any:
+        settings = self.processor.to_dict()
+        return [type(self.processor).__name__, settings, self.image_processor.to_dict()]
+
+    def _tokens_of_sizes(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        # Only the model's own processor knows; pictures of one colour are as good as any.
+        wanted = tuple(sizes)
+        if wanted not in self._known_sizes:
+            blank = [Image.new("RGB", (width, height)) for height, width in wanted]
+            _, (tokens,) = self._image_tokens(Pictures([blank], True), None, pixels=False)
+            if len(self._known_sizes) >= _MOST_SIZES:
+                self._known_sizes.clear()
+            self._known_sizes[wanted] = tokens
+        return self._known_sizes[wanted]
+
     def save_pretrained(
         self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
@@ -195,7 +219,8 @@ class CollavoLlavaProcessor(CollavoProcessor):
                 f"{folder}: expected a processor of transformers {transformers.__version__}, got "
                 f"{name!r}"
             )
-        given = {name: kwargs.pop(name, settings.get(name)) for name in _SETTINGS}
+        names = [name for name in _SETTINGS if name in settings or name in kwargs]
+        given = {name: kwargs.pop(name, settings.get(name)) for name in names}
         return cls(kind.from_pretrained(folder, **kwargs), **given)
 
 

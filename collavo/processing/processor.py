@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from os import PathLike
 from typing import Any, TypeAlias
@@ -13,35 +11,34 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
-from transformers.processing_utils import ProcessorMixin
 
 from collavo._arguments import expect_like
 from collavo.configuration import CollavoConfig, refuse_relative
 from collavo.panoptic.images import ImageInput, read_image
 from collavo.panoptic.maps import MapInput, PanopticMap
-from collavo.panoptic.text import detections_by_image, object_prefix
 from collavo.processing.batch import (
     Pictures,
+    as_arrays,
     as_kind,
     batch_crayon,
-    check_crayon,
     check_upright,
     flatten_images,
     images_per_prompt,
     maps_by_image,
     switch_by_prompt,
 )
-from collavo.processing.blocks import Layout, look_up
-from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, OBJECTS_MARKER
-from collavo.processing.labels import (
-    IGNORE_INDEX,
-    check_not_cut,
-    special_texts,
-    tokenize_answers,
-)
+from collavo.processing.blocks import Layout
+from collavo.processing.box_frames import check_box_frame
+from collavo.processing.box_frames import object_text as text_of_objects
+from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, names_objects
+from collavo.processing.crayons import crayons_of
+from collavo.processing.labels import IGNORE_INDEX, check_not_cut, padded_batch
+from collavo.processing.pixels import from_pillow
+from collavo.processing.prompts import count_images
 from collavo.processing.region import even_grid, frame, make_image_processor
-from collavo.processing.rendering import FilledTemplate
-from collavo.processing.stretches import Conversation, Piece, cut_tags, split_answers
+from collavo.processing.stretches import Conversation, Piece
+from collavo.processing.text_processor import TextProcessor
+from collavo.processing.tokens import check_options, pad
 from collavo_kernels import CrayonMap
 
 __all__ = ["IGNORE_INDEX", "CollavoProcessor", "make_image_processor"]
@@ -49,25 +46,31 @@ __all__ = ["IGNORE_INDEX", "CollavoProcessor", "make_image_processor"]
 Samples: TypeAlias = list[list[Piece]]
 
 
-class CollavoProcessor(ProcessorMixin):
+class CollavoProcessor(TextProcessor):
     """Make the model's inputs from text, images and panoptic maps.
 
     Args:
         image_processor: A transformers image processor that squashes images to a square
-            (``size`` with ``height`` and ``width``) or crops their centre (``shortest_edge`` and
-            ``do_center_crop``); panoptic maps are cropped alike. See ``make_image_processor``.
+            (``size`` with ``height`` and ``width``), crops their centre (``shortest_edge`` and
+            ``do_center_crop``) or pads them to a square (LLaVA's ``do_pad``); panoptic maps follow,
+            and padding has no segment. See ``make_image_processor``.
         tokenizer: Has ``image_token`` as one token, and a pad token where batches are padded.
         grid: Height and width of the vision tower's patch grid.
         chat_template: A Jinja template; None takes the released demo's.
         image_token: The placeholder of one image in a prompt.
-        object_text: Whether prompts name the image's objects where the call does not say.
+        object_text: Whether prompts name the image's objects where the call does not say; None
+            takes the chat template's way: LLaVA's do not.
         num_classes: Classes of the crayon.
         max_number: Largest instance number of the crayon.
         reduce: How a grid cell gets its segment: ``"majority"`` or ``"nearest"``.
+        box_frame: What boxes of the object text are fractions of: ``"image"``, or ``"padded"``, the
+            square that the image is padded to, as in LLaVA-1.5's data. ``to_padded`` and
+            ``from_padded`` of ``collavo.processing`` convert other boxes.
 
     Raises:
-        ValueError: if the tokenizer lacks the image token, the grid is not two positive sizes, or
-            the image processor resizes in another way.
+        ValueError: if the tokenizer lacks the image token, the grid is not two positive sizes, the
+            image processor resizes in another way, or boxes of padded images are asked for where
+            images are cropped.
 
     A ``CrayonMap`` given in a map's place must have been looked up with this processor's grid and
     reduction: it tells the number of its cells alone, which is all that can be checked here (7x5
@@ -83,10 +86,11 @@ class CollavoProcessor(ProcessorMixin):
         grid: Sequence[int] = (35, 35),
         chat_template: str | None = None,
         image_token: str = IMAGE_TOKEN,
-        object_text: bool = True,
+        object_text: bool | None = None,
         num_classes: int = 133,
         max_number: int = 20,
         reduce: str = "majority",
+        box_frame: str = "image",
     ) -> None:
         expect_like(
             "tokenizer",
@@ -105,14 +109,15 @@ class CollavoProcessor(ProcessorMixin):
         self.grid = (int(grid[0]), int(grid[1]))
         self.image_token = image_token
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(image_token))
-        self.object_text = object_text
         self.num_classes = num_classes
         self.max_number = max_number
         self.reduce = reduce
+        self.box_frame = box_frame
         self.behind_image = ""
         template = CHAT_TEMPLATES["demo"] if chat_template is None else chat_template
+        self.object_text = names_objects(template) if object_text is None else object_text
         super().__init__(image_processor, tokenizer, chat_template=template)  # type: ignore[no-untyped-call]
-        self._layout(*self.grid)  # refuses what it cannot follow
+        check_box_frame(box_frame, self._layout(1, 2))  # it refuses what it cannot follow
 
     @classmethod
     def from_llava(cls, processor: Any, **settings: Any) -> CollavoProcessor:
@@ -126,7 +131,8 @@ class CollavoProcessor(ProcessorMixin):
             processor: Of LLaVA, LLaVA-NeXT (and Video), LLaVA-OneVision, VipLLaVA, Video-LLaVA,
                 Pixtral, Mistral3, InternVL, GOT-OCR2, Ovis2, Janus, Idefics3 or SmolVLM.
             **settings: ``object_text`` (default False: the prompt stays the model's own),
-                ``num_classes``, ``max_number`` and ``reduce`` as of ``CollavoProcessor``.
+                ``num_classes``, ``max_number``, ``reduce`` and ``box_frame`` as of
+                ``CollavoProcessor``.
 
         Raises:
             TypeError: if the processor is of no such family.
@@ -167,6 +173,7 @@ class CollavoProcessor(ProcessorMixin):
         loaded: CollavoProcessor = super().from_pretrained(
             pretrained_model_name_or_path, *args, **kwargs
         )
+        loaded.image_processor = from_pillow(loaded.image_processor)
         return loaded
 
     @classmethod
@@ -211,7 +218,9 @@ class CollavoProcessor(ProcessorMixin):
             object_text: Whether to name objects in the prompt, for all or per prompt; None takes
                 the processor's own setting.
             return_tensors: ``"pt"``, ``"np"`` or None for lists.
-            **kwargs: For the tokenizer, such as ``padding=True``.
+            **kwargs: Of a tokenizer's options those about lengths: ``padding``, ``padding_side``,
+                ``pad_to_multiple_of``, ``truncation`` and ``max_length``; and
+                ``add_special_tokens`` and ``return_attention_mask``.
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 ``[B, L]`` with every placeholder repeated
@@ -219,19 +228,22 @@ class CollavoProcessor(ProcessorMixin):
             ``[images, 3, H, W]``, ``crayon_index`` int32 ``[B, P]`` (row local to the sample, -1
             = none), ``crayon_class`` and ``crayon_number`` int32 ``[B, R]`` (class -1 = padding).
 
+        What stands between two images is tokenized by itself, so that a tokenizer which puts a
+        blank before a text puts one behind an image too, as LLaVA's code has it.
+
         Raises:
             ValueError: if the numbers of prompts, placeholders, images and maps disagree, a map
-                is that of a photo before EXIF turned it, or a ``CrayonMap`` does not fit the
-                processor.
+                is that of a photo before EXIF turned it, a ``CrayonMap`` does not fit the
+                processor, or prompts are padded without a pad token.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts:
             raise ValueError("text: expected a prompt or a list of prompts, got none")
         names = [f"text[{number}]" for number in range(len(texts))]
 
-        def encode(samples: Samples, pictures: Pictures) -> dict[str, Any]:
+        def encode(samples: Samples, pictures: Pictures) -> tuple[dict[str, Any], list[int]]:
             joined = ["".join(piece.text for piece in one) for one in samples]
-            return self._encode(joined, pictures, return_tensors, kwargs)
+            return self._encode(joined, pictures, return_tensors, kwargs), pictures.counts
 
         pieces = [[Piece(one, False)] for one in texts]
         return self._batch(pieces, names, images, panoptic, object_text, return_tensors, encode)
@@ -244,6 +256,7 @@ class CollavoProcessor(ProcessorMixin):
         *,
         object_text: bool | Sequence[bool] | None = None,
         max_length: int | None = None,
+        overlong: str = "cut",
         pad_to_multiple_of: int | None = None,
         names: Sequence[str] | None = None,
         pixels: bool = True,
@@ -262,8 +275,10 @@ class CollavoProcessor(ProcessorMixin):
             images: As in a call.
             panoptic: As in a call.
             object_text: As in a call.
-            max_length: Longest sequence in tokens; longer ones are cut on the tokenizer's
-                truncation side. None cuts nothing.
+            max_length: Longest sequence in tokens, those of images included; None sets no limit.
+            overlong: What becomes of a longer one. ``"cut"`` cuts it behind its last whole answer
+                that fits; images behind the cut are left out, and none is cut. ``"raise"``
+                refuses it.
             pad_to_multiple_of: Pad lengths to a multiple of this.
             names: What to call the conversations in messages.
             pixels: Whether to make ``pixel_values``; without them text and crayons are checked in a
@@ -274,54 +289,32 @@ class CollavoProcessor(ProcessorMixin):
             What a call returns, padded, and ``labels`` int64 ``[B, L]``, -100 outside the answers.
 
         Raises:
-            ValueError: as a call, and naming the conversation, if it has no answer, the chat
-                template refuses it, or an image is cut.
+            OverlongError: naming the conversation, if it is too long and no whole answer of it
+                fits, or it is not to be cut.
+            ValueError: as a call, and naming the conversation, if it has no answer, or the chat
+                template refuses it.
         """
         if names is None:
             names = [f"conversations[{number}]" for number in range(len(conversations))]
-        tags = {self.image_token, OBJECTS_MARKER, *special_texts(self.tokenizer)}
-        pairs = zip(conversations, names, strict=True)
-        pieces = [self._render(one, name, tags) for one, name in pairs]
+        tags = self._tags
+        pieces = [self._render(*pair, tags) for pair in zip(conversations, names, strict=True)]
 
-        def encode(samples: Samples, pictures: Pictures) -> dict[str, Any]:
+        def encode(samples: Samples, pictures: Pictures) -> tuple[dict[str, Any], list[int]]:
             made, image_tokens = self._image_tokens(pictures, return_tensors, pixels)
-            data = tokenize_answers(
-                self.tokenizer,
-                samples,
-                image_token=self.image_token,
-                image_tokens=image_tokens,
-                max_length=max_length,
-                pad_to_multiple_of=pad_to_multiple_of,
+            found = self._answers.sequences(
+                samples, image_tokens, names, max_length=max_length, overlong=overlong
             )
-            return {**data, **made}
+            if found.images != pictures.counts:
+                made, _ = self._image_tokens(pictures.first(found.images), return_tensors, pixels)
+            padded = padded_batch(found, self.tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+            return {**padded, **made}, found.images
 
         return self._batch(pieces, names, images, panoptic, object_text, return_tensors, encode)
-
-    def prompt(self, question: str | Conversation, *, num_images: int = 1) -> str:
-        """Return the prompt of a question, up to where the model's answer starts.
-
-        Args:
-            question: The user's words, or a whole conversation that ends with the user's turn.
-            num_images: How many images a question given as a string is about.
-        """
-        if isinstance(question, str):
-            parts = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
-            question = [{"role": "user", "content": parts}]
-        return self._filled.text(question, "question", add_generation_prompt=True)
 
     @property
     def one_grid(self) -> bool:
         """Whether every image has image tokens on ``grid``, whatever its size."""
         return True
-
-    @property
-    def _filled(self) -> FilledTemplate:
-        return FilledTemplate(str(self.chat_template), self.tokenizer.special_tokens_map)
-
-    def _render(self, conversation: Conversation, name: str, tags: set[str]) -> list[Piece]:
-        words, mark = cut_tags(conversation, tags)
-        text, spans = self._filled.with_answers(words, name, special_texts(self.tokenizer))
-        return split_answers(text, spans, mark)
 
     def _batch(
         self,
@@ -331,7 +324,7 @@ class CollavoProcessor(ProcessorMixin):
         panoptic: MapInput | Sequence[MapInput | None] | None,
         object_text: bool | Sequence[bool] | None,
         return_tensors: str | None,
-        encode: Callable[[Samples, Pictures], dict[str, Any]],
+        encode: Callable[[Samples, Pictures], tuple[dict[str, Any], list[int]]],
     ) -> BatchFeature:
         pictures = [read_image(image) for image in flatten_images(images)]
         maps = maps_by_image(panoptic, len(pictures))
@@ -339,48 +332,31 @@ class CollavoProcessor(ProcessorMixin):
             if isinstance(known, PanopticMap):
                 check_upright(known.size, picture, f"panoptic[{position}]")
         nested = images_per_prompt(images)
-        counts = self._count_images(samples, names, len(pictures), nested)
+        counts = count_images(samples, names, self.image_token, len(pictures), nested)
         bounds = [0, *accumulate(counts)]
         wanted = switch_by_prompt(object_text, self.object_text, len(samples))
         together = [1] * len(pictures) if nested is None else [n for n in nested for _ in range(n)]
         crayons = self._crayons(pictures, maps, together)
+        by_prompt = [crayons[first:last] for first, last in pairwise(bounds)]
         expanded = []
         for pieces, name, (first, last), wants in zip(
             samples, names, pairwise(bounds), wanted, strict=True
         ):
-            own = crayons[first:last]
-            prefixes = [object_prefix(detections_by_image(one)[0]) if wants else "" for one in own]
+            prefixes = [
+                text_of_objects(one, picture.height, picture.width, self.box_frame) if wants else ""
+                for one, picture in zip(crayons[first:last], pictures[first:last], strict=True)
+            ]
             expanded.append(self._with_objects(pieces, prefixes, name))
         own_pictures = [pictures[first:last] for first, last in pairwise(bounds)]
-        data = encode(expanded, Pictures(own_pictures, nested is not None))
-        for name, ids, (first, last) in zip(
-            names, data["input_ids"], pairwise(bounds), strict=True
-        ):
-            places = sum(one.num_cells for one in crayons[first:last])
-            check_not_cut(places, self.image_token_id, ids, name)
+        data, counts = encode(expanded, Pictures(own_pictures, nested is not None))
+        by_prompt = [own[:left] for own, left in zip(by_prompt, counts, strict=True)]
+        for name, ids, own in zip(names, data["input_ids"], by_prompt, strict=True):
+            check_not_cut(sum(one.num_cells for one in own), self.image_token_id, ids, name)
+        crayons = [one for own in by_prompt for one in own]
         if crayons:
             crayon_inputs = batch_crayon(crayons, counts)
             data |= {key: as_kind(value, return_tensors) for key, value in crayon_inputs.items()}
-        return BatchFeature(data, tensor_type=return_tensors)
-
-    def _count_images(
-        self, samples: Samples, names: Sequence[str], images: int, nested: list[int] | None
-    ) -> list[int]:
-        for name, pieces in zip(names, samples, strict=True):
-            if any(piece.is_answer and self.image_token in piece.text for piece in pieces):
-                raise ValueError(f"{name}: the chat template put {self.image_token!r} in an answer")
-        counts = [sum(p.text.count(self.image_token) for p in pieces) for pieces in samples]
-        if sum(counts) != images:
-            raise ValueError(
-                f"text: expected one {self.image_token!r} for each of {images} images, "
-                f"got {sum(counts)} ({counts} per prompt)"
-            )
-        if nested is not None and nested != counts:
-            raise ValueError(
-                f"text: expected as many {self.image_token!r} per prompt as the lists in images "
-                f"have images, {nested}, got {counts}"
-            )
-        return counts
+        return BatchFeature(as_arrays(data, return_tensors), tensor_type=return_tensors)
 
     def _layout(self, height: int, width: int, together: int = 1) -> Layout:
         """Return where the image tokens of a picture look.
@@ -398,75 +374,15 @@ class CollavoProcessor(ProcessorMixin):
         maps: Sequence[MapInput | None],
         together: Sequence[int],
     ) -> list[CrayonMap]:
-        """Give every picture its rows; all maps that are no crayon yet are looked up together."""
         sizes = [(picture.height, picture.width) for picture in pictures]
-        layouts = [self._layout(*size, n) for size, n in zip(sizes, together, strict=True)]
-        given = list(zip(maps, layouts, strict=True))
-        looked_up: Iterator[CrayonMap] = iter(())
-        pairs = [(known, layout) for known, layout in given if not isinstance(known, CrayonMap)]
-        if pairs:
-            looked_up = iter(
-                look_up(
-                    pairs,
-                    num_classes=self.num_classes,
-                    max_number=self.max_number,
-                    reduce=self.reduce,
-                )
-            )
-        return [
-            self._checked(i, pictures[i], known, layout)
-            if isinstance(known, CrayonMap)
-            else next(looked_up)
-            for i, (known, layout) in enumerate(given)
-        ]
-
-    def _checked(
-        self, position: int, picture: Image.Image, crayon: CrayonMap, layout: Layout
-    ) -> CrayonMap:
-        where = f"panoptic[{position}]"
-        (block, *others) = layout
-        if others or not block.whole or block.places != block.grid[0] * block.grid[1]:
-            raise ValueError(
-                f"{where}: expected a PanopticMap, since the image processor crops this image of "
-                f"{picture.width}x{picture.height}, pads it or cuts it into tiles, and its map has "
-                "to follow, got a CrayonMap; use a processor that squashes (make_image_processor)"
-            )
-        check_crayon(
-            crayon,
-            where,
-            cells=block.places,
+        return crayons_of(
+            maps,
+            sizes,
+            [self._layout(*size, n) for size, n in zip(sizes, together, strict=True)],
             num_classes=self.num_classes,
             max_number=self.max_number,
+            reduce=self.reduce,
         )
-        return crayon
-
-    def _with_objects(
-        self, pieces: Sequence[Piece], prefixes: Sequence[str], name: str
-    ) -> list[Piece]:
-        """Put the object text where it belongs."""
-        markers = sum(p.text.count(OBJECTS_MARKER) for p in pieces if not p.is_answer)
-        if markers not in (0, len(prefixes)):
-            raise ValueError(
-                f"{name}: expected no {OBJECTS_MARKER!r}, or one for each of {len(prefixes)} "
-                f"images, got {markers}"
-            )
-        remaining = iter(prefixes)
-        # Blanks after the placeholder stay in front of the object text.
-        image = rf"({re.escape(self.image_token)}(?:{re.escape(self.behind_image)})?\s*)"
-
-        def replace(match: re.Match[str]) -> str:
-            if match[1] is None:
-                return next(remaining)
-            return match[1] + ("" if markers else next(remaining))
-
-        return [
-            piece
-            if piece.is_answer
-            else dataclasses.replace(
-                piece, text=re.sub(rf"{image}|{re.escape(OBJECTS_MARKER)}", replace, piece.text)
-            )
-            for piece in pieces
-        ]
 
     def _encode(
         self,
@@ -476,23 +392,21 @@ class CollavoProcessor(ProcessorMixin):
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Return token ids and pixels of prompts with their objects' text."""
-        made, _ = self._image_tokens(pictures, return_tensors, pixels=True)
-        cells = self.image_token * (self.grid[0] * self.grid[1])
-        whole = [text.replace(self.image_token, cells) for text in texts]
-        encoded = self.tokenizer(whole, return_token_type_ids=False, **kwargs)
-        data = {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
-        return {**data, **made}
+        options = check_options(kwargs)
+        made, image_tokens = self._image_tokens(pictures, return_tensors, pixels=True)
+        rows = self._answers.prompts(texts, image_tokens, options)
+        return {**pad(rows, self.tokenizer, options), **made}
 
     def _image_tokens(
         self, pictures: Pictures, return_tensors: str | None, pixels: bool
     ) -> tuple[dict[str, Any], list[list[list[int]]]]:
         """Return the pixels, and the tokens that stand in the place of each prompt's images."""
-        tokens = [self.image_token_id] * (self.grid[0] * self.grid[1])
         made = {}
         if pixels and pictures.flat:
             processed = self.image_processor(images=pictures.flat, return_tensors=return_tensors)
             made["pixel_values"] = processed["pixel_values"]
-        return made, [[tokens] * len(own) for own in pictures.by_prompt]
+        sizes = [[(one.height, one.width) for one in own] for own in pictures.by_prompt]
+        return made, [self._tokens_of_sizes(own) for own in sizes]
 
 
 AutoProcessor.register(CollavoConfig, CollavoProcessor, exist_ok=True)  # type: ignore[no-untyped-call]

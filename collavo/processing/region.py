@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 from PIL import Image
-from transformers.models.clip import image_processing_pil_clip
 
 from collavo.processing.blocks import Axis, Block
+from collavo.processing.geometry import resized_size, square
+from collavo.processing.pixels import CropImageProcessor, PadImageProcessor
 
 
 def make_image_processor(image_size: int = 490, *, mode: str = "squash") -> Any:
-    """Make a CLIP image processor that needs Pillow only.
+    """Make a CLIP or LLaVA image processor that needs Pillow only.
 
     Args:
         image_size: Height and width of the vision tower's input in pixels.
         mode: ``"squash"`` resizes the whole image to a square, as the released code does;
-            ``"crop"`` resizes the shorter side and cuts out the centre, as CLIP does.
+            ``"crop"`` resizes the shorter side and cuts out the centre, as CLIP and LLaVA-1 do;
+            ``"pad"`` pads to a square of the mean's colour and resizes that, as LLaVA-1.5 does.
 
     Raises:
         ValueError: if the mode is unknown.
@@ -29,14 +30,16 @@ def make_image_processor(image_size: int = 490, *, mode: str = "squash") -> Any:
         336
     """
     square = {"height": image_size, "width": image_size}
-    processor: Any = image_processing_pil_clip.CLIPImageProcessorPil
     if mode == "squash":
         # The released code resizes with torchvision's default, which is bilinear.
         bilinear = Image.Resampling.BILINEAR
-        return processor(size=square, do_center_crop=False, resample=bilinear)
+        return CropImageProcessor(size=square, do_center_crop=False, resample=bilinear)
     if mode == "crop":
-        return processor(size={"shortest_edge": image_size}, crop_size=square)
-    raise ValueError(f"mode: expected squash or crop, got {mode!r}")
+        return CropImageProcessor(size={"shortest_edge": image_size}, crop_size=square)
+    if mode == "pad":
+        shortest = {"shortest_edge": image_size}
+        return PadImageProcessor(do_pad=True, size=shortest, crop_size=square)
+    raise ValueError(f"mode: expected squash, crop or pad, got {mode!r}")
 
 
 class Frame(NamedTuple):
@@ -69,22 +72,24 @@ def frame(image_processor: Any, height: int, width: int) -> Frame:
         width: Of the picture, in pixels.
 
     Raises:
-        ValueError: if it resizes in another way.
+        ValueError: if it resizes in another way, or is of a class that moves pictures in ways of
+            its own.
 
     Example:
         >>> frame(make_image_processor(4, mode="crop"), 10, 20)
         Frame(height=4, width=4, top=0.0, left=-2.0, tall=4, wide=8)
     """
+    pads = _pads_to_square(image_processor)
     if not getattr(image_processor, "do_resize", True):
         raise ValueError("image_processor: expected do_resize=True, got False")
     top = left = 0
     canvas = (height, width)
     if getattr(image_processor, "do_pad", False):
-        if not type(image_processor).__name__.startswith("LlavaImageProcessor"):
+        if not pads:
             raise ValueError("image_processor: expected do_pad=False, got True")
         top, left, side = square(height, width)
         canvas = (side, side)
-    resized = _resized(dict(image_processor.size or {}), *canvas)
+    resized = resized_size(dict(image_processor.size or {}), *canvas)
     placed = Frame(
         *resized,
         top * resized[0] / canvas[0],
@@ -107,27 +112,53 @@ def frame(image_processor: Any, height: int, width: int) -> Frame:
     )
 
 
-def square(height: int, width: int) -> tuple[int, int, int]:
-    """Return where a picture starts in the square that it is padded to, and the square's side.
+# Whatever moves a picture in transformers' image processors, and whose code for it is known here.
+_STEPS = (
+    "__call__",
+    "preprocess",
+    "process_image",
+    "resize",
+    "center_crop",
+    "pad",
+    "pad_to_square",
+    "_prepare_images_structure",
+    "_prepare_image_like_inputs",
+    "_preprocess_image_like_inputs",
+    "_preprocess_image",
+    "_preprocess",
+)
+_LLAVA = (
+    "transformers.models.llava.image_processing_llava",
+    "transformers.models.llava.image_processing_pil_llava",
+)
+_KNOWN = {
+    "collavo.processing.pixels",
+    "transformers.image_processing_backends",
+    "transformers.image_processing_base",
+    "transformers.image_processing_utils",
+    "transformers.models.video_llava.image_processing_video_llava",
+    *_LLAVA,
+}
+
+
+def _pads_to_square(image_processor: Any) -> bool:
+    """Return whether ``do_pad`` means LLaVA's square, for a class whose settings say everything.
 
     Args:
-        height: Of the picture.
-        width: Of the picture.
+        image_processor: Of transformers.
+
+    Raises:
+        ValueError: naming the class and the method, if it does anything in a way of its own.
     """
-    side = max(height, width)
-    return (side - height) // 2, (side - width) // 2, side
-
-
-def _resized(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
-    if size.get("height") and size.get("width"):
-        return size["height"], size["width"]
-    if size.get("shortest_edge") and not size.get("longest_edge"):
-        edge, short = size["shortest_edge"], min(height, width)
-        return int(edge * height / short), int(edge * width / short)
-    raise ValueError(
-        "image_processor: expected size with height and width, or with shortest_edge, "
-        f"got {dict(size)}"
-    )
+    kinds = type(image_processor).__mro__
+    for step in _STEPS:
+        owner = next((kind for kind in kinds if step in vars(kind)), None)
+        if owner is not None and owner.__module__ not in _KNOWN:
+            raise ValueError(
+                "image_processor: expected one that resizes and crops as CLIP's, or pads as "
+                f"LLaVA's, got {kinds[0].__name__}, whose {step} is {owner.__name__}'s own"
+            )
+    return any(kind.__module__ in _LLAVA for kind in kinds)
 
 
 def _before(resized: int, kept: int, name: str) -> int:

@@ -11,6 +11,7 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from collavo.processing.chat_templates import WORDS_LEFT_OUT
 from collavo.processing.stretches import Conversation
 
 Spans = list[tuple[int, int]]
@@ -97,10 +98,10 @@ class FilledTemplate:
 
     def _fill(self, conversation: Conversation, where: str, **options: bool) -> tuple[str, Spans]:
         text, spans = self._fill_once(conversation, where, options)
-        lost = _lost_words(conversation, text)
+        lost = self._lost_words(conversation, text)
         if lost is not None:  # a template that reads parts finds none in a string, without a word
             text, spans = self._fill_once(_in_parts(conversation), where, options)
-            lost = _lost_words(conversation, text)
+            lost = self._lost_words(conversation, text)
         if lost is not None:
             raise ValueError(
                 f"{where}: expected a chat template that takes what every turn says, but it leaves "
@@ -123,16 +124,18 @@ class FilledTemplate:
             raise ValueError(f"{where}: the chat template does not take it ({error})") from error
         return prompts[0], list(spans[0]) if spans else []
 
-
-def _lost_words(conversation: Conversation, text: str) -> int | None:
-    """Return the first turn whose words a text lacks; a system prompt may be left out."""
-    for turn, message in enumerate(conversation):
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        words = (part["text"].strip() for part in parts if part.get("type") == "text")
-        if message["role"] != "system" and any(one not in text for one in words):
-            return turn
-    return None
+    def _lost_words(self, conversation: Conversation, text: str) -> int | None:
+        """Return the first turn whose words a text lacks; a system prompt may be left out."""
+        unchecked = ("system", "user") if WORDS_LEFT_OUT in self.template else ("system",)
+        for turn, message in enumerate(conversation):
+            if message["role"] in unchecked:
+                continue
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            words = (part["text"].strip() for part in parts if part.get("type") == "text")
+            if any(one not in text for one in words):
+                return turn
+        return None
 
 
 def _in_parts(conversation: Conversation) -> Conversation:

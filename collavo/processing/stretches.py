@@ -11,8 +11,9 @@ shorter one's is a border forced, and the stretch tokenized as a continuation.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 Encode: TypeAlias = Callable[[list[str]], list[list[int]]]
@@ -32,11 +33,13 @@ class Piece:
         text: Its characters.
         is_answer: Whether the model has to say them.
         inside_tag: Whether its start cuts a control token's name that stands there as text.
+        ends_answer: Whether with it a turn of the model's is complete.
     """
 
     text: str
     is_answer: bool
     inside_tag: bool = False
+    ends_answer: bool = False
 
 
 def cut_tags(conversation: Conversation, tags: Iterable[str]) -> tuple[Conversation, str]:
@@ -53,10 +56,9 @@ def cut_tags(conversation: Conversation, tags: Iterable[str]) -> tuple[Conversat
     Raises:
         ValueError: if the words hold every character that could mark a place.
     """
-    names = sorted((tag for tag in set(tags) if len(tag) > 1), key=lambda tag: (-len(tag), tag))
-    pattern = re.compile("|".join(map(re.escape, names)))
+    pattern = _spelled(frozenset(tags))
     words = "".join(text for message in conversation for text in _texts(message["content"]))
-    if not names or pattern.search(words) is None:
+    if pattern is None or pattern.search(words) is None:
         return conversation, ""
     mark = next((one for one in _NONCHARACTERS if one not in words), None)
     if mark is None:
@@ -68,6 +70,12 @@ def cut_tags(conversation: Conversation, tags: Iterable[str]) -> tuple[Conversat
         return text
 
     return [{**m, "content": _with_texts(m["content"], cut)} for m in conversation], mark
+
+
+@lru_cache(maxsize=16)
+def _spelled(tags: frozenset[str]) -> re.Pattern[str] | None:
+    names = sorted((tag for tag in tags if len(tag) > 1), key=lambda tag: (-len(tag), tag))
+    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def _texts(content: Any) -> Iterator[str]:
@@ -97,9 +105,11 @@ def split_answers(text: str, spans: Sequence[tuple[int, int]], mark: str) -> lis
     pieces: list[Piece] = []
 
     def add(part: str, is_answer: bool) -> None:
-        for number, own in enumerate(part.split(mark) if mark else [part]):
+        parts = part.split(mark) if mark else [part]
+        for number, own in enumerate(parts):
             if own:
-                pieces.append(Piece(own, is_answer, inside_tag=number > 0))
+                ends = is_answer and not any(parts[number + 1 :])
+                pieces.append(Piece(own, is_answer, inside_tag=number > 0, ends_answer=ends))
 
     position = 0
     for start, stop in spans:
@@ -110,11 +120,64 @@ def split_answers(text: str, spans: Sequence[tuple[int, int]], mark: str) -> lis
     return pieces
 
 
+def between_images(pieces: Sequence[Piece], image_token: str) -> list[list[Piece]]:
+    """Cut a prompt at its images.
+
+    Args:
+        pieces: A prompt, in order; answers have no image.
+        image_token: The placeholder of an image.
+
+    Returns:
+        The pieces before, between and behind the images; one list more than there are images.
+
+    Example:
+        >>> [[p.text for p in part] for part in between_images([Piece("a<i>b", False)], "<i>")]
+        [['a'], ['b']]
+    """
+    stretches: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if piece.is_answer or image_token not in piece.text:
+            stretches[-1].append(piece)
+            continue
+        first, *rest = piece.text.split(image_token)
+        if first:
+            stretches[-1].append(replace(piece, text=first))
+        stretches += [[Piece(part, False)] if part else [] for part in rest]
+    return stretches
+
+
+def place_images(conversation: Conversation, count: int) -> list[dict[str, Any]]:
+    """Put images into the first user turn, unless the turns have their own.
+
+    A conversation that nobody but the model speaks in has them in its first turn.
+
+    Args:
+        conversation: Chat messages.
+        count: How many images there are.
+    """
+    turns = [dict(turn) for turn in conversation]
+    own = any(
+        part.get("type") == "image"
+        for turn in turns
+        if not isinstance(turn["content"], str)
+        for part in turn["content"]
+    )
+    if own or not count:
+        return turns
+    spoken = [turn for turn in turns if turn["role"] != "system"]
+    first = next((turn for turn in spoken if turn["role"] == "user"), spoken[0])
+    parts = first["content"]
+    if isinstance(parts, str):
+        parts = [{"type": "text", "text": parts}]
+    first["content"] = [{"type": "image"}] * count + list(parts)
+    return turns
+
+
 def encode_pieces(
     pieces: Sequence[Piece],
     encode: Encode,
     unknown: int | None = None,
-    isolated: Collection[int] = (),
+    isolated: Mapping[int, str] | None = None,
 ) -> list[list[int]]:
     """Return the token ids of each piece; none has a character of another piece in it.
 
@@ -122,8 +185,9 @@ def encode_pieces(
         pieces: A prompt, in order.
         encode: Tokenizes texts, each by itself, without the special tokens around them.
         unknown: The tokenizer's unknown token, which may take in what follows.
-        isolated: Tokens that are found before all else, such as stop tokens: what follows one does
-            not depend on what it follows, so that a long conversation is not read again and again.
+        isolated: Texts of tokens that are found before all else, such as stop tokens: what follows
+            one does not depend on what it follows, so that a long conversation is not read again
+            and again.
 
     Example:
         >>> def encode(texts):  # a character a token, but for two pairs
@@ -149,10 +213,9 @@ def encode_pieces(
             own = _continuation(start, piece.text, encode, unknown)
         ids.append(own)
         start, before = start + piece.text, whole
-        if whole and whole[-1] in isolated:
-            alone = encode([piece.text])[0]
-            if alone[-1:] == whole[-1:]:
-                start, before = piece.text, alone
+        stop = isolated.get(whole[-1]) if whole and isolated else None
+        if stop and piece.text.endswith(stop) and encode([stop])[0] == whole[-1:]:
+            start, before = stop, whole[-1:]
     return ids
 
 

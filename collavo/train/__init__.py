@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from collavo.train.collator import CrayonCollator as CrayonCollator
     from collavo.train.dataset import ConversationDataset as ConversationDataset
     from collavo.train.dataset import CrayonInstructionDataset as CrayonInstructionDataset
+    from collavo.train.exports import export as export
     from collavo.train.picture_maps import PictureMaps as PictureMaps
     from collavo.train.schedule import StepSchedule as StepSchedule
+    from collavo.train.trained_only import load_trained as load_trained
     from collavo.train.trainer import CollavoTrainer as CollavoTrainer
 
 # transformers.Trainer takes seconds to import: only those who ask for a name pay for it.
@@ -23,6 +25,8 @@ _MODULES = {
     "CrayonInstructionDataset": "dataset",
     "PictureMaps": "picture_maps",
     "StepSchedule": "schedule",
+    "export": "exports",
+    "load_trained": "trained_only",
 }
 
 __all__ = sorted(_MODULES)

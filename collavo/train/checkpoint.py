@@ -16,6 +16,7 @@ from torch import nn
 from collavo import writing
 from collavo.model.files import read_headers
 from collavo.panoptic.json_files import read_object
+from collavo_kernels.nn import DualQLoRALinear
 
 STREAMS = "collavo_streams.json"
 RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
@@ -119,6 +120,45 @@ def check_resume(folder: Path, facts: Mapping[str, Any]) -> None:
                 f"{name}: the checkpoint {folder} was trained with {saved.get(name)!r}, "
                 f"this run has {value!r}; resume with the same value"
             )
+
+
+def data_facts(dataset: object, collator: object) -> dict[str, Any]:
+    """Return what a resumed run has to share of its records, and of how they become tokens.
+
+    Args:
+        dataset: Its ``fingerprint()`` counts, if it has one and that is known.
+        collator: The ``fingerprint()`` of its ``processor`` counts, and its ``max_length``.
+
+    Example:
+        >>> data_facts([], None)
+        {}
+    """
+    sources = {"records": dataset, "processor": getattr(collator, "processor", None)}
+    found = {
+        name: one.fingerprint() for name, one in sources.items() if hasattr(one, "fingerprint")
+    }
+    found["max_length"] = getattr(collator, "max_length", None)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def adapter_facts(model: nn.Module) -> dict[str, list[str]]:
+    """Return each adapter's ranks, alphas and dropouts, which its tensors do not all show.
+
+    Args:
+        model: With or without adapters.
+
+    Example:
+        >>> adapter_facts(nn.Linear(2, 2))
+        {}
+    """
+    found: dict[str, set[str]] = {}
+    for module in model.modules():
+        if isinstance(module, DualQLoRALinear):
+            for name in module.adapter_names:
+                rank, alpha = module.adapter_size(name)
+                line = f"rank {rank}, alpha {alpha:g}, dropout {module.dropout:g}"
+                found.setdefault(name, set()).add(line)
+    return {name: sorted(lines) for name, lines in found.items()}
 
 
 def checkpoints(folder: Path) -> list[Path]:

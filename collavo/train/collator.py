@@ -10,7 +10,8 @@ from torch import Tensor
 from collavo._arguments import expect_like
 from collavo.conversations.records import check_record, record_images, record_name
 from collavo.panoptic.maps import MapInput
-from collavo.processing.processor import IGNORE_INDEX, CollavoProcessor
+from collavo.processing.processor import CollavoProcessor
+from collavo.processing.stretches import place_images
 
 
 class CrayonCollator:
@@ -24,8 +25,9 @@ class CrayonCollator:
             with each turn.
         object_text: Whether prompts name their objects, for records that do not say; None takes
             the processor's setting.
-        max_length: Longest sequence in tokens; longer ones are cut. A cut through an image, or one
-            that leaves nothing of an answer, is an error.
+        max_length: Longest sequence in tokens, those of images included.
+        overlong: What becomes of a longer one: ``"cut"`` behind its last whole answer that fits,
+            or ``"raise"``.
         pad_to_multiple_of: Pad lengths to a multiple of this.
 
     Example:
@@ -38,6 +40,7 @@ class CrayonCollator:
         *,
         object_text: bool | None = None,
         max_length: int | None = None,
+        overlong: str = "cut",
         pad_to_multiple_of: int | None = None,
     ) -> None:
         expect_like(
@@ -46,6 +49,7 @@ class CrayonCollator:
         self.processor = processor
         self.object_text = object_text
         self.max_length = max_length
+        self.overlong = overlong
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -61,8 +65,9 @@ class CrayonCollator:
             ``crayon_number`` int32 ``[B, R]``; records without one have index -1 and class -1.
 
         Raises:
-            ValueError: naming the record, if one is malformed, or an image or a whole answer would
-                be cut.
+            OverlongError: naming the record, if it is too long and not to be cut, or no whole
+                answer of it fits.
+            ValueError: naming the record, if one is malformed or has nothing to learn.
         """
         return self._batch(records, pixels=True)
 
@@ -89,7 +94,7 @@ class CrayonCollator:
             own_images, own_maps = record_images(record)
             images.append(own_images)
             maps += own_maps
-            conversations.append(_with_images(record["conversation"], len(own_images)))
+            conversations.append(place_images(record["conversation"], len(own_images)))
         default = self.processor.object_text if self.object_text is None else self.object_text
         batch = self.processor.training_batch(
             conversations,
@@ -97,44 +102,9 @@ class CrayonCollator:
             maps,
             object_text=[bool(record.get("object_text", default)) for record in checked],
             max_length=self.max_length,
+            overlong=self.overlong,
             pad_to_multiple_of=self.pad_to_multiple_of,
             names=names,
             pixels=pixels,
         )
-        self._check_answers(batch["labels"], names)
         return dict(batch)
-
-    def _check_answers(self, labels: Tensor, names: Sequence[str]) -> None:
-        # A batch without any label has a loss of 0 / 0, which would spoil every weight.
-        empty = (labels == IGNORE_INDEX).all(1)
-        if bool(empty.any()):
-            name = names[int(empty.nonzero()[0])]
-            if self.max_length is None:
-                raise ValueError(f"{name}: expected an answer with a token to learn, got none")
-            raise ValueError(
-                f"{name}: nothing of its answer is left within max_length={self.max_length}; allow "
-                "longer sequences"
-            )
-
-
-def _with_images(conversation: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Put the record's images into the first user turn, unless the turns have their own.
-
-    A conversation that nobody but the model speaks in has them in its first turn.
-    """
-    turns = [dict(turn) for turn in conversation]
-    own = sum(
-        part.get("type") == "image"
-        for turn in turns
-        if not isinstance(turn["content"], str)
-        for part in turn["content"]
-    )
-    if own or not count:
-        return turns
-    spoken = [turn for turn in turns if turn["role"] != "system"]
-    first = next((turn for turn in spoken if turn["role"] == "user"), spoken[0])
-    parts = first["content"]
-    if isinstance(parts, str):
-        parts = [{"type": "text", "text": parts}]
-    first["content"] = [{"type": "image"}] * count + list(parts)
-    return turns

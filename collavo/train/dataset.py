@@ -6,7 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from collavo._arguments import expect_like
@@ -79,6 +81,11 @@ class CrayonInstructionDataset(Dataset[Record]):
         # In shared memory, so that workers which live over epochs see it change.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def with_image(self) -> NDArray[np.bool_]:
+        """Which records have an image: all, bool ``[n]``."""
+        return np.ones(len(self), np.bool_)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other templates from now on, in running workers too.

@@ -95,6 +95,11 @@ def _dense(model: CrayonModel, part: Part) -> Iterator[nn.Parameter]:
     """Yield the floating parameters of one part that are neither the crayon's nor an adapter's."""
     whole = cast(Any, model)
     decoder = decoder_of(whole.model)
+    if part == "decoder" and not all(p.is_floating_point() for p in decoder.parameters()):
+        raise ValueError(
+            "model: its decoder's weights are in 4 bits, which no step can move; train adapters "
+            "over them (adapters=, on the command line --adapters)"
+        )
     # A tower is a model with a configuration of its own; what is between has none.
     towers = [m for m in whole.model.children() if m is not decoder and hasattr(m, "config")]
     owners: dict[int, Part] = {id(p): "projector" for p in whole.model.parameters()}

@@ -9,7 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
 from collavo.panoptic.coco_index import Skipped
@@ -143,13 +145,27 @@ class JoinedDataset(ConcatDataset[Any]):
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
 
+    @property
+    def with_image(self) -> NDArray[np.bool_] | None:
+        """Which records have an image, bool ``[n]``; None if one of the data sets does not say."""
+        return self._joined("with_image")
+
+    @property
+    def lengths(self) -> NDArray[np.int32] | None:
+        """Tokens of each record, ``[n]``; None if one of the data sets does not say."""
+        return self._joined("lengths")
+
+    def _joined(self, name: str) -> NDArray[Any] | None:
+        found: list[Any] = [getattr(dataset, name, None) for dataset in self.datasets]
+        return None if any(one is None for one in found) else np.concatenate(found)
+
     def file_name(self, index: int) -> str:
         """Return what to call a record in reports.
 
         Args:
             index: 0..len-1, or counted from the end.
         """
-        return _name(*self._find(index))
+        return name_of(*self._find(index))
 
     def __getitem__(self, index: int) -> Any:
         """Return one record, or the next that can be used.
@@ -174,7 +190,7 @@ class JoinedDataset(ConcatDataset[Any]):
                 return record
             except (ValueError, OSError) as error:
                 fault = error
-                name = _name(dataset, own)
+                name = name_of(dataset, own)
                 self.on_unusable(Skipped(name, str(error).removeprefix(f"{name}: ")))
         raise ValueError(
             f"{min(size, _MOST_IN_A_ROW)} records in a row cannot be used; the last: {fault}"
@@ -188,7 +204,13 @@ class JoinedDataset(ConcatDataset[Any]):
         )
 
 
-def _name(dataset: Any, index: int) -> str:
+def name_of(dataset: Any, index: int) -> str:
+    """Return what to call a record of any data set in reports.
+
+    Args:
+        dataset: Perhaps with ``file_name(index)``.
+        index: Of the record.
+    """
     named = hasattr(dataset, "file_name")
     return str(dataset.file_name(index)) if named else f"record {index}"
 

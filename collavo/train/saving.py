@@ -6,8 +6,9 @@ import math
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from collavo import writing
+from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.checkpoint import checkpoints
+from collavo.train.exports import parts_size
+from collavo.train.trained_only import trained_parameters
 
 
 class SaveError(OSError):
@@ -44,7 +48,7 @@ class SaveCheck(TrainerCallback):
 
 def check_saving(
     model: nn.Module,
-    args: TrainingArguments,
+    args: CollavoTrainingArguments,
     state: TrainerState,
     save: Callable[[str, dict[str, Tensor]], None],
 ) -> None:
@@ -77,10 +81,15 @@ def check_saving(
     for name in names:
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name}: expected no folder, a file is saved there")
-    weights = _bytes(model)
-    optimizer = 0 if args.save_only_model else 8 * sum(p.numel() for p in _trained(model).values())
+    weights, trained = _bytes(model.parameters(), model.buffers()), trained_parameters(model)
+    optimizer = 0 if args.save_only_model else 8 * sum(p.numel() for p in trained.values())
     count = _checkpoints_ahead(args, state, folder)
-    total = rest + weights + count * (rest + weights + optimizer)
+    each = weights
+    if args.save_trained_only:  # the last one and the model itself have the parts for others too
+        each = _bytes(trained.values())
+        rest += parts_size(model)
+    total = 2 * (rest + weights) if args.save_trained_only and count else rest + weights
+    total += count * (rest + each + optimizer)
     try:
         writing.check_size(folder, total, max(weights, optimizer if count else 0))
     except OSError as error:
@@ -131,7 +140,7 @@ def rescue(
             place.mkdir(parents=True, exist_ok=True)
             trained = {
                 name: held.get(name, parameter).detach().cpu().contiguous()
-                for name, parameter in _trained(model).items()
+                for name, parameter in trained_parameters(model).items()
             }
             with writing.written_file(path) as temporary:
                 save_file(trained, temporary, metadata={"format": "pt"})
@@ -158,15 +167,11 @@ def in_a_line(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _bytes(*tensors: Iterable[Tensor]) -> int:
+    return sum(one.numel() * one.element_size() for one in chain(*tensors))
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
-
-
-def _checkpoints_ahead(args: TrainingArguments, state: TrainerState, folder: Path) -> int:
+def _checkpoints_ahead(args: CollavoTrainingArguments, state: TrainerState, folder: Path) -> int:
     """Count the checkpoints that will be there at once beside those that are there."""
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy == "no":

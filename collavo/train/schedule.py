@@ -57,7 +57,7 @@ class StepSchedule:
         uniform = stable_hash(self.seed, "step kind", step) / 2**63
         return "vl" if uniform < self.vl_probability else "image"
 
-    def counts(self, first: int, last: int) -> dict[StepKind, int]:
+    def counts(self, first: int, last: int) -> dict[str, int]:
         """Return how many steps of each kind there are in ``range(first, last)``."""
         vl = sum(self.kind(step) == "vl" for step in range(first, last))
         return {"image": last - first - vl, "vl": vl}

@@ -1,43 +1,57 @@
-"""The trainer: transformers' own, plus the two stages and the alternation of Dual QLoRA."""
+"""The trainer: transformers' own, plus the stages and the alternation of Dual QLoRA."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import ProcessorMixin, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from transformers import ProcessorMixin
 
-from collavo import writing
 from collavo._arguments import expect_like
-from collavo.model.files import weight_patterns
 from collavo.prepared.read import PreparedDataset
 from collavo.train import checkpoint
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import CrayonInstructionDataset
-from collavo.train.sampler import JoinedDataset, StepSampler, UnusableReport, join
-from collavo.train.saving import SaveCheck, SaveError, check_saving, in_a_line, rescue
-from collavo.train.schedule import StepKind, StepSchedule
-from collavo.train.sharding import SHARDS_BYTES, full_state_dict, replicated_parameters
-from collavo.train.stages import drop_idle_gradients, prepare_stage
+from collavo.train.exports import export
+from collavo.train.held_out import HeldOutLoss
+from collavo.train.parts import part_parameters
+from collavo.train.safe_saves import SafeSaves
+from collavo.train.sampler import JoinedDataset, UnusableReport
+from collavo.train.saving import SaveCheck, SaveError
+from collavo.train.schedule import StepSchedule
+from collavo.train.sharding import SHARDS_BYTES, replicated_parameters
+from collavo.train.stages import (
+    drop_idle_gradients,
+    drop_unreached_gradients,
+    give_rate,
+    learns_from_text,
+    prepare_stage,
+    stage_of,
+    without_text,
+)
+from collavo.train.streams import DrawnStreams, GroupedStreams, expect_images
 
 
 def _check_crayons(dataset: Dataset[Any] | None, collator: object) -> None:
     # A crayon does not tell of which grid its cells are; what was prepared does.
     if not (isinstance(dataset, CrayonInstructionDataset) and isinstance(collator, CrayonCollator)):
         return
+    processor = collator.processor
+    if processor.box_frame != "image":
+        raise ValueError(
+            "box_frame: expected 'image' for crayon instructions, whose boxes are fractions of the "
+            f"image, got {processor.box_frame!r}; make the processor without it"
+        )
     if isinstance(dataset.samples, PreparedDataset):
-        processor = collator.processor
         dataset.samples.check_crayon(
             grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
         )
@@ -46,13 +60,15 @@ def _check_crayons(dataset: Dataset[Any] | None, collator: object) -> None:
 _log = logging.getLogger(__name__)
 
 
-class CollavoTrainer(Trainer):
-    """Trains a CoLLaVO model in one of its two stages (paper, section 3).
+class CollavoTrainer(HeldOutLoss, SafeSaves):
+    """Trains a CoLLaVO model in one of the stages: CoLLaVO's two (section 3) and LLaVA's two.
 
     ``cpt`` trains the crayon prompt on crayon instructions. ``cit`` draws Image-CIT or VL-CIT for
     every optimizer step, takes all of the step's micro-batches on all ranks from that data set, and
     trains that adapter and the crayon prompt; the other adapter acts in the forward pass and does
-    not change by one bit, nor does its optimizer state. Everything else (progress bars, mixed
+    not change by one bit, nor does its optimizer state. ``align`` and ``instruct`` train the
+    projector, and projector and decoder or adapters, on one data set of samples with and without
+    images; every step is of one kind (``GroupedSchedule``). Everything else (progress bars, mixed
     precision, accumulation, distribution) is ``transformers.Trainer``.
 
     Before the first step a small model is saved into the output folder and removed again, and free
@@ -65,17 +81,20 @@ class CollavoTrainer(Trainer):
     not resumed begins that list anew.
 
     Args:
-        model: A ``CollavoForConditionalGeneration``; for ``cit`` with the adapters ``image`` and
-            ``vl``. Its ``requires_grad`` flags are set here, once.
+        model: A ``CollavoForConditionalGeneration``, or a LLaVA that ``apply_to_llava`` changed;
+            for ``cit`` with the adapters ``image`` and ``vl``. Its ``requires_grad`` flags are set
+            here, once.
         args: The stage and its hyperparameters.
-        train_dataset: Crayon instructions (a map-style data set).
+        train_dataset: Crayon instructions (a map-style data set); in ``align`` and ``instruct``
+            conversations, with ``with_image`` and, for the grouping, ``lengths``.
         vl_dataset: Visual instructions; needed where ``cit`` draws VL-CIT steps.
         kwargs: As for ``transformers.Trainer`` (``data_collator``, ``eval_dataset`` ...).
 
     Raises:
         ValueError: if the model lacks what the stage trains, a data set that the stage draws from
-            is missing or empty or was prepared for another processor than the collator's, FSDP
-            is asked for something it cannot do here, or DeepSpeed trains ``cit``.
+            is missing or empty or was prepared for another processor than the collator's,
+            samples have no image and train nothing without one, FSDP is asked for something it
+            cannot do here, or DeepSpeed trains ``cit``.
     """
 
     args: CollavoTrainingArguments
@@ -97,41 +116,54 @@ class CollavoTrainer(Trainer):
             raise TypeError(
                 "data_collator: expected CrayonCollator(processor), got the processor itself"
             )
-        prepare_stage(model, args.stage)
-        probability = args.vl_probability if args.stage == "cit" else 0.0
-        self.schedule = StepSchedule(args.stream_seed, probability)
-        self._sizes: dict[StepKind, int] = {}
-        self._logged_kinds: Counter[StepKind] = Counter()
-        _check_crayons(train_dataset, kwargs.get("data_collator"))
+        self.stage = stage_of(args.stage)
+        prepare_stage(model, args.stage, cast(Any, args.parts), args.adapters)
+        self._logged_kinds: Counter[str] = Counter()
+        collator = kwargs.get("data_collator")
+        _check_crayons(train_dataset, collator)
         self.unusable = UnusableReport(Path(str(args.output_dir)) / "skipped_records.jsonl")
-        check = getattr(kwargs.get("data_collator"), "check", None)
-        joined = self._join(train_dataset, vl_dataset if probability > 0.0 else None, check)
+        check = getattr(collator, "check", None)
+        self.streams = self._open(args, train_dataset, vl_dataset, check)
+        self.schedule = self.streams.schedule
+        self.data_facts = self.streams.facts()
+        if not self.stage.drawn:  # earlier versions have sealed checkpoints of the others
+            self.data_facts |= checkpoint.data_facts(train_dataset, collator)
+            self.data_facts["adapter_sizes"] = checkpoint.adapter_facts(model)
         if "eval_dataset" in kwargs:
             kwargs["eval_dataset"] = self._past_unusable(kwargs["eval_dataset"], check)
-        super().__init__(model=cast(Any, model), args=args, train_dataset=joined, **kwargs)
+        super().__init__(
+            model=cast(Any, model), args=args, train_dataset=self.streams.dataset, **kwargs
+        )
         # Losses are divided by all of a step's labels. transformers 5.5.0 lets accelerate divide
         # them by the micro-batches once more; later ones set this themselves.
         self.accelerator.gradient_accumulation_steps = 1
         self._check_fsdp()
         self._check_deepspeed()
         self.add_callback(SaveCheck(self.check_saving))
-        if joined is not None:
+        if self.streams.dataset is not None:
             self._get_train_sampler()  # complains now, not in train(), about an empty data set
 
-    def _join(
+    def _open(
         self,
-        image: Dataset[Any] | None,
+        args: CollavoTrainingArguments,
+        train: Dataset[Any] | None,
         vl: Dataset[Any] | None,
         check: Callable[[Any], None] | None,
-    ) -> Dataset[Any] | None:
-        if image is None and vl is None:
-            return None
-        joined = join(image, vl, on_unusable=self.unusable, check=check)
-        self._sizes = {
-            "image": 0 if image is None else len(cast(Any, image)),
-            "vl": 0 if vl is None else len(cast(Any, vl)),
-        }
-        return joined
+    ) -> DrawnStreams | GroupedStreams:
+        tools: Any = {"on_unusable": self.unusable, "check": check}
+        if self.stage.drawn:
+            probability = args.vl_probability if self.stage.alternating else 0.0
+            schedule = StepSchedule(args.stream_seed, probability)
+            return DrawnStreams.open(schedule, train, vl if probability > 0.0 else None, **tools)
+        if vl is not None:
+            raise ValueError(
+                f"vl_dataset: expected None in stage {args.stage!r}, whose samples all come from "
+                "train_dataset"
+            )
+        if not learns_from_text(args.trained_parts):
+            expect_images(train, without_text(args.trained_parts))
+        size, seed, by_length = args.step_size, args.stream_seed, args.group == "length"
+        return GroupedStreams.open(train, size, seed, by_length=by_length, **tools)
 
     def _past_unusable(self, data: Any, check: Callable[[Any], None] | None) -> Any:
         """Return evaluation data that reports a bad record instead of ending the run at it."""
@@ -157,23 +189,42 @@ class CollavoTrainer(Trainer):
                 "save_only_model: expected True with FSDP, whose checkpoints hold the model alone; "
                 "train with DDP to resume from checkpoints"
             )
+        for name in ("save_trained_only", "export"):
+            if getattr(self.args, name):
+                raise ValueError(
+                    f"{name}: expected none with FSDP, whose processes hold shards; save the model "
+                    "and give what load_folder makes of it to collavo.train.export"
+                )
 
     def _check_deepspeed(self) -> None:
         # Its engine steps inside backward, before the idle adapter's gradients can be dropped.
-        if self.is_deepspeed_enabled and self.args.stage == "cit":
+        if self.is_deepspeed_enabled and self.stage.alternating:
             raise ValueError(
-                "deepspeed: expected none with stage cit, got DeepSpeed, which would move the "
-                "adapter that a step does not train; launch with DDP (torchrun) or fsdp"
+                f"deepspeed: expected none with stage {self.args.stage}, got DeepSpeed, which "
+                "would move the adapter that a step does not train; launch with DDP (torchrun) or "
+                "fsdp"
             )
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        return StepSampler(
-            self.schedule,
-            self._sizes,
-            self.args.step_size,
-            self.args.stream_seed,
-            global_step=lambda: self.state.global_step,
-        )
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
+        return self.streams.sampler(self.args, lambda: self.state.global_step)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of training batches; places that a small step leaves empty are none."""
+        collator = self.data_collator
+        self.data_collator = self.streams.collator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer, with the projector's own learning rate if it has one."""
+        rate = self.args.projector_learning_rate if self.optimizer is None else None
+        made = super().create_optimizer(*args, **kwargs)
+        if rate is not None and "projector" in self.args.trained_parts:
+            model = cast(nn.Module, args[0] if args else self.model)
+            give_rate(made, part_parameters(model, "projector"), rate)
+        return made
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers asks after a step whether it was the last, and so trains one more when a run
@@ -184,16 +235,18 @@ class CollavoTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run one micro-batch forward and backward, and drop the idle adapter's gradients."""
+        """Run one micro-batch forward and backward, and drop the gradients of what is idle."""
         kind = self.schedule.kind(self.state.global_step)
         loss = super().training_step(model, *args, **kwargs)
-        if self.args.stage == "cit":
+        if self.stage.alternating:
             drop_idle_gradients(cast(nn.Module, self.model), self.trained_adapter(kind))
-            if self.accelerator.sync_gradients:
-                self._logged_kinds[kind] += 1
+        elif not self.stage.drawn:
+            drop_unreached_gradients(cast(nn.Module, self.model), kind)
+        if self.accelerator.sync_gradients:
+            self._logged_kinds[kind] += 1
         return loss
 
-    def trained_adapter(self, kind: StepKind) -> StepKind:
+    def trained_adapter(self, kind: str) -> str:
         """Return the adapter that a ``cit`` step of a kind trains: the one of its name.
 
         Args:
@@ -202,10 +255,9 @@ class CollavoTrainer(Trainer):
         return kind
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and in ``cit`` add how many steps of each kind there were since the last log."""
-        if self.args.stage == "cit" and "loss" in logs:
-            logs["image_steps"] = self._logged_kinds["image"]
-            logs["vl_steps"] = self._logged_kinds["vl"]
+        """Log, and where steps are of several kinds, how many of each since the last log."""
+        if len(self.stage.streams) > 1 and "loss" in logs:
+            logs |= {f"{kind}_steps": self._logged_kinds[kind] for kind in self.stage.streams}
             self._logged_kinds.clear()
         super().log(logs, *args, **kwargs)
 
@@ -227,14 +279,22 @@ class CollavoTrainer(Trainer):
             ValueError: if the checkpoint is not whole or is another run's, or none is.
             FileNotFoundError: naming what the checkpoint lacks.
         """
+        if resume_from_checkpoint and self.is_fsdp_enabled:
+            raise ValueError(
+                "resume_from_checkpoint: expected none with FSDP, whose checkpoints hold the model "
+                "alone; train with DDP to resume"
+            )
         if resume_from_checkpoint is True:
             folder = Path(str(self.args.output_dir))
             resume_from_checkpoint = str(checkpoint.last_whole(folder))
         if not resume_from_checkpoint and self.is_world_process_zero():
             self.unusable.begin()
-        before = self.state
+        before, self._base = self.state, None
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self.args.export and self.args.should_save:
+                export(self._trained_model(), self.processing_class, self.args.export)
+            return result
         except SaveError:
             raise
         except Exception:
@@ -247,128 +307,3 @@ class CollavoTrainer(Trainer):
                     "%s: the model is saved, and what follows failed", self.args.output_dir
                 )
             raise
-
-    def check_saving(self) -> None:
-        """Try on every process whether this run can save; :meth:`train` calls it before its steps.
-
-        What killed runs have left in the output folder is cleared up.
-
-        Raises:
-            SaveError: naming what cannot be written, or the space that is wanted and found; on
-                every process if it is so on one.
-        """
-        folder, fault = Path(str(self.args.output_dir)), ""
-        for work in (self._settle, self._try_saving):
-            try:
-                if not fault:
-                    work(folder)
-            except Exception as error:
-                fault = in_a_line(error)
-            # Clearing up would remove what another process writes for its trial.
-            self.accelerator.wait_for_everyone()
-        failed = torch.tensor([int(bool(fault))], device=self.accelerator.device)
-        failed = cast(torch.Tensor, self.accelerator.gather(failed))
-        if fault:
-            raise SaveError(f"output_dir: this run could not save, so it does not begin: {fault}")
-        if bool(failed.any()):
-            raise SaveError(
-                f"output_dir: process {int(failed.argmax())} could not save in {folder}, so the "
-                "run does not begin; its own message says why"
-            )
-
-    def _settle(self, folder: Path) -> None:
-        if self.args.should_save:
-            writing.settle(folder)
-
-    def _try_saving(self, folder: Path) -> None:
-        if self.args.should_save:
-            check_saving(cast(nn.Module, self.model), self.args, self.state, super()._save)
-        elif self.args.save_strategy != "no" and not self.args.save_only_model:
-            folder.mkdir(parents=True, exist_ok=True)
-            writing.check_file(folder / checkpoint.STREAMS)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model so that ``from_pretrained`` reads it; all processes have to call it.
-
-        Args:
-            output_dir: The folder, which keeps its old model until the new one is whole; None takes
-                the run's.
-
-        Raises:
-            SaveError: if it could not be saved, saying where the trained tensors are instead.
-        """
-        if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=full_state_dict(cast(nn.Module, self.model)))
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        target = Path(output_dir or str(self.args.output_dir))
-        if not self.args.should_save:
-            super()._save(str(target), state_dict)
-            return
-        try:
-            with writing.written_folder(target, weight_patterns()) as partial:
-                super()._save(str(partial), state_dict)
-        except KeyboardInterrupt as interrupt:
-            try:
-                self._fail(target, interrupt, state_dict)
-            except SaveError as saved:
-                raise KeyboardInterrupt(str(saved)) from interrupt
-        except Exception as error:
-            self._fail(target, error, state_dict)
-
-    def save_state(self) -> None:
-        """Write ``trainer_state.json`` into the output folder, on the first process.
-
-        Raises:
-            OSError: naming the file.
-        """
-        if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / TRAINER_STATE_NAME
-            with writing.written_file(path) as temporary:
-                self.state.save_to_json(str(temporary))
-
-    def _fail(self, target: Path, error: BaseException, state_dict: Any = None) -> NoReturn:
-        """Rescue the trained tensors and say where they are."""
-        # Gathering shards takes all processes, of which perhaps this one alone has failed.
-        if not self.args.should_save or (self.is_fsdp_enabled and not state_dict):
-            raise error
-        # A checkpoint that could not be written is removed, with whatever lies in it.
-        folder = target.parent if checkpoint.is_checkpoint(target) else target
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        raise rescue(model, folder, error, state_dict) from error
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial))
-        folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
-        try:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # an earlier run's, with other files
-            self.accelerator.wait_for_everyone()
-            self.args.save_total_limit = None  # no other goes before this one is whole
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            self.args.save_total_limit = limit
-            if self.args.should_save:
-                torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit
-                checkpoint.seal(folder, self.args.stream_facts())
-        except BaseException as error:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, Exception) and not isinstance(error, SaveError):
-                self._fail(folder, error)
-            raise
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            checkpoint.rotate(run, limit, [folder, *([Path(best)] if best else [])])
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        folder = Path(resume_from_checkpoint)
-        checkpoint.check_weights(folder, cast(nn.Module, self.model))
-        checkpoint.check_resume(folder, self.args.stream_facts())
-        super()._load_from_checkpoint(resume_from_checkpoint, cast(Any, model))

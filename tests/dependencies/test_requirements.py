@@ -238,7 +238,7 @@ def declared() -> dict[str, str]:
     bounds = {}
     for line in project["dependencies"]:
         name, _, bound = line.partition(";")[0].strip().partition(">=")
-        bounds[{"pillow": "PIL"}.get(name, name)] = bound
+        bounds[{"pillow": "PIL", "pyyaml": "yaml"}.get(name, name)] = bound
     return bounds
 
 
@@ -255,7 +255,7 @@ def test_the_tested_set_is_within_the_declared_bounds() -> None:
         if "==" in line and not line.startswith("#")
     )
     for name, bound in declared().items():
-        pinned = pins.get({"PIL": "pillow"}.get(name, name))
+        pinned = pins.get({"PIL": "pillow", "yaml": "pyyaml"}.get(name, name))
         if pinned is not None:
             assert [int(n) for n in pinned.split(".")] >= [int(n) for n in bound.split(".")], name
 

@@ -68,6 +68,7 @@ class Case:
 
 SHOW = ("--image", "{coco}/images/{name}.png", "--panoptic", "{coco}/panoptic/{name}.png")
 FOLDERS = ("--images", "{coco}/images", "--panoptic", "{coco}/panoptic")
+NOWHERE = ("--llm", "{output}/none", "--vision", "{output}/none")
 LISTED = ("--annotations", "{coco}/panoptic.json")
 COMMANDS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("collavo", "--version"), (0,)),
@@ -81,6 +82,7 @@ COMMANDS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("collavo", "show", *SHOW, *LISTED, "--output", "{output}/été.png"), (0,)),
     (("collavo", "prepare", *FOLDERS, *LISTED, "--output", "{output}"), (0,)),
     (("collavo", "convert", "{output}/none", "{output}/new"), (2,)),
+    (("collavo", "build", *NOWHERE, "--out", "{output}/new"), (2,)),
     (("collavo", "chat", "--model", "{output}/none"), (2,)),
     (("collavo", "eval", "--model", "{output}/none", *FOLDERS, *LISTED), (2,)),
     (("collavo", "train", "--model", "{output}/none", "--stage", "cpt"), (2,)),

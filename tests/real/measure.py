@@ -1,6 +1,7 @@
 """Numbers of a real decoder: ``python -m tests.real.measure PART OUTPUT.json``.
 
-Parts are float32, bfloat16, llava and cpt; ``README.md`` beside has what one run of each gave.
+Parts are float32, bfloat16, llava, cpt and tune; ``README.md`` beside has what one run of each
+gave.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import smollm2
+import tune
 import variants
 
 from collavo import CollavoProcessor, CollavoTrainer, CollavoTrainingArguments, apply_to_llava
@@ -169,6 +171,7 @@ def main() -> None:
         "bfloat16": partial(text_rows, dtype=torch.bfloat16),
         "llava": llava_rows,
         "cpt": cpt_rows,
+        "tune": tune.stage_rows,
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=[*parts])

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from collavo.conversion.folders import _find_image_token
 from collavo.conversion.kinds import ImageToken, Options
 from collavo.conversion.official import plan_official
 from collavo.conversion.official_layout import EMBEDDING, OWN_EMBEDDING
 from collavo.conversion.plan import Header
+from collavo.conversion.special_tokens import find_image_token
 from tests.collavo.conversion.official_folder import Sizes, official_config, official_shapes
 
 WORDS = 50
@@ -81,7 +81,7 @@ def test_words_and_ids_that_can_be_asked_for(
     more: tuple[str, ...], asked: str | int | None, found: tuple[str, int, int]
 ) -> None:
     tokenizer = _tokenizer(*more)
-    _, token = _find_image_token(tokenizer, Options(image_token=asked), None)
+    _, token = find_image_token(tokenizer, Options(image_token=asked), None)
     assert token == ImageToken(*found)
     assert tokenizer.convert_tokens_to_ids(token.word) == token.token_id
     assert len(tokenizer) == token.vocabulary
@@ -91,22 +91,22 @@ def test_words_and_ids_that_can_be_asked_for(
 def test_a_word_that_texts_have_is_refused(asked: str | int) -> None:
     """Each such word of a question would be a place for an image, or none would be found."""
     with pytest.raises(ValueError, match="expected a word that stands for images alone"):
-        _find_image_token(_tokenizer("<0x41>"), Options(image_token=asked), None)
+        find_image_token(_tokenizer("<0x41>"), Options(image_token=asked), None)
 
 
 def test_a_piece_that_no_text_gives_becomes_a_token_of_its_own() -> None:
     tokenizer = _tokenizer("<image>", "last")
     assert 50 not in tokenizer("a<image>b")["input_ids"]
-    _find_image_token(tokenizer, Options(), None)
+    find_image_token(tokenizer, Options(), None)
     assert tokenizer("a<image>b")["input_ids"].count(50) == 1
 
 
 @pytest.mark.parametrize("asked", [51, -1])
 def test_an_id_beyond_the_next_one_is_refused(asked: int) -> None:
     with pytest.raises(ValueError, match=rf"--image-token: expected an id .*to 50.*got {asked}"):
-        _find_image_token(_tokenizer(), Options(image_token=asked), None)
+        find_image_token(_tokenizer(), Options(image_token=asked), None)
     with pytest.raises(ValueError, match=r"--image-token: expected 50, .*'<image>', got 51"):
-        _find_image_token(_tokenizer("<image>"), Options(image_token=51), None)
+        find_image_token(_tokenizer("<image>"), Options(image_token=51), None)
 
 
 def test_the_embedding_has_the_heads_words_at_least() -> None:

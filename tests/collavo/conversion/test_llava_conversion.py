@@ -256,9 +256,3 @@ def test_a_family_whose_tokens_have_no_place_converts_without_the_crayon(tmp_pat
     convert_folder(tmp_path / "source", tmp_path / "target", options)
     kind = type(load_pretrained(tmp_path / "target")).__name__
     assert kind == "CollavoIdefics2ForConditionalGeneration"
-
-
-def test_the_original_repositorys_format_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama"}))
-    with pytest.raises(ValueError, match="original repository's format, which is not read yet"):
-        convert_folder(tmp_path, tmp_path / "target")

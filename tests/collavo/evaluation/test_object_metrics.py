@@ -8,6 +8,7 @@ from collavo.demo.scenes import THING_NAMES, make_scene
 from collavo.demo.storage import Scenes, write_scenes
 from collavo.evaluation import (
     ObjectQuestion,
+    ask_class,
     ask_presence,
     box_questions,
     class_questions,
@@ -16,6 +17,8 @@ from collavo.evaluation import (
     score,
 )
 from collavo.evaluation.answering import with_crayon
+from collavo.panoptic import detections_from_map
+from collavo.processing import to_padded
 
 
 def c2b(name, answer):
@@ -117,6 +120,20 @@ def test_every_positive_has_a_negative_that_is_not_there(scenes):
 
 def test_stuff_is_not_asked_for(scenes):
     assert {question.name for question in box_questions(scenes)} <= set(THING_NAMES)
+
+
+def test_boxes_of_questions_follow_the_processor(coco_dataset):
+    """A model that saw boxes of padded squares is asked for them."""
+    plain, padded = (box_questions(coco_dataset, box_frame=name) for name in ("image", "padded"))
+    for one, other in zip(plain, padded, strict=True):
+        height, width = coco_dataset.panoptic_map(one.image).size
+        objects = detections_from_map(coco_dataset.panoptic_map(one.image))
+        boxes = [item.box for item in objects if ask_class(item.box) == one.text]
+        assert other.text in [ask_class(to_padded(box, height, width)) for box in boxes]
+        assert other.text != one.text
+        assert other.answer == one.answer
+    with pytest.raises(ValueError, match="box_frame: expected one of image, padded, got 'map'"):
+        box_questions(coco_dataset, box_frame="map")
 
 
 def test_limit_and_candidates_are_checked(scenes):

@@ -118,7 +118,7 @@ def test_the_original_format_is_told_from_transformers(
 ) -> None:
     write_config(tmp_path, values)
     for way in WAYS.values():
-        with pytest.raises(ValueError, match=r"original repository's format.*not read yet"):
+        with pytest.raises(ValueError, match=rf"original repository's format: .*{COMMAND}"):
             way(tmp_path)
 
 

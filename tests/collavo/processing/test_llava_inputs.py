@@ -15,6 +15,7 @@ from transformers import AutoProcessor, CLIPImageProcessorPil, Idefics2Processor
 
 from collavo import CollavoProcessor
 from collavo.panoptic import PanopticMap
+from collavo.processing import OverlongError
 from collavo_kernels import panoptic_lookup
 from tests.collavo.processing import tiny_llavas
 from tests.collavo.processing.tiny_llavas import BUILDERS, llava, llava_next
@@ -265,9 +266,10 @@ def test_a_crayon_in_the_place_of_a_map() -> None:
         tiled(PICTURES[2], prompt, crayon)
 
 
-def test_an_image_that_is_cut_is_named() -> None:
+def test_a_limit_that_no_answer_fits_is_named() -> None:
+    """The first answer ends behind 36 image tokens, which are never cut."""
     processor = CollavoProcessor.from_llava(llava())
-    with pytest.raises(ValueError, match=r"conversations\[0\]: expected 36 image tokens"):
+    with pytest.raises(OverlongError, match=r"conversations\[0\]: nothing of its answer is left"):
         processor.training_batch(TURNS[:1], [PICTURES[:1]], max_length=20)
 
 

@@ -29,13 +29,14 @@ def said(template: str, turns: Any = TURNS, **variables: str) -> list[str]:
     return [text[start:stop] for start, stop in spans]
 
 
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+# Without the block nobody knows that plain keeps a line break, or that v0 stops at ``###``.
+@pytest.mark.parametrize("name", sorted(set(CHAT_TEMPLATES) - {"plain", "v0", "v0_mmtag"}))
 def test_answers_are_those_of_the_generation_block(name: str) -> None:
     """The project's own templates with their blocks taken out say the same."""
     marked = CHAT_TEMPLATES[name]
     plain = re.sub(r"{%- (end)?generation -%}", "", marked)
     assert plain != marked
-    stops = ["[UNUSED_TOKEN_145]", "</s>"]
+    stops = ["[UNUSED_TOKEN_145]", "</s>", STOP]
     texts = [
         FilledTemplate(one, {"eos_token": "</s>"}).with_answers(TURNS, "turns", stops)
         for one in (marked, plain)

@@ -16,8 +16,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from collavo.processing import CollavoProcessor, make_image_processor
 from collavo.processing.chat_templates import CHAT_TEMPLATES, SYSTEM
-from collavo.processing.labels import special_frame
 from collavo.processing.stretches import Piece, encode_pieces
+from collavo.processing.tokens import special_frame
 from collavo.train.collator import CrayonCollator
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
@@ -206,7 +206,7 @@ def test_a_long_conversation_is_tokenized_in_parts_alike(kind: str) -> None:
         lengths.extend(len(text) for text in texts)
         return encode(texts)
 
-    in_parts = encode_pieces(pieces, counted, isolated={stop})
+    in_parts = encode_pieces(pieces, counted, isolated={stop: "</s>"})
     assert in_parts == encode_pieces(pieces, encode)
     assert max(lengths) < 2 * sum(len(piece.text) for piece in pieces[:2])
 
@@ -221,13 +221,16 @@ def test_a_tokenizer_in_plain_python() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_tokens_around_a_text_stay_when_it_is_cut(side: str) -> None:
-    """A start token and a second stop token of the tokenizer's own; neither is labelled."""
+    """A start token and a second stop token of the tokenizer's own; neither is labelled.
+
+    The end is cut off on whatever side the tokenizer cuts texts: behind a whole answer.
+    """
     processor = processor_of("byte level")
     core = processor.tokenizer.backend_tokenizer
     ids = [(name, core.token_to_id(name)) for name in ("<s>", "</s>")]
     core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
     processor.tokenizer.truncation_side = side
-    record = {"conversation": talk("What", "yes no")}
+    record = {"conversation": [*talk("What", "yes no"), *talk("What", "no")]}
     whole = CrayonCollator(processor)([record])
     length = whole["input_ids"].shape[1]
     cut = CrayonCollator(processor, max_length=length - 1)([record])
@@ -235,14 +238,14 @@ def test_the_tokens_around_a_text_stay_when_it_is_cut(side: str) -> None:
     for batch in (whole, cut):
         row, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         assert (row[0], row[-1]) == (begin, end) and (labels[0], labels[-1]) == (-100, -100)
-    assert cut["input_ids"].shape[1] == length - 1
-    spared = whole["input_ids"][0, 2:-1] if side == "left" else whole["input_ids"][0, 1:-2]
-    assert cut["input_ids"][0, 1:-1].tolist() == spared.tolist()
+    stops = (whole["labels"][0] == end).nonzero()[:, 0].tolist()
+    assert len(stops) == 2 and cut["input_ids"].shape[1] == stops[0] + 2
+    assert torch.equal(cut["input_ids"][0, :-1], whole["input_ids"][0, : stops[0] + 1])
 
 
 def test_a_frame_that_is_none() -> None:
     with pytest.raises(ValueError, match="tokenizer: expected special tokens before and behind"):
-        special_frame("a", lambda texts: [[1, 2] for _ in texts], [0, 1, 3])
+        special_frame([1, 2], [0, 1, 3])
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tiny_processor: Any) -> None:

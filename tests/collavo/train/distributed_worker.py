@@ -1,7 +1,8 @@
 """One of two processes: trains the tiny model by DDP (Trainer) or FSDP2 (a loop of its own).
 
-Usage: ``distributed_worker.py {ddp,fsdp2,refuse} FOLDER`` with RANK, WORLD_SIZE and the address in
-the environment. Writes ``FOLDER/rank<R>.json``; rank 0 saves the model in ``FOLDER/model``.
+Usage: ``distributed_worker.py {ddp,fsdp2,mixed_ddp,mixed_fsdp2,refuse} FOLDER`` with RANK,
+WORLD_SIZE and the address in the environment. Writes ``FOLDER/rank<R>.json``; rank 0 saves the
+model in ``FOLDER/model``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_collavo import CollavoRecords, make_collavo
+from tiny_collavo import CollavoRecords, MixedRecords, make_collavo
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,13 +27,14 @@ from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
 from collavo import writing
-from collavo.train import saving
-from collavo.train import trainer as trainer_module
+from collavo.train import safe_saves, saving
 from collavo.train.arguments import CollavoTrainingArguments
+from collavo.train.grouping import GroupedSampler
 from collavo.train.sampler import StepSampler, join
 from collavo.train.schedule import StepSchedule
 from collavo.train.sharding import full_state_dict, replicated_parameters
-from collavo.train.stages import drop_idle_gradients, prepare_stage
+from collavo.train.stages import drop_idle_gradients, drop_unreached_gradients, prepare_stage
+from collavo.train.streams import GroupedStreams, StepCollator
 from collavo.train.trainer import CollavoTrainer
 
 STEPS, STEP_SIZE, SEED, RATE = 6, 4, 3, 1e-2
@@ -120,7 +122,7 @@ def refuse_ddp(folder: Path) -> list[str]:
 
     for failing in (1, 0, None):
         trainer = ddp_trainer(folder, save_strategy="steps", save_steps=1, max_steps=1)
-        writing.check_file, trainer_module.check_saving = (  # type: ignore[assignment]
+        writing.check_file, safe_saves.check_saving = (  # type: ignore[assignment]
             (fail, fail) if failing == rank else real
         )
         if failing is None and rank == 0:
@@ -135,6 +137,16 @@ def refuse_ddp(folder: Path) -> list[str]:
     return ends
 
 
+def optimizer_of(model: Any) -> torch.optim.AdamW:
+    """As Trainer makes it: matrices alone decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=RATE, eps=EPSILON)
+
+
 def train_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -145,13 +157,7 @@ def train_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # Trainer decays matrices alone.
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, eps=EPSILON)
+    optimizer = optimizer_of(model)
     data, schedule = join(*datasets()), StepSchedule(SEED, 0.5)
     sizes = {"image": 8, "vl": 8}
     indices = [
@@ -176,6 +182,81 @@ def train_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
     return model
 
 
+# Nine records with images and six without: of the last step with images one process has nothing.
+MIXED = {"size": 15, "texts_of_five": 2}
+MIXED_STEPS, PARTS = 10, ("projector", "adapters", "crayon")
+
+
+def train_mixed_ddp(folder: Path, log: list[dict[str, str]]) -> Any:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    args = CollavoTrainingArguments(
+        output_dir=str(folder / "model"),
+        stage="instruct",
+        parts=list(PARTS),
+        adapters=["image"],
+        global_batch=STEP_SIZE,
+        per_device_train_batch_size=1,
+        num_train_epochs=2,
+        learning_rate=RATE,
+        projector_learning_rate=RATE,
+        lr_scheduler_type="constant",
+        warmup_steps=0.0,
+        weight_decay=0.1,
+        adam_epsilon=EPSILON,
+        max_grad_norm=0.0,
+        bf16=False,
+        save_strategy="no",
+        use_cpu=True,
+        ddp_backend="gloo" if world > 1 else None,
+        disable_tqdm=True,
+        report_to="none",
+        seed=SEED,
+    )
+    trainer = CollavoTrainer(make_collavo(), args, MixedRecords(**MIXED))
+    trainer.add_callback(Watch(log))
+    trainer.train()
+    trainer.save_model()
+    return trainer.model
+
+
+def train_mixed_fsdp2(folder: Path, log: list[dict[str, str]]) -> Any:
+    """A loop of its own, as one by hand would be, over the same steps."""
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model: Any = make_collavo()
+    prepare_stage(model, "instruct", PARTS, ["image"])
+    mesh = init_device_mesh("cpu", (world,))
+    whole = replicated_parameters(model)
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    optimizer = optimizer_of(model)
+    streams = GroupedStreams.open(MixedRecords(**MIXED), STEP_SIZE, SEED)
+    schedule, data, collate = streams.schedule, streams.dataset, StepCollator(default_collate)
+    assert data is not None
+    model.train()
+    micros = STEP_SIZE // world
+    for step in range(MIXED_STEPS):
+        places = list(GroupedSampler(schedule, world, micros, 1, lambda s=step: s))  # type: ignore[misc]
+        first = step % schedule.steps_per_epoch * STEP_SIZE
+        batches = [collate([data[place]]) for place in places[first : first + STEP_SIZE]]
+        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        for micro in range(micros):
+            model.set_requires_gradient_sync(micro == micros - 1)
+            batch = batches[micro * world + rank]
+            loss = model(**batch, num_items_in_batch=tokens).loss * world
+            loss.backward()
+        drop_unreached_gradients(model, schedule.kind(step))
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append(digests(model, optimizer))
+    full = full_state_dict(model)
+    if rank == 0:
+        model.save_pretrained(folder / "model", state_dict=full)
+    dist.barrier()
+    return model
+
+
 def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     log: list[dict[str, str]] = []
@@ -183,13 +264,19 @@ def main() -> None:
         (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(refuse_ddp(folder)))
         dist.barrier()
         os._exit(0)
-    model = {"ddp": train_ddp, "fsdp2": train_fsdp2}[kind](folder, log)
+    work = {
+        "ddp": train_ddp,
+        "fsdp2": train_fsdp2,
+        "mixed_ddp": train_mixed_ddp,
+        "mixed_fsdp2": train_mixed_fsdp2,
+    }
+    model = work[kind](folder, log)
     schedule = StepSchedule(SEED, 0.5)
     report = {
         "kinds": [schedule.kind(step) for step in range(STEPS)],
         "before": digests(make_collavo(), None),
         "steps": log,
-        "all": digest(model.state_dict().values()) if kind == "ddp" else "",
+        "all": digest(model.state_dict().values()) if "ddp" in kind else "",
     }
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
     if dist.is_initialized():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from collavo.configuration import CollavoConfig
 from collavo.model.llava import CollavoForConditionalGeneration
 from collavo.panoptic import CocoPanopticDataset, PanopticMap, parse_objects
-from collavo.processing.chat_templates import CHAT_TEMPLATES
+from collavo.processing import CHAT_TEMPLATES, OverlongError
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
 
@@ -28,7 +28,7 @@ TURNS = [
 
 
 def record(**kwargs):
-    return {"conversation": TURNS, **kwargs}
+    return {"conversation": TURNS} | kwargs
 
 
 def spoken(processor, batch, row=0):
@@ -204,14 +204,36 @@ def test_llava_json(tmp_path, coco_folder, tiny_processor):
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [16, 0]
 
 
-def test_truncation_keeps_images_or_says_so(tiny_processor):
+def test_a_long_conversation_is_cut_behind_a_whole_answer(tiny_processor):
+    """Half an answer teaches to stop nowhere, and half an image is none."""
     processor = tiny_processor()
     image = Image.new("RGB", (8, 8))
-    full = CrayonCollator(processor)([record(image=image)])["input_ids"].shape[1]
-    cut = CrayonCollator(processor, max_length=full - 2)([record(image=image)])
-    assert cut["input_ids"].shape[1] == full - 2
-    with pytest.raises(ValueError, match="must not cut images"):
-        CrayonCollator(processor, max_length=20)([record(image=image)])
+    full = CrayonCollator(processor)([record(image=image)])
+    length = full["input_ids"].shape[1]
+    cut = CrayonCollator(processor, max_length=length - 1)([record(image=image)])
+    kept = cut["input_ids"].shape[1]
+    assert torch.equal(cut["labels"], full["labels"][:, :kept])
+    assert spoken(processor, cut) == [" yes</s>"] and int(cut["labels"][0, -1]) != -100
+    with pytest.raises(OverlongError, match=rf"expected at most max_length={length - 1} tokens"):
+        CrayonCollator(processor, max_length=length - 1, overlong="raise")([record(image=image)])
+    with pytest.raises(ValueError, match="overlong: expected 'cut' or 'raise', got 'skip'"):
+        CrayonCollator(processor, overlong="skip")([record()])
+
+
+def test_an_image_behind_the_cut_is_left_out(tiny_processor):
+    """Its pixels would be looked for by image tokens that are not there."""
+    processor = tiny_processor(chat_template=CHAT_TEMPLATES["v1"], texts=["USER ASSISTANT"])
+    part = {"type": "image"}
+    turns = [dict(TURNS[0]), TURNS[1], dict(TURNS[2]), TURNS[3]]
+    for turn in (turns[0], turns[2]):
+        turn["content"] = [part, {"type": "text", "text": turn["content"]}]
+    two = record(conversation=turns, image=[Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))])
+    whole = CrayonCollator(processor)([two])
+    length = whole["input_ids"].shape[1]
+    cut = CrayonCollator(processor, max_length=length - 1)([two])
+    assert (whole["pixel_values"].shape[0], cut["pixel_values"].shape[0]) == (2, 1)
+    assert (cut["input_ids"] == processor.image_token_id).sum() == 16
+    assert cut["crayon_index"].shape == (1, 16)
 
 
 def test_an_answer_that_is_cut_away_is_named(tiny_processor):
@@ -221,15 +243,6 @@ def test_an_answer_that_is_cut_away_is_named(tiny_processor):
     start = int((whole["labels"] != -100).int().argmax())
     with pytest.raises(ValueError, match=r"records\[0\]: nothing of its answer is left within"):
         CrayonCollator(processor, max_length=start)([record()])
-
-
-def test_llava_json_that_lacks_its_image_is_named(tmp_path):
-    """Without it the question about a picture would be learned blind."""
-    turns = [{"from": "human", "value": "<image>\nWhat"}, {"from": "gpt", "value": "a horse"}]
-    path = tmp_path / "chat.json"
-    path.write_text(json.dumps([{"conversations": turns}]))
-    with pytest.raises(ValueError, match=r"chat\.json: \[0\]: expected 1 images in 'image'"):
-        ConversationDataset.from_llava_json(path)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,9 @@ def test_the_trainer_refuses_crayons_of_another_processor(
         CollavoTrainer(make_toy(), args, data, data_collator=collator)
     fits = CrayonInstructionDataset(prepare(coco_folder, tmp_path / "fits"))
     CollavoTrainer(make_toy(), args, fits, data_collator=collator)
+    padded = CrayonCollator(tiny_processor(mode="pad", box_frame="padded"))
+    with pytest.raises(ValueError, match=r"box_frame: expected 'image' for crayon instructions"):
+        CollavoTrainer(make_toy(), args, fits, data_collator=padded)
 
 
 def test_a_map_of_uncovered_segments_raises_from_pngs_and_is_left_out_of_shards(

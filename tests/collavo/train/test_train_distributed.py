@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import train_ddp
+from distributed_worker import MIXED_STEPS, train_ddp, train_mixed_ddp
 
 from collavo.model.llava import CollavoForConditionalGeneration
 
@@ -122,6 +122,29 @@ def test_two_processes_fsdp2(tmp_path: Path, single: dict[str, torch.Tensor]) ->
     for report in ranks:
         check_idle_adapters({**report, "before": report["steps"][0], **skip_first(report)})
     check_same_training(saved(tmp_path / "run"), single)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What one process makes of nine records with images and six without."""
+    folder = tmp_path_factory.mktemp("mixed") / "run"
+    train_mixed_ddp(folder, [])
+    return saved(folder)
+
+
+@pytest.mark.parametrize("kind", ["mixed_ddp", "mixed_fsdp2"])
+def test_two_processes_with_and_without_images(
+    tmp_path: Path, mixed: dict[str, torch.Tensor], kind: str
+) -> None:
+    """They finish: no process waits for another in the tower, nor has an empty batch.
+
+    And they train what one process trains with the same global batch.
+    """
+    ranks = launch(kind, tmp_path / "run")
+    assert all(len(report["steps"]) == MIXED_STEPS for report in ranks)
+    idle = [step["vl"] for report in ranks for step in report["steps"]]
+    assert len(set(idle)) == (1 if kind == "mixed_ddp" else 2)  # a shard for each process
+    check_same_training(saved(tmp_path / "run"), mixed)
 
 
 def skip_first(report: dict[str, Any]) -> dict[str, Any]:

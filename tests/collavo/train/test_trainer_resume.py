@@ -219,6 +219,45 @@ def test_other_streams_cannot_be_resumed(
         resume(toy_trainer, saved, **changes)
 
 
+def test_what_earlier_versions_sealed_is_resumed(toy_trainer: Build, saved: Path) -> None:
+    """Their seal has four facts; a fifth that cpt and cit must share would end such runs."""
+    path = saved / checkpoint.STREAMS
+    sealed = json.loads(path.read_text())
+    kept = ("stage", "vl_probability", "stream_seed", "step_size", "files")
+    path.write_text(json.dumps({name: sealed[name] for name in kept}))
+    trainer = toy_trainer(max_steps=4)
+    trainer.train(resume_from_checkpoint=str(saved))
+    assert trainer.state.global_step == 4
+
+
+def test_fsdp_resumes_nothing(toy_trainer: Build, saved: Path) -> None:
+    """Its checkpoints hold the model alone; it would begin with fresh moments and say nothing."""
+    trainer = toy_trainer(max_steps=4)
+    trainer.is_fsdp_enabled = True
+    for given in (True, str(saved)):
+        with pytest.raises(ValueError, match="resume_from_checkpoint: expected none with FSDP"):
+            trainer.train(resume_from_checkpoint=given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"save_trained_only": True}, "save_trained_only"), ({"export": "out"}, "export")],
+)
+def test_fsdp_refuses_what_takes_whole_tensors(
+    toy_trainer: Build, changes: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CollavoTrainer.create_accelerator_and_postprocess
+
+    def create(self: CollavoTrainer) -> None:
+        real(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(CollavoTrainer, "create_accelerator_and_postprocess", create)
+    monkeypatch.setattr("accelerate.Accelerator.is_fsdp2", True)
+    with pytest.raises(ValueError, match=f"^{name}: expected none with FSDP"):
+        toy_trainer(**changes)
+
+
 def test_a_failed_save_leaves_nothing(
     toy_trainer: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 import torch
 from tiny import tiny_vision
 from torch import Tensor
@@ -77,3 +80,38 @@ class CollavoRecords(Dataset[dict[str, Tensor]]):
             record["crayon_class"] = torch.tensor([0, 1 + index % 7, 3], dtype=torch.int32)
             record["crayon_number"] = torch.tensor([0, 1, 1], dtype=torch.int32)
         return {"input_ids": tokens, **record}
+
+
+class MixedRecords(Dataset[dict[str, Tensor]]):
+    """Records with and without images, which say so and how long they are."""
+
+    def __init__(self, size: int = 10, *, text_every: int = 0, texts_of_five: int = 0) -> None:
+        numbers = np.arange(size)
+        self.with_image = numbers % 5 >= texts_of_five
+        if text_every:
+            self.with_image = numbers % text_every != 0
+        self.lengths = 6 + CELLS + numbers % 3  # what they would be: batches are not padded here
+        self.kinds = [CollavoRecords("image", size, text_every=every) for every in (1, 0)]
+
+    def __len__(self) -> int:
+        return len(self.with_image)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.kinds[int(self.with_image[index])][index]
+
+    def file_name(self, index: int) -> str:
+        return f"mixed.json: [{index}]"
+
+
+def collate(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Lay images one after another; a record without one has no crayon."""
+    names = ("input_ids", "labels", "attention_mask")
+    batch = {name: torch.stack([record[name] for record in records]) for name in names}
+    pictures = [record["pixel_values"] for record in records if "pixel_values" in record]
+    if pictures:
+        batch["pixel_values"] = torch.stack(pictures)
+        empty = {"crayon_index": (CELLS, -1), "crayon_class": (3, -1), "crayon_number": (3, 0)}
+        for name, (count, value) in empty.items():
+            none = torch.full((count,), value, dtype=torch.int32)
+            batch[name] = torch.stack([record.get(name, none) for record in records])
+    return batch

@@ -1,28 +1,18 @@
-"""Configurations of the CoLLaVO model: LLaVA's, the crayon's and the adapters'."""
+"""The decoder's configuration: LLaMA's, the crayon's and the adapters'."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
+from typing import Any, Literal
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    LlamaConfig,
-    LlavaConfig,
-    PretrainedConfig,
-)
-from transformers import __version__ as transformers_version
+from transformers import AutoConfig, LlamaConfig
 
-from collavo._relatives import way_of
+from collavo.configuration.kinds import TEXT, WHOLE, check_model_type
 
-Value = TypeVar("Value")
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 CRAYON_MODES = ("attention", "projection", "none")
 
 
@@ -68,7 +58,7 @@ class CollavoTextConfig(LlamaConfig):
         'attention'
     """
 
-    model_type = "collavo_text"
+    model_type = TEXT
 
     crayon_mode: Literal["attention", "projection", "none"] = "attention"
     crayon_rank: int = 256
@@ -176,7 +166,7 @@ class CollavoTextConfig(LlamaConfig):
             ValueError: naming the folder and the ``model_type``.
         """
         values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if values.get("model_type") not in ("llama", CollavoConfig.model_type):
+        if values.get("model_type") not in ("llama", WHOLE):
             check_model_type(values, str(pretrained_model_name_or_path), cls.model_type)
         return values, rest
 
@@ -218,52 +208,6 @@ def _usual(sizes: Iterable[tuple[int, float]]) -> tuple[int, float]:
     return ranks.most_common(1)[0][0], float(alphas.most_common(1)[0][0])
 
 
-def check_model_type(values: Mapping[str, Any], where: str, expected: str) -> None:
-    """Raise unless a configuration is of a kind of model, and name the way for its relatives.
-
-    Args:
-        values: ``config.json`` as a dictionary.
-        where: What to call it.
-        expected: The ``model_type`` that it has to have.
-
-    Raises:
-        FileNotFoundError: if it is empty: transformers reads a file that is not there as that.
-        ValueError: naming the ``model_type``.
-    """
-    if not values:
-        raise FileNotFoundError(f"{where}: has no config.json")
-    kind = values.get("model_type")
-    if kind == expected:
-        return
-    way = way_of(values) or "give a folder that save_pretrained of this package wrote"
-    if kind == CollavoLlavaConfig.model_type:
-        way = "this is a LLaVA that apply_to_llava changed: load it with collavo.load_pretrained"
-    raise ValueError(f"{where}: expected model_type {expected!r}, got {kind!r}; {way}")
-
-
-def refuse_relative(name: Any, expected: str, options: Mapping[str, Any]) -> None:
-    """Raise if a folder or hub id holds a LLaVA or the official CoLLaVO, and name the way.
-
-    Args:
-        name: The folder or hub id; one without ``config.json`` passes.
-        expected: What is to be read from it.
-        options: transformers' download options, by name; others are not read.
-
-    Raises:
-        ValueError: naming the ``model_type``.
-    """
-    known = {key: options[key] for key in HUB_OPTIONS if key in options}
-    try:
-        values, _ = PretrainedConfig.get_config_dict(name, **known)
-    except OSError:
-        return
-    if (way := way_of(values)) is not None:
-        raise ValueError(
-            f"{name}: expected the folder of a {expected}, got model_type "
-            f"{values.get('model_type')!r}; {way}"
-        )
-
-
 def _names(names: Sequence[str], field: str) -> tuple[str, ...]:
     """Return names as a tuple; one string would be taken letter by letter."""
     if isinstance(names, str):
@@ -296,204 +240,4 @@ TEXT_FIELDS = tuple(
     name for name in CollavoTextConfig.__annotations__ if name not in LlamaConfig.__annotations__
 )
 
-
-class _TextField(Generic[Value]):
-    """An attribute of the composite configuration that its text configuration stores."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> _TextField[Value]: ...
-    @overload
-    def __get__(self, instance: CollavoConfig, owner: type) -> Value: ...
-    def __get__(self, instance: CollavoConfig | None, owner: type) -> Value | _TextField[Value]:
-        if instance is None:
-            return self
-        return cast(Value, getattr(instance.text_config, self.name))
-
-    def __set__(self, instance: CollavoConfig, value: Value) -> None:
-        setattr(instance.text_config, self.name, value)
-
-
-@strict
-class CollavoConfig(LlavaConfig):
-    """A CoLLaVO model: CLIP tower, projector, crayon prompt and decoder.
-
-    The decoder's own settings (:class:`CollavoTextConfig`: ``crayon_mode``, ``adapters``,
-    ``quantize`` ...) may be given here too and can be read here; they are stored once, in
-    ``text_config``.
-
-    Args:
-        num_crayon_classes: Classes of the segmenter (133 for COCO panoptic); one row more is
-            "unknown".
-        max_crayon_number: Largest instance number with a vector of its own; one row more is
-            "unknown".
-        crayon_embed_dim: Width of the crayon queries; None takes the vision tower's hidden size.
-
-    Raises:
-        ValueError: if ``text_config`` is neither a LLaMA-shaped configuration nor a dictionary of
-            one.
-
-    Example:
-        >>> config = CollavoConfig(crayon_mode="projection", adapters=("image", "vl"))
-        >>> config.text_config.crayon_mode, config.adapters
-        ('projection', ('image', 'vl'))
-    """
-
-    model_type = "collavo"
-
-    if TYPE_CHECKING:
-        text_config: CollavoTextConfig
-        vision_config: Any
-
-    num_crayon_classes: int = 133
-    max_crayon_number: int = 20
-    crayon_embed_dim: int | None = None
-
-    crayon_mode: ClassVar[_TextField[str]] = _TextField()
-    crayon_rank: ClassVar[_TextField[int]] = _TextField()
-    crayon_alpha: ClassVar[_TextField[float | None]] = _TextField()
-    crayon_dropout: ClassVar[_TextField[float]] = _TextField()
-    adapters: ClassVar[_TextField[tuple[str, ...]]] = _TextField()
-    image_adapters: ClassVar[_TextField[tuple[str, ...]]] = _TextField()
-    lora_rank: ClassVar[_TextField[int | dict[str, int]]] = _TextField()
-    lora_alpha: ClassVar[_TextField[float | dict[str, float]]] = _TextField()
-    lora_rank_pattern: ClassVar[_TextField[dict[str, dict[str, int]] | None]] = _TextField()
-    lora_alpha_pattern: ClassVar[_TextField[dict[str, dict[str, float]] | None]] = _TextField()
-    lora_dropout: ClassVar[_TextField[float]] = _TextField()
-    quantize: ClassVar[_TextField[str | None]] = _TextField()
-    double_quant: ClassVar[_TextField[bool]] = _TextField()
-    quant_block_size: ClassVar[_TextField[int]] = _TextField()
-    adapter_dtype: ClassVar[_TextField[str | None]] = _TextField()
-    extra_embeddings: ClassVar[_TextField[int]] = _TextField()
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Build the text configuration from what was given here and there."""
-        given = {name: kwargs.pop(name) for name in TEXT_FIELDS if name in kwargs}
-        self.text_config = _text_config(self.text_config, given)
-        super().__post_init__(**kwargs)
-        if self.crayon_embed_dim is None:
-            self.crayon_embed_dim = self.vision_config.hidden_size
-
-    @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read ``config.json``; that of another kind of model is refused, not read in part.
-
-        Args:
-            pretrained_model_name_or_path: As in transformers.
-            **kwargs: As in transformers.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            ValueError: naming the folder and the ``model_type``.
-        """
-        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        check_model_type(values, str(pretrained_model_name_or_path), cls.model_type)
-        return values, rest
-
-
-def _text_config(given: Any, overrides: dict[str, Any]) -> CollavoTextConfig:
-    """Return a ``CollavoTextConfig`` from what stands under ``text_config``."""
-    if isinstance(given, CollavoTextConfig) and not overrides:
-        return given
-    if given is None:
-        values: dict[str, Any] = {}
-    elif isinstance(given, PretrainedConfig):
-        values = given.to_dict()
-    elif isinstance(given, dict):
-        values = dict(given)
-    else:
-        raise ValueError(
-            f"text_config: expected a configuration or a dict, got {type(given).__name__}"
-        )
-    kind = values.pop("model_type", "llama")
-    if kind not in ("llama", CollavoTextConfig.model_type):
-        raise ValueError(
-            f"text_config: expected a decoder of type 'llama' or 'collavo_text', got {kind!r}; "
-            "for other decoders load the LLaVA model and call collavo.apply_to_llava"
-        )
-    return CollavoTextConfig(**{**values, **overrides})
-
-
-@strict
-class CollavoLlavaConfig(PretrainedConfig):
-    """A vision-language model that ``apply_to_llava`` changed, as it is saved and loaded again.
-
-    Args:
-        base_config: The model's own configuration; its ``model_type`` says of which family it is.
-        crayon: What ``apply_to_llava`` made of it: ``decoder`` (the fields that
-            :class:`CollavoTextConfig` adds), ``base`` (block size and double quantisation of 4-bit
-            weights; None where they are dense; by the layer's name where they differ),
-            ``num_crayon_classes``, ``max_crayon_number`` and ``crayon_embed_dim``.
-
-    Example:
-        >>> CollavoLlavaConfig(base_config={"model_type": "llava_next"}).base().model_type
-        'llava_next'
-    """
-
-    model_type = "collavo_llava"
-
-    base_config: dict[str, Any] | None = None
-    crayon: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields; the class is that which picks the family's."""
-        found: dict[str, Any] = super().to_dict()
-        return found | {"architectures": ["CollavoLlavaForConditionalGeneration"]}
-
-    def base(self) -> PretrainedConfig:
-        """Return the configuration of the family's own class, with ``crayon`` as an attribute.
-
-        Raises:
-            ValueError: if the family is not one of transformers'.
-        """
-        values = dict(self.base_config or {})
-        kind = values.pop("model_type", None)
-        if kind not in CONFIG_MAPPING:
-            raise ValueError(
-                "base_config: expected the configuration of a vision-language model of "
-                f"transformers {transformers_version}, got model_type {kind!r}; save the model "
-                "anew, or install a transformers that knows it"
-            )
-        made: Any = CONFIG_MAPPING[kind].from_dict(values)
-        made.crayon = self.crayon
-        return cast(PretrainedConfig, made)
-
-    @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read ``config.json``; see ``CollavoConfig.get_config_dict``.
-
-        Args:
-            pretrained_model_name_or_path: As in transformers.
-            **kwargs: As in transformers.
-        """
-        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        check_model_type(values, str(pretrained_model_name_or_path), cls.model_type)
-        return values, rest
-
-
-def decoder_settings(crayon: Any) -> CollavoTextConfig:
-    """Return what the decoder's layers of a model are that ``apply_to_llava`` changed.
-
-    Args:
-        crayon: As in :class:`CollavoLlavaConfig`.
-
-    Raises:
-        ValueError: if it is not of that form.
-    """
-    settings = crayon.get("decoder") if isinstance(crayon, dict) else None
-    if not isinstance(settings, dict) or not set(settings) <= set(TEXT_FIELDS):
-        raise ValueError(
-            f"crayon: expected the settings that a saved patched LLaVA has, got {crayon!r}"
-        )
-    return CollavoTextConfig(**settings)
-
-
-AutoConfig.register(CollavoLlavaConfig.model_type, CollavoLlavaConfig, exist_ok=True)
 AutoConfig.register(CollavoTextConfig.model_type, CollavoTextConfig, exist_ok=True)
-AutoConfig.register(CollavoConfig.model_type, CollavoConfig, exist_ok=True)
