@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.plots`` reads ``results/<device>/<op>.csv`` and writes
 ``plots/<device>/<op>.svg`` (one per mode, where one would be too long), what ``plots_qlora`` draws
-beside it, and ``plots/<device>/headline.svg``, where there are rows for it. The colours are told
+beside it, and ``plots/<device>/headline.svg`` and ``llava_stages.svg``, where there are rows for
+them. The colours are told
 apart by colour-blind readers; backgrounds are transparent and text is grey, for light and dark
 pages, but in the headline, which is dark on white.
 """
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import headline, plots_qlora, report
+from benchmarks import headline, llava_picture, plots_qlora, report
 from benchmarks.plot_style import COLOURS, MARKERS, TEXT, pyplot, write
 
 PLOTS = Path(__file__).parent / "plots"
@@ -97,6 +98,10 @@ def draw_all(results: Path = report.RESULTS, plots: Path = PLOTS) -> list[Path]:
         picture = plots / device / "headline.svg"
         if headline.draw(groups, picture):
             written.append(picture)
+        runs = sorted((results / device).glob("llava_seed*.json"))
+        if runs:
+            written.append(plots / device / "llava_stages.svg")
+            llava_picture.draw(runs, written[-1])
     return written
 
 

@@ -370,7 +370,7 @@ def _publish(partial: Path, folder: Path) -> None:
             (folder / _CONFIG).unlink(missing_ok=True)
         if any(Path(name).match(pattern) for name in names for pattern in replaces):
             for stale in {path for pattern in replaces for path in folder.glob(pattern)}:
-                if stale.name not in names:
+                if stale.relative_to(folder).as_posix() not in names:
                     stale.unlink()
         for name in sorted(names, key=lambda name: name == _CONFIG):
             if (partial / name).exists():  # else it was put there before a kill

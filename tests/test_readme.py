@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,21 @@ def test_the_speeds_are_those_of_the_picture() -> None:
     said = re.findall(r"\*\*([\d.]+x)\*\*", README)
     assert len(said) >= 3
     assert set(said) <= shown
+
+
+def test_the_numbers_of_llavas_stages_are_those_of_the_kept_rows() -> None:
+    kept = ROOT / "benchmarks" / "results" / "amd-epyc-family-26-model-2"
+    ms = {
+        (row["op"], row["mode"], row["provider"]): float(row["p50_ms"])
+        for name in ("llava_training", "llava_data")
+        for row in csv.DictReader((kept / f"{name}.csv").read_text(encoding="utf-8").splitlines())
+    }
+    peer, own = "transformers+peft+bitsandbytes", "llava_training"
+    align = ms[own, "align", peer] / ms[own, "align", "ours"]
+    instruct = ms[own, "instruct", peer] / ms[own, "instruct", "ours"]
+    crayon = ms[own, "instruct", "ours:crayon"] / ms[own, "instruct", "ours"]
+    assert f"takes 1/{align:.2f} (`align`) and 1/{instruct:.2f} (`instruct`" in README
+    assert f"and {crayon:.2f} times its own with the crayon" in README
+    text, image = (ms["llava_data", mode, "ours"] for mode in ("text", "image"))
+    assert f"in {text:.2f} ms, a JPEG a padded tensor in {image:.1f} ms" in README
+    assert 0.45 < image / ms["llava_data", "image", "transformers"] < 0.55, "half"

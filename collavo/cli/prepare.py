@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how a cell gets its segment (default majority)",
     )  # fmt: skip
     parser.add_argument(
+        "--image-mode", choices=("squash", "pad"), default=default.image_mode,
+        help="what the model's processor makes of a picture (default squash)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-number", type=int, default=default.max_number,
         help="largest instance number (default 20)",
     )  # fmt: skip
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     settings = PrepareSettings(
         grid=(args.grid[0], args.grid[-1]),
         reduce=args.reduce,
+        image_mode=args.image_mode,
         max_number=args.max_number,
         templates=tuple(args.templates),
         images_per_shard=args.num_images_per_shard,

@@ -57,9 +57,7 @@ def open_crayon(args: argparse.Namespace, training: CollavoTrainingArguments) ->
     samples = coco_samples(args)
     model, processor = load_folder(args.model)
     if isinstance(samples, PreparedDataset):
-        samples.check_crayon(
-            grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
-        )
+        samples.check_processor(processor)
     skipped = list(samples.skipped) if isinstance(samples, CocoPanopticDataset) else []
     image_data, vl_data = datasets(args, training, samples, processor.max_number, skipped.append)
     if stage_of(training.stage).alternating:
@@ -89,17 +87,36 @@ def add_adapters(
         training: Gives what the command line does not, and the seed.
         quantize: Whether a decoder that gets adapters is brought to 4 bits; with ``--quantize``
             any is.
+
+    Raises:
+        ValueError: naming the option of a size that an adapter, which is there, does not have.
     """
-    missing = [name for name in names if name not in model.decoder_settings().adapters]
+    settings = model.decoder_settings()
+    missing = [name for name in names if name not in settings.adapters]
+    given = {name: getattr(args, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+    for name in names:
+        if name not in missing:
+            rank, alpha = settings.adapter_size(name)
+            own = {"rank": rank, "alpha": alpha, "dropout": settings.lora_dropout}
+            _expect_own(name, given, own if not missing else {"rank": rank, "alpha": alpha})
     if not missing and args.quantize is None:
         return
-    given = {name: getattr(args, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     chosen = training.settings()
     options = {
         name: chosen[f"lora_{name}"] if value is None else value for name, value in given.items()
     }
     set_seed(training.seed)  # new adapters are drawn before the trainer sets it
     model.add_dual_qlora(missing, quantize=quantize or args.quantize is not None, **options)
+
+
+def _expect_own(name: str, given: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise for sizes on the command line that an adapter, which is there, does not have."""
+    for option, value in own.items():
+        if given[option] not in (None, value):
+            raise ValueError(
+                f"--lora-{option}: the model has an adapter {name!r} already, with {value:g}, got "
+                f"{given[option]:g}; leave the option out, or name another adapter"
+            )
 
 
 def coco_samples(args: argparse.Namespace) -> Samples | None:

@@ -32,24 +32,28 @@ def open_llava(args: argparse.Namespace, training: CollavoTrainingArguments) -> 
     from collavo.train.collator import CrayonCollator
 
     chosen = training.settings()
-    _check(args)
+    _check(args, training)
     name = chosen.get("template") if args.template is None else args.template
     template = chat_template(str(name))
-    max_length = args.max_length or chosen.get("max_length")
+    max_length = chosen.get("max_length") if args.max_length is None else args.max_length
     model, processor = load_folder(args.model)
-    processor.chat_template = template
-    _take_image_mode(processor, model, chosen)
+    notes = _take_template(model, processor, template, str(name), given=args.template is not None)
+    notes += _take_image_mode(processor, model, chosen)
+    if training.process_index == 0:
+        for note in notes:
+            print(note)
     _take_parts(model, args, training)
     data, skipped = _conversations(args, training, processor, max_length)
-    collator = CrayonCollator(processor, object_text=False, max_length=max_length)
+    collator = CrayonCollator(processor, max_length=max_length)
     return Opened(model, processor, {**data, "data_collator": collator}, skipped)
 
 
-def sources(words: list[str]) -> list[Path | tuple[Path, float]]:
+def sources(words: list[str], option: str = "--data") -> list[Path | tuple[Path, float]]:
     """Read files with weights behind a colon.
 
     Args:
         words: Of the command line.
+        option: Which has them, for messages.
 
     Raises:
         FileNotFoundError: naming the file that is not there.
@@ -74,17 +78,17 @@ def sources(words: list[str]) -> list[Path | tuple[Path, float]]:
             number = -1.0
         if not 0.0 < number < float("inf"):
             raise ValueError(
-                f"--data: expected FILE or FILE:WEIGHT with a weight above 0, got {word!r}"
+                f"{option}: expected FILE or FILE:WEIGHT with a weight above 0, got {word!r}"
             )
         found.append((Path(path), number))
     for one in found:
         file = one[0] if isinstance(one, tuple) else one
         if not file.is_file():
-            raise FileNotFoundError(f"--data: {file}: there is no such file")
+            raise FileNotFoundError(f"{option}: {file}: there is no such file")
     return found
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, training: CollavoTrainingArguments) -> None:
     """Raise for options that a look at the command line and the folders shows to be wrong."""
     if args.vl_data or args.vl_images is not None:
         raise ValueError(f"--vl-data: expected with --stage cit; {args.stage} takes --data")
@@ -96,7 +100,13 @@ def _check(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--segmenter: there is no folder {args.segmenter}")
     if args.no_quantize and args.quantize is not None:
         raise ValueError("--no-quantize: expected without --quantize, got both")
-    sources([*args.data, *(args.eval_data or [])])
+    for name in ("rank", "alpha", "dropout"):
+        if getattr(args, f"lora_{name}") is not None and not training.adapters:
+            raise ValueError(
+                f"--lora-{name}: expected with adapters to train, which --adapters names, got none"
+            )
+    sources(args.data)
+    sources(args.eval_data or [], "--eval-data")
 
 
 def _take_parts(model: Any, args: argparse.Namespace, training: CollavoTrainingArguments) -> None:
@@ -105,9 +115,29 @@ def _take_parts(model: Any, args: argparse.Namespace, training: CollavoTrainingA
     trainable_parameters(model, training.stage, training.trained_parts, training.adapters)
 
 
-def _take_image_mode(processor: Any, model: Any, chosen: Any) -> None:
-    """Let images be cropped or padded as the preset has it, and say what else it has otherwise."""
-    from collavo.processing.region import make_image_processor
+def _take_template(
+    model: Any, processor: Any, template: str, name: str, *, given: bool
+) -> list[str]:
+    """Let all that is saved follow a chat template: what is asked later is what was trained.
+
+    Returns what to say where another goes that nobody has named.
+    """
+    own = processor.chat_template
+    processor.chat_template = processor.tokenizer.chat_template = template
+    processor.object_text = False
+    settings, stop = model.generation_config, processor.stop_token()
+    stops = settings.eos_token_id
+    stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
+    if stop is not None and stop not in stops:
+        settings.eos_token_id = [*stops, stop] if stops else stop
+    if given or own in (None, template):
+        return []
+    return [f"template: {name}, the stage's, in the place of the model's own (--template)"]
+
+
+def _take_image_mode(processor: Any, model: Any, chosen: Any) -> list[str]:
+    """Let images be cropped or padded as the preset has it; return what to say of the rest."""
+    from collavo.processing.region import frame, make_image_processor
 
     vision = getattr(model.config, "vision_config", None)
     side = getattr(vision, "image_size", None)
@@ -115,14 +145,30 @@ def _take_image_mode(processor: Any, model: Any, chosen: Any) -> None:
         "image_size": side,
         "projector_type": getattr(model.config, "projector_type", "mlp2x_gelu"),
     }
-    for name, value in own.items():
-        if name in chosen and chosen[name] != value:
-            print(f"preset: {name} is {chosen[name]} there, and {value} in the model; it stays")
-    if "image_mode" in chosen and side is not None and processor.one_grid:
-        made = make_image_processor(side, mode=chosen["image_mode"])
-        for name in ("image_mean", "image_std", "rescale_factor"):
-            setattr(made, name, getattr(processor.image_processor, name))
-        processor.image_processor = made
+    notes = [
+        f"preset: {name} is {chosen[name]} there, and {value} in the model; it stays"
+        for name, value in own.items()
+        if name in chosen and chosen[name] != value
+    ]
+    if "image_mode" not in chosen or side is None:
+        return notes
+    mode, before = chosen["image_mode"], processor.image_processor
+    if not processor.one_grid:
+        return [*notes, f"preset: image_mode is {mode} there; the model's own processor stays"]
+    if mode == "crop" and processor.box_frame != "image":
+        raise ValueError(
+            f"--preset: crops images, whose boxes the model's processor tells in the frame "
+            f"{processor.box_frame!r}; save it with box_frame='image', or give no preset"
+        )
+    made = make_image_processor(side, mode=mode)
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        setattr(made, name, getattr(before, name))
+    # A processor of transformers inside makes the pixels where there is one.
+    for one in (processor, getattr(processor, "processor", processor)):
+        one.image_processor = made
+    if frame(made, 1, 2) != frame(before, 1, 2):
+        notes.append(f"preset: image_mode is {mode} from now on, which is saved with the model")
+    return notes
 
 
 def _conversations(
@@ -155,14 +201,14 @@ def _conversations(
                 )
     if not learns_from_text(training.trained_parts):
         expect_images(opened["train_dataset"], without_text(training.trained_parts), "--data")
-    maps = _maps(args, training, list(opened.values()))
+    maps = _maps(args, training, processor, list(opened.values()))
     for data in opened.values():
         data.panoptic = maps
     return opened, skipped
 
 
 def _maps(
-    args: argparse.Namespace, training: CollavoTrainingArguments, data: list[Any]
+    args: argparse.Namespace, training: CollavoTrainingArguments, processor: Any, data: list[Any]
 ) -> Callable[[Path], Any] | None:
     """Return what gives a picture its panoptic map, if anything was named."""
     from collavo.panoptic.segmenter_cache import CachedMaps
@@ -174,6 +220,8 @@ def _maps(
         if args.vl_coco_images is not None:
             raise ValueError("--vl-coco-images: expected with panoptic maps, which it is about")
         return None if args.segmenter is None else CachedMaps(args.segmenter)
+    if isinstance(samples, PreparedDataset):
+        samples.check_processor(processor)
     if args.segmenter is not None:
         raise ValueError("--segmenter: expected without --panoptic and --prepared, got both")
     folder = args.vl_coco_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -9,11 +10,14 @@ from typing import Any, Literal
 import collavo._requirements  # noqa: F401  (before what it checks)
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
 from collavo.configuration.kinds import TEXT, WHOLE, check_model_type
 
 CRAYON_MODES = ("attention", "projection", "none")
+# Attributes of what holds adapters by their names.
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 @strict
@@ -180,8 +184,8 @@ class CollavoTextConfig(LlamaConfig):
             dropout: Dropout on an adapter's input, while training.
 
         Raises:
-            ValueError: for a name that is taken or no name, a rank below one, or a dropout that is
-                no probability below one; nothing is changed then.
+            ValueError: for a name that is taken or no name, a rank below one, an alpha that is not
+                above 0, or a dropout that is no probability below one; nothing is changed then.
         """
         names = _names(names, "adapters")
         if taken := [name for name in names if name in self.adapters]:
@@ -189,6 +193,8 @@ class CollavoTextConfig(LlamaConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"adapters: expected distinct names, got {list(names)}")
         _check_rank(rank)
+        if names and not 0 < alpha < math.inf:
+            raise ValueError(f"lora_alpha: expected a number above 0, got {alpha}")
         _check_dropout("lora_dropout", dropout)
         self.lora_dropout = dropout
         sizes = {name: self.adapter_size(name) for name in self.adapters}
@@ -215,6 +221,8 @@ def _names(names: Sequence[str], field: str) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"{field}: expected names without dots, got {name!r}")
+        if name in _TAKEN:
+            raise ValueError(f"{field}: {name!r} is a word of torch's own; take another name")
     return tuple(names)
 
 

@@ -25,6 +25,8 @@ _SETTLED = 2.0
 _PAUSE = 0.1
 # Of such pauses, before a line says what is waited for.
 _PATIENCE = 100
+# Whoever still writes has written since: where there are no locks, several may.
+_LEFT = 3600.0
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +103,7 @@ class Cache:
                     _log.warning("%s: waiting for another process that reads it", self.source)
                 time.sleep(_PAUSE)
         try:
+            _remove_left(place)
             yield place
         finally:
             claim.__exit__(None, None, None)
@@ -159,6 +162,14 @@ class Cache:
             f"{self.source}: no folder takes what is made of it ({'; '.join(reasons)}); name one "
             "that does (cache=)"
         )
+
+
+def _remove_left(place: Path) -> None:
+    """Remove the files of writers that were killed, which may be as large as the records."""
+    for path in place.iterdir():
+        with suppress(OSError):
+            if writing.is_temporary(path.name) and time.time() - path.stat().st_mtime > _LEFT:
+                path.unlink()
 
 
 def _stat(path: Path) -> list[int] | None:

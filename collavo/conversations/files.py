@@ -78,6 +78,7 @@ def read_entries(path: Path, on_chunk: Callable[[bytes], object] = len) -> Itera
 
 
 def _decoded(path: Path, on_chunk: Callable[[bytes], object]) -> Iterator[str]:
+    taken = 0
     try:
         with path.open("rb") as file:
             chunk = file.read(_CHUNK)
@@ -85,13 +86,15 @@ def _decoded(path: Path, on_chunk: Callable[[bytes], object]) -> Iterator[str]:
             decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
             while chunk:
                 on_chunk(chunk)
+                taken += len(chunk)
                 yield decoder.decode(chunk)
                 chunk = file.read(_CHUNK)
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
+        place = taken - len(error.object) + error.start
         raise ValueError(
-            f"{path}: expected JSON in UTF-8, UTF-16 or UTF-32, got other bytes ({error}); save it "
-            "as UTF-8"
+            f"{path}: expected JSON in UTF-8, UTF-16 or UTF-32, got other bytes at byte {place} "
+            f"({error.encoding}: {error.reason}); save it as UTF-8"
         ) from error
 
 

@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from collavo import writing
 from collavo.conversations.cache import Cache
-from collavo.conversations.llava import ImageOrder, draw_order, order_images
+from collavo.conversations.llava import ImageOrder, order_images
 from collavo.conversations.store import RecordStore
 from collavo.panoptic.file_names import inner_name
 from collavo.panoptic.images import read_image_size
 from collavo.processing.labels import OverlongError
 
 # A change of what is kept leaves old files unread.
-_FORMAT = 1
+_FORMAT = 2
 # Below, processes cost more than they save.
 _FEWEST = 512
 _BATCH = 128
@@ -62,11 +62,13 @@ class Inspection(NamedTuple):
     Attributes:
         lengths: Tokens of each, int32; -1 where it is not known or there is a fault.
         cut: Which are longer than allowed, and lose their last answers, bool.
+        blind: Which have lost all their images with those, bool.
         faults: By row, what is wrong with it.
     """
 
     lengths: np.ndarray[Any, Any]
     cut: np.ndarray[Any, Any]
+    blind: np.ndarray[Any, Any]
     faults: dict[int, RowFault]
 
 
@@ -102,11 +104,16 @@ class Inspector:
             # Without a folder, names start from the working one.
             "images": os.path.abspath(self.images or "."),
             "pixels": Image.MAX_IMAGE_PIXELS,
-            "order": [self.order, self.seed if self.order == "random" else 0],
+            "order": self.drawn_order,
             "processor": self._fingerprint,
             "length": [self.max_length, self.overlong == "cut"],
         }
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    @property
+    def drawn_order(self) -> tuple[ImageOrder, int]:
+        """The order of images, and the seed where it is drawn, else 0."""
+        return self.order, self.seed if self.order == "random" else 0
 
     @cached_property
     def _fingerprint(self) -> str | None:
@@ -131,24 +138,26 @@ class Inspector:
             record: Of a store.
             number: The record's in its source.
         """
-        draw = draw_order(self.seed, number) if self.order == "random" else 0
-        return order_images(record["conversation"], self.order, draw=draw)
+        return order_images(record["conversation"], self.order, seed=self.seed, number=number)
 
     def measure(
         self, record: dict[str, Any], number: int, sizes: Sequence[tuple[int, int]]
-    ) -> tuple[int, bool]:
-        """Return how many tokens a record has, and whether it is cut; -1 if nothing measures.
+    ) -> tuple[int, bool, bool]:
+        """Return a record's tokens, whether it is cut, and whether that took all its images.
 
         Args:
             record: Of a store.
             number: The record's in its source.
             sizes: Height and width of each image.
 
+        Returns:
+            -1 tokens where nothing measures.
+
         Raises:
             ValueError: if no answer is left within the limit, or the template refuses it.
         """
         if self.processor is None:
-            return -1, False
+            return -1, False, False
         measured = self.processor.measure(
             self.conversation(record, number),
             sizes,
@@ -156,7 +165,7 @@ class Inspector:
             overlong="cut" if self.overlong == "cut" else "raise",
             name=_WORDS,
         )
-        return measured.tokens, measured.cut
+        return measured.tokens, measured.cut, bool(sizes) and not measured.image_tokens
 
 
 def inspect(
@@ -186,16 +195,17 @@ def inspect(
     with cache.alone() as place:
         known = _read(cache, key, len(store))  # of a process that was faster
         rows: Sequence[int] = range(len(store))
-        found = Inspection(np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.bool_), {})
+        nowhere = np.zeros(len(rows), np.bool_)
+        found = Inspection(np.full(len(rows), -1, np.int32), nowhere, nowhere.copy(), {})
         if known is not None:
             found = known
             rows = [row for row, one in known.faults.items() if one.kind == "image"]
         before = dict(found.faults)
         with tqdm(total=len(rows), disable=not progress, desc="checking records") as bar:
             for batch in _looked_at(store, inspector, rows, workers):
-                for row, length, cut, fault in batch:
+                for row, length, cut, blind, fault in batch:
                     found.faults.pop(row, None)
-                    found.lengths[row], found.cut[row] = length, cut
+                    found.lengths[row], found.cut[row], found.blind[row] = length, cut, blind
                     if fault is not None:
                         found.faults[row] = fault
                 bar.update(len(batch))
@@ -204,7 +214,7 @@ def inspect(
     return found
 
 
-_Seen = list[tuple[int, int, bool, RowFault | None]]
+_Seen = list[tuple[int, int, bool, bool, RowFault | None]]
 
 
 def _looked_at(
@@ -263,12 +273,12 @@ def _look(store: RecordStore, inspector: Inspector, rows: Sequence[int]) -> _See
         try:
             sizes = [read_image_size(inspector.path(name)) for name in record["image"]]
             kind = "words"
-            length, cut = inspector.measure(record, int(store.numbers[row]), sizes)
-            seen.append((row, length, cut, None))
+            measured = inspector.measure(record, int(store.numbers[row]), sizes)
+            seen.append((row, *measured, None))
         except (ValueError, OSError) as error:
             kind = "length" if isinstance(error, OverlongError) else kind
             reason = str(error).removeprefix(f"{_WORDS}: ")
-            seen.append((row, -1, False, RowFault(record["id"], reason, kind)))
+            seen.append((row, -1, False, False, RowFault(record["id"], reason, kind)))
     return seen
 
 
@@ -287,17 +297,19 @@ def _read(cache: Cache, key: str, rows: int) -> Inspection | None:
             continue  # cut off, or damaged
         line, _, arrays = body.partition(b"\n")
         about = json.loads(line)
-        if about["key"] == key and len(arrays) == 5 * rows:
+        if about["key"] == key and len(arrays) == 6 * rows:
             lengths = np.frombuffer(arrays, np.int32, rows)
             cut = np.frombuffer(arrays, np.bool_, rows, lengths.nbytes)
             faults = {row: RowFault(*one) for row, *one in about["faults"]}
-            return Inspection(lengths.copy(), cut.copy(), faults)
+            blind = np.frombuffer(arrays, np.bool_, rows, lengths.nbytes + cut.nbytes)
+            return Inspection(lengths.copy(), cut.copy(), blind.copy(), faults)
     return None
 
 
 def _write(place: Path, key: str, found: Inspection) -> None:
     about = {"key": key, "faults": [[row, *fault] for row, fault in found.faults.items()]}
-    body = json.dumps(about).encode() + b"\n" + found.lengths.tobytes() + found.cut.tobytes()
+    arrays = (found.lengths, found.cut, found.blind)
+    body = json.dumps(about).encode() + b"\n" + b"".join(one.tobytes() for one in arrays)
     with suppress(OSError):  # it is looked at again then
         content = hashlib.sha256(body).digest() + body
         writing.write_file(_file(place, key), content, sync=False)

@@ -6,10 +6,12 @@ or ``{"role": "user" | "assistant", "content"}``. Other keys say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from collavo.conversations.records import Record, whole_text
+from collavo.conversations.files import read_entries
+from collavo.conversations.records import Record, shown_id, whole_text
 from collavo.panoptic.json_files import shown
 from collavo.processing.chat_templates import IMAGE_TOKEN
 
@@ -24,6 +26,44 @@ _ROLES = {
     "system": "system",
 }
 _IMAGE = {"type": "image"}
+# What a record is called until somebody knows better.
+_RECORD = "record"
+
+
+class LlavaEntry(NamedTuple):
+    """An entry of a file in LLaVA's format.
+
+    Attributes:
+        number: Its place in the file, from 0.
+        id: Its id as messages show it, or None.
+        record: What ``read_llava`` made of it, or None.
+        fault: Why it made nothing, or the empty text.
+    """
+
+    number: int
+    id: str | None
+    record: Record | None
+    fault: str
+
+
+def read_file(path: Path, on_chunk: Callable[[bytes], object] = len) -> Iterator[LlavaEntry]:
+    """Read a file of records in LLaVA's format, entry by entry.
+
+    Args:
+        path: As of ``read_entries``.
+        on_chunk: As of ``read_entries``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is no list of records.
+    """
+    for number, entry, fault in read_entries(path, on_chunk):
+        record = None
+        try:
+            record = None if fault else read_llava(entry, _RECORD)
+        except ValueError as error:
+            fault = str(error).removeprefix(f"{_RECORD}: ")
+        yield LlavaEntry(number, shown_id(entry), record, fault)
 
 
 def read_llava(entry: object, where: str) -> Record:
@@ -67,7 +107,7 @@ def read_llava(entry: object, where: str) -> Record:
 
 
 def order_images(
-    conversation: Sequence[Mapping[str, Any]], order: ImageOrder, *, draw: int = 0
+    conversation: Sequence[Mapping[str, Any]], order: ImageOrder, *, seed: int = 0, number: int = 0
 ) -> list[dict[str, Any]]:
     """Bring the images of each turn in order.
 
@@ -79,7 +119,8 @@ def order_images(
         order: ``"first"`` puts images before the words of their turn, as LLaVA's code does;
             ``"keep"`` leaves them at their places; ``"random"``, as LLaVA's paper, puts those of
             the first question before or behind its words, and others first.
-        draw: An even or odd number, which ``"random"`` goes by.
+        seed: Any; what is drawn follows from it and the number alone.
+        number: The record's in its file.
 
     Example:
         >>> text, image = {"type": "text", "text": "What? "}, {"type": "image"}
@@ -88,32 +129,28 @@ def order_images(
         [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
     """
     ordered: list[dict[str, Any]] = []
+    behind = order == "random" and _drawn(seed, number) % 2 == 1
     asked = False
     for message in conversation:
         parts = message["content"]
         if isinstance(parts, str):
             ordered.append(dict(message))
         else:
-            last = order == "random" and not asked and draw % 2 == 1
-            ordered.append({**message, "content": _ordered(parts, order, last)})
+            own = _ordered(parts, order, last=behind and not asked)
+            ordered.append({**message, "content": own})
         asked = asked or message["role"] == "user"
     return ordered
 
 
-def draw_order(seed: int, number: int) -> int:
-    """Return a random number, 0..2**63-1, that follows from a seed and a record's number alone.
-
-    Args:
-        seed: Any.
-        number: The record's in its file.
-    """
+def _drawn(seed: int, number: int) -> int:
+    """Return a random number, 0..2**63-1."""
     mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) % 2**64
     for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # as SplitMix64 ends
         mixed = (mixed ^ (mixed >> 30)) * factor % 2**64
     return mixed >> 1
 
 
-def _ordered(parts: Sequence[Mapping[str, Any]], order: ImageOrder, last: bool) -> list[Any]:
+def _ordered(parts: Sequence[Mapping[str, Any]], order: ImageOrder, *, last: bool) -> list[Any]:
     images = [dict(_IMAGE) for part in parts if part["type"] == "image"]
     if order == "keep":
         kept = [dict(_IMAGE) if p["type"] == "image" else _stripped(p["text"]) for p in parts]

@@ -16,7 +16,7 @@ from collavo import writing
 from collavo.conversations.cache import Cache
 from collavo.conversations.inspection import Inspection, Inspector, inspect
 from collavo.conversations.mixture import Source, chosen, repeated
-from collavo.conversations.records import Record
+from collavo.conversations.records import Record, place_name
 from collavo.conversations.store import DamagedStoreError, Fault, RecordStore
 from collavo.panoptic.coco_index import Skipped
 from collavo.prepared.streaming import skip_line
@@ -73,8 +73,12 @@ class MixedRecords(Sequence[Record]):
         self.file = np.concatenate(files)
         self.lengths = np.concatenate(lengths)
         self.cut = np.concatenate(cut)
-        images = [one.store.with_image[rows] for one, rows in zip(opened, parts, strict=True)]
-        self.with_image = np.concatenate(images).astype(np.bool_)
+        # An image behind the cut is none: a step of images must not have a record without one.
+        images = [
+            one.store.with_image[rows].astype(np.bool_) & ~one.found.blind[rows]
+            for one, rows in zip(opened, parts, strict=True)
+        ]
+        self.with_image = np.concatenate(images)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,7 +112,7 @@ class MixedRecords(Sequence[Record]):
     def fingerprint(self) -> str:
         """Return what differs where other files, parts of them or places of images are read."""
         contents = [store.content for _, _, store in self.files]
-        total = hashlib.sha256(repr((contents, self.inspector.order)).encode())
+        total = hashlib.sha256(repr((contents, self.inspector.drawn_order)).encode())
         for numbers in (self.file, self.rows):
             total.update(numbers.tobytes())
         return total.hexdigest()
@@ -231,5 +235,5 @@ def _left_out(
     ]
 
 
-def _name(path: Path, number: int, shown_id: str | None) -> str:
-    return f"{path}: [{number}]" + ("" if shown_id is None else f" (id {shown_id})")
+def _name(path: Path, number: int, id_: str | None) -> str:
+    return place_name(f"{path}: [{number}]", id_)

@@ -81,8 +81,8 @@ def _read_mixture(path: Path) -> list[Source]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
@@ -93,7 +93,8 @@ def _read_mixture(path: Path) -> list[Source]:
         name = entry.get("json_path") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{where}: expected 'json_path' as a file's name, got {shown(entry)}")
-        strategy = str(entry.get("sampling_strategy") or "all").strip()
+        given = entry.get("sampling_strategy")
+        strategy = "all" if given is None else str(given).strip()
         if strategy != "all" and _STRATEGY.fullmatch(strategy) is None:
             raise ValueError(
                 f"{where}: expected 'sampling_strategy' as all, first:N, end:N, random:N or N%, "

@@ -53,20 +53,27 @@ def record_images(record: Mapping[str, Any]) -> tuple[list[Any], list[MapInput |
     return images, maps
 
 
-def entry_name(entry: object, place: str) -> str:
-    """Return what to call an entry of a file in messages: its place, and its id where it has one.
+def shown_id(entry: object) -> str | None:
+    """Return the id of an entry of a file as messages show it, or None where it has none.
 
     Args:
         entry: The entry.
+    """
+    return shown(entry["id"], 60) if isinstance(entry, Mapping) and "id" in entry else None
+
+
+def place_name(place: str, id_: str | None) -> str:
+    """Return what to call an entry of a file in messages: its place, and its id where it has one.
+
+    Args:
         place: Its file and number.
+        id_: As ``shown_id`` returns it.
 
     Example:
-        >>> entry_name({"id": "000000033471", "conversations": []}, "chat.json: [17]")
+        >>> place_name("chat.json: [17]", shown_id({"id": "000000033471", "conversations": []}))
         "chat.json: [17] (id '000000033471')"
     """
-    if not isinstance(entry, Mapping) or "id" not in entry:
-        return place
-    return f"{place} (id {shown(entry['id'], 60)})"
+    return place if id_ is None else f"{place} (id {id_})"
 
 
 def record_name(record: object, place: str) -> str:
@@ -77,7 +84,7 @@ def record_name(record: object, place: str) -> str:
         place: Where it stands.
     """
     name = record.get("name") if isinstance(record, Mapping) else None
-    return name if isinstance(name, str) else entry_name(record, place)
+    return name if isinstance(name, str) else place_name(place, shown_id(record))
 
 
 def check_record(record: object, where: str) -> Record:

@@ -20,10 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from collavo.conversations.files import read_entries
-from collavo.conversations.llava import read_llava
-from collavo.conversations.records import entry_name
-from collavo.panoptic.json_files import shown
+from collavo.conversations.llava import read_file
 
 # A change of what is stored, or of how records are read, leaves old stores unread.
 _FORMAT = 1
@@ -147,16 +144,10 @@ def write_store(source: Path, file: BinaryIO, on_bytes: Callable[[int], object] 
     arrays["bounds"].append(0)
     faults: list[Fault] = []
     entries = 0
-    for number, entry, fault in read_entries(source, take):
+    for number, name, record, fault in read_file(source, take):
         entries += 1
-        name = shown(entry["id"], 60) if isinstance(entry, dict) and "id" in entry else None
-        where = entry_name(entry, f"[{number}]")
-        try:
-            if fault:
-                raise ValueError(fault)
-            record = read_llava(entry, where)
-        except ValueError as error:
-            faults.append(Fault(number, name, str(error).removeprefix(f"{where}: ")))
+        if record is None:
+            faults.append(Fault(number, name, fault))
             continue
         stored = {"image": record["image"], "conversation": record["conversation"], "id": name}
         line = (json.dumps(stored, ensure_ascii=False) + "\n").encode()

@@ -8,17 +8,14 @@ from typing import Any
 
 import collavo._requirements  # noqa: F401  (before what it checks)
 
-from PIL import Image
 from transformers.utils import GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from collavo.configuration import CollavoConfig
 from collavo.conversion.parts import LanguageFolder, Parts
 from collavo.panoptic.json_files import read_object
 from collavo.processing.chat_templates import OBJECTS_MARKER
-from collavo.processing.labels import IGNORE_INDEX
 from collavo.processing.processor import CollavoProcessor
 from collavo.processing.region import make_image_processor
-from collavo.processing.stretches import Conversation
 
 
 def check_image_mode(mode: str) -> None:
@@ -56,13 +53,13 @@ def write_built_companions(parts: Parts, target: Path, config: Any) -> None:
         parts.language.tokenizer,
         grid=(side, side),
         chat_template=parts.template,
-        object_text=OBJECTS_MARKER in parts.template,
+        object_text=None if OBJECTS_MARKER in parts.template else False,
         num_classes=config.num_crayon_classes if own else sizes.get("num_crayon_classes", 133),
         max_number=config.max_crayon_number if own else sizes.get("max_crayon_number", 20),
     )
     # One that it came with would answer in its own way where a tokenizer is loaded alone.
     processor.tokenizer.chat_template = parts.template
-    generation = _generation(parts.language, _stop_of(processor))
+    generation = _generation(parts.language, processor.stop_token())
     processor.save_pretrained(target)
     text = json.dumps(generation, indent=2, sort_keys=True) + "\n"
     (target / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
@@ -84,18 +81,7 @@ def _image_processor(parts: Parts, size: int) -> Any:
     return made
 
 
-def _stop_of(processor: CollavoProcessor) -> int:
-    """Return the token that ends an answer."""
-    question = [{"type": "image"}, {"type": "text", "text": "a"}]
-    turns: Conversation = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": "a"},
-    ]
-    labels = processor.training_batch([turns], [Image.new("RGB", (1, 1))])["labels"][0]
-    return int(labels[labels != IGNORE_INDEX][-1])
-
-
-def _generation(language: LanguageFolder, stop: int) -> dict[str, Any]:
+def _generation(language: LanguageFolder, stop: int | None) -> dict[str, Any]:
     """Return the language model's generation settings, which pad and stop as the processor does."""
     file, tokenizer = language.folder / GENERATION_CONFIG_NAME, language.tokenizer
     found: dict[str, Any] = {
@@ -106,9 +92,7 @@ def _generation(language: LanguageFolder, stop: int) -> dict[str, Any]:
         found |= read_object(file, utf8=True)
     stops = found["eos_token_id"]
     stops = list(stops) if isinstance(stops, list) else [stops] if stops is not None else []
-    # A text may have a template's other endings, such as a line break.
-    special = stop in tokenizer.added_tokens_decoder and stop != tokenizer.unk_token_id
-    if special and stop not in stops:
+    if stop is not None and stop not in stops:
         stops.append(stop)
     found["eos_token_id"] = stops if len(stops) > 1 else stops[0] if stops else None
     found.pop("_from_model_config", None)  # else transformers would make it anew

@@ -19,7 +19,7 @@ from collavo.conversion.projector import ProjectorSource, check_type, plan_proje
 from collavo.conversion.shapes import shapes_of
 from collavo.conversion.stream import Weights
 from collavo.model.files import weight_patterns
-from collavo.model.projector import OWN_PROJECTOR, projector_names
+from collavo.model.projector import OWN_PROJECTOR, PROJECTOR_FILE, projector_names
 
 
 def with_projector(
@@ -122,6 +122,8 @@ def plan_same(
 def copy_companions(source: Path, target: Path, config: Any, tokenizer: Any) -> None:
     """Copy all files of a folder but weights and configuration; see ``SourceKind``.
 
+    An ``mm_projector.bin`` beside them is that of the projector that is replaced.
+
     Args:
         source: A folder of this package.
         target: Where to write.
@@ -131,5 +133,5 @@ def copy_companions(source: Path, target: Path, config: Any, tokenizer: Any) -> 
     weights = {path for pattern in weight_patterns() for path in source.glob(pattern)}
     for path in sorted(source.iterdir()):
         own = path.is_file() and not path.name.startswith(".")
-        if own and path not in weights and path.name != CONFIG_NAME:
+        if own and path not in weights and path.name not in (CONFIG_NAME, PROJECTOR_FILE):
             shutil.copyfile(path, target / path.name)

@@ -23,10 +23,14 @@ from collavo.conversion.stream import Weights
 from collavo.conversion.target import Conversion, write_target
 from collavo.conversion.weights import FolderWeights
 from collavo.model.inventory import part_of
-from collavo.model.projector import LLAVA_TOWER, OWN_PROJECTOR, projector_names
+from collavo.model.projector import (
+    LLAVA_TOWER,
+    OWN_PROJECTOR,
+    PROJECTOR_FILE,
+    projector_names,
+)
 from collavo.panoptic.json_files import read_object
 
-PROJECTOR_FILE = "mm_projector.bin"
 _DECODER, _TOWER, _INNER = "model.language_model.", "model.vision_tower.", "vision_model."
 _CLASSES = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),

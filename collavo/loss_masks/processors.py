@@ -56,8 +56,7 @@ def load_processor(folder: str | PathLike[str]) -> Any:
     try:
         loaded = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the folder's class does
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: its processor cannot be read ({reason})") from error
+        raise ValueError(f"{folder}: its processor cannot be read ({reason(error)})") from error
     if not hasattr(getattr(loaded, "tokenizer", loaded), "get_vocab"):
         raise ValueError(
             f"{folder}: expected a processor with a tokenizer, got {type(loaded).__name__}"
@@ -159,6 +158,11 @@ class PromptSource:
                 [name],
                 max_length=max_length,
             )
+            if made.images[0] < len(sizes) and not made.cut[0]:
+                raise ValueError(
+                    f"{name}: expected one {self.image_token!r} for each of {len(sizes)} images, "
+                    f"got {made.images[0]}; is the chat template another model's?"
+                )
         return made.ids[0], made.labels[0]
 
     def _answer_spans(self, conversation: Conversation, name: str) -> tuple[str, Spans]:
@@ -229,12 +233,15 @@ class PromptSource:
         """Return the tokens that stand in the place of each image of a prompt."""
         border = self.tokenizer.eos_token or self.tokenizer.pad_token
         wrapped: Any = self.wrapped
-        made = wrapped(
-            images=[[blank(size) for size in sizes]],
-            text=[border.join([str(self.image_token)] * len(sizes))],
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
+        try:
+            made = wrapped(
+                images=[[blank(size) for size in sizes]],
+                text=[border.join([str(self.image_token)] * len(sizes))],
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+        except Exception as error:  # whatever another package's class raises
+            raise ValueError(f"{self.name} takes no such picture ({reason(error)})") from error
         runs: list[list[int]] = [[]]
         for token in _row(made["input_ids"]):
             if token == self.tokenizer.convert_tokens_to_ids(border):
@@ -307,6 +314,16 @@ def _row(values: Any) -> list[int]:
     if hasattr(values, "tolist"):
         values = values.tolist()
     return list(values[0] if values and isinstance(values[0], Sequence) else values)
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, on one line.
+
+    Args:
+        error: Of another package.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _quick(processor: Any | None) -> Any | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from collavo.conversations.files import read_entries
-from collavo.conversations.llava import ImageOrder, draw_order, order_images, read_llava
+from collavo.conversations.llava import ImageOrder, order_images, read_file
 from collavo.conversations.mixture import read_sources
-from collavo.conversations.records import Record, entry_name
+from collavo.conversations.records import Record, place_name
 from collavo.panoptic.coco_index import Skipped
 
 
@@ -29,15 +28,11 @@ def read_records(
         ValueError: naming the file, if it is no list of records.
     """
     for source in read_sources(list(paths)):
-        for number, entry, fault in read_entries(source.path):
-            name = entry_name(entry, f"{source.path}: [{number}]")
-            try:
-                if fault:
-                    raise ValueError(fault)
-                record = read_llava(entry, name)
-            except ValueError as error:
-                yield Skipped(name, str(error).removeprefix(f"{name}: "))
+        for number, id_, record, fault in read_file(source.path):
+            name = place_name(f"{source.path}: [{number}]", id_)
+            if record is None:
+                yield Skipped(name, fault)
                 continue
-            draw = draw_order(seed, number) if image_order == "random" else 0
-            turns = order_images(record["conversation"], image_order, draw=draw)
-            yield {**record, "conversation": turns}
+            turns = record["conversation"]
+            turns = order_images(turns, image_order, seed=seed, number=number)
+            yield {**record, "conversation": turns, "name": name}

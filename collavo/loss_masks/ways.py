@@ -17,7 +17,7 @@ from collavo.loss_masks.alignment import (
     fold,
 )
 from collavo.loss_masks.answers import ANSWER, FREE, OTHERS, Truth
-from collavo.loss_masks.processors import PromptSource, Sizes
+from collavo.loss_masks.processors import PromptSource, Sizes, reason
 from collavo.processing.stretches import Conversation
 
 OURS, GENERATION, LAST, COPY = "ours", "generation", "last", "copy"
@@ -82,7 +82,7 @@ def compare_ways(source: PromptSource, case: Case, asks: str) -> dict[str, Resul
     try:
         labelled = source.as_transformers(case.conversation, case.text, case.sizes, mask=marked)
     except Exception as error:  # whatever another package's class raises is what is to be said
-        refused = refused or _reason(error)
+        refused = refused or reason(error)
         if marked:
             with suppress(Exception):
                 labelled = source.as_transformers(
@@ -133,8 +133,3 @@ def _after_last(
         values = [OTHERS] * first + [ANSWER] * (len(truth.ids) - first)
     pairs = zip(whole.counts, beside.carry(values), strict=True)
     return whole._replace(trained=[0 if label == OTHERS else count for count, label in pairs])
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."

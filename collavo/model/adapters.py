@@ -106,8 +106,8 @@ class AdaptersMixin(SavedWhole):
                 f"name: expected one of the model's adapters {list(known)}, got {name!r}"
             )
         for key, parameter in cast(nn.Module, self).named_parameters():
-            parts = key.split(".")
-            if name in parts and ("lora_A" in parts or "lora_B" in parts):
+            *_, factor, own, _ = ("", "", *key.split("."))
+            if factor in ("lora_A", "lora_B") and own == name:
                 yield parameter
 
 

@@ -60,7 +60,7 @@ class LlavaHandle:
         self._attributes: list[tuple[nn.Module, str]] = []
         self._overridden: list[tuple[nn.Module, str, Any]] = []
         self._dtype = dtype_of(model.model)
-        self._trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self._before = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
         self._applied = True
 
     def undo(self) -> PreTrainedModel:
@@ -88,10 +88,9 @@ class LlavaHandle:
 
     def restore(self) -> None:
         """Put back what was there, whatever is there now; ``undo`` looks first."""
-        dtype = dtype_of(self.model.model)
+        cast_to = self._cast_to()
         for layer, parent, name, original in reversed(self._modules):
             device = cast(torch.device, cast(Any, layer).post_attention_layernorm.weight.device)
-            cast_to = None if dtype == self._dtype else dtype
             _follow(original, getattr(parent, name), device, cast_to)
             setattr(parent, name, original.train(parent.training))
             for branch in BRANCHES:
@@ -105,9 +104,17 @@ class LlavaHandle:
             module.__class__ = original_class
             # Accelerate's hooks, taken off, leave the method that they found.
             module.__dict__.pop("forward", None)
-        for parameter, flag in self._trainable:
+        for parameter, _, flag in self._before:
             parameter.requires_grad_(flag)
         self._applied = False
+
+    def _cast_to(self) -> torch.dtype | None:
+        """Return the dtype that the model was cast to, if it was: training casts a part of it."""
+        held = {id(parameter) for parameter in self.model.parameters()}
+        kept = [
+            p.dtype == own for p, own, _ in self._before if own == self._dtype and id(p) in held
+        ]
+        return None if any(kept) else dtype_of(self.model.model)
 
     def added_state_dict(self) -> dict[str, Tensor]:
         """Return what was added, by its name in the model: crayon prompt, branches, adapters.

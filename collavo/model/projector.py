@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collavo.configuration import PROJECTOR_TYPES
 
+PROJECTOR_FILE = "mm_projector.bin"
 OWN_PROJECTOR = "model.multi_modal_projector."
 LLAVA_PROJECTOR = "model.mm_projector."
 LLAVA_TOWER = "model.vision_tower.vision_tower."

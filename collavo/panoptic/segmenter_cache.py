@@ -8,6 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,9 @@ class CachedSegmenter:
                 missing[key] = picture
             if found is not None:
                 maps[key] = found
+        if maps:  # kept by a version that did not say with which settings, perhaps
+            with suppress(OSError):
+                self._note(settings)
         for key, panoptic in zip(missing, self._segment(list(missing.values())), strict=True):
             self._write(key, panoptic, settings)
             maps[key] = panoptic
@@ -176,7 +180,7 @@ class CachedSegmenter:
             return None
 
     def _write(self, key: str, panoptic: PanopticMap, settings: str) -> None:
-        path, facts = _path(self.folder, key), _facts(self.folder, settings)
+        path = _path(self.folder, key)
         arrays: dict[str, Any] = {name: getattr(panoptic, name).numpy() for name in _FIELDS}
         content = BytesIO()
         np.savez_compressed(content, key=np.array(key), **arrays)
@@ -185,14 +189,19 @@ class CachedSegmenter:
             # Every write has a name of its own: two workers with the same image both succeed, and
             # the later rename wins. What a power failure damages is made again.
             writing.write_file(path, content.getvalue(), sync=False)
-            if not facts.exists():
-                writing.write_file(facts, settings.encode(), sync=False)
+            self._note(settings)
         except OSError as error:
             # A run of hours does not end because its cache is full.
             warnings.warn(
                 f"{self.folder}: a map could not be kept there and will be made again ({error})",
                 stacklevel=4,
             )
+
+    def _note(self, settings: str) -> None:
+        """Say in the folder with which settings its maps were made."""
+        facts = _facts(self.folder, settings)
+        if not facts.exists():
+            writing.write_file(facts, settings.encode(), sync=False)
 
 
 class CachedMaps:
@@ -232,6 +241,10 @@ class CachedMaps:
                 f"{len(found)}; keep each in a folder of its own"
             )
         self._settings = found[0].read_text(encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """Return what differs where the maps are of another segmenter or other settings."""
+        return _digest(self._settings)
 
     def __call__(self, image: ImageInput) -> PanopticMap | None:
         """Return the map of an image, or None if none is kept.

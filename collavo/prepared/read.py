@@ -63,9 +63,9 @@ class PreparedDataset(Dataset[PreparedSample]):
     Shards are opened when a sample of theirs is asked for, a few at a time, and of these only the
     sample's own bytes are read. It can be pickled and used by any number of workers.
 
-    Its crayons fit a processor of the same grid, reduction and largest number alone.
-    ``CollavoTrainer`` and ``collavo train`` check that; elsewhere call :meth:`check_crayon` once,
-    since a single crayon does not tell of which grid it is.
+    Its crayons fit a processor of the same grid, reduction, largest number and padding alone.
+    ``CollavoTrainer`` and ``collavo train`` check that; elsewhere call :meth:`check_processor`
+    once, since a single crayon does not tell of which grid it is.
 
     Args:
         folder: That ``collavo prepare`` wrote.
@@ -173,18 +173,28 @@ class PreparedDataset(Dataset[PreparedSample]):
             self._names = FileNames(names, str(self.folder))
         return self._names.best(Path(file_name))
 
-    def check_crayon(self, *, grid: tuple[int, int], max_number: int, reduce: str) -> None:
+    def check_crayon(
+        self, *, grid: tuple[int, int], max_number: int, reduce: str, image_mode: str = "squash"
+    ) -> None:
         """Raise unless the crayons were made as a processor would make them.
 
         Args:
             grid: Height and width of the processor's grid.
             max_number: Its largest instance number.
             reduce: Its reduction.
+            image_mode: What it makes of a picture.
 
         Raises:
             ValueError: naming the setting that differs.
         """
-        wanted = {"grid": tuple(grid), "max_number": max_number, "reduce": reduce}
+        wanted: dict[str, Any] = {"grid": tuple(grid), "max_number": max_number, "reduce": reduce}
+        wanted["image_mode"] = image_mode
+        if image_mode not in ("squash", "pad"):
+            raise ValueError(
+                f"{self.folder}: was prepared for processors that show all of an image, this one "
+                f"has image_mode {image_mode!r}; name the maps themselves (CocoPanopticDataset; on "
+                "the command line --panoptic and --annotations in the place of --prepared)"
+            )
         for name, value in wanted.items():
             there = getattr(self.settings, name)
             if there != value:
@@ -192,6 +202,22 @@ class PreparedDataset(Dataset[PreparedSample]):
                     f"{self.folder}: was prepared with {name} {there!r}, the processor has "
                     f"{value!r}; prepare the images with the processor's {name}"
                 )
+
+    def check_processor(self, processor: Any) -> None:
+        """Raise unless the crayons are those that a processor would make.
+
+        Args:
+            processor: A ``CollavoProcessor``.
+
+        Raises:
+            ValueError: naming the setting that differs.
+        """
+        self.check_crayon(
+            grid=processor.grid,
+            max_number=processor.max_number,
+            reduce=processor.reduce,
+            image_mode=processor.image_mode,
+        )
 
     def _find(self, index: int) -> tuple[Shard, int]:
         position = range(len(self))[index]

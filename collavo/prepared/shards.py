@@ -64,6 +64,8 @@ class PrepareSettings:
         images_per_shard: Entries of the index that go into one shard.
         verify_images: Whether images are decoded; otherwise their size alone is read.
         limit: Only so many entries from the index's beginning; None takes all.
+        image_mode: What the processor makes of a picture: ``"squash"`` covers all of it with the
+            grid, ``"pad"`` the square that it is padded to, as LLaVA-1.5 does.
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -78,6 +80,7 @@ class PrepareSettings:
     images_per_shard: int = 1024
     verify_images: bool = False
     limit: int | None = None
+    image_mode: str = "squash"
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
@@ -89,6 +92,8 @@ class PrepareSettings:
             )
         if self.reduce not in ("majority", "nearest"):
             raise ValueError(f"reduce: expected majority or nearest, got {self.reduce!r}")
+        if self.image_mode not in ("squash", "pad"):
+            raise ValueError(f"image_mode: expected squash or pad, got {self.image_mode!r}")
         limit = 1 if self.limit is None else self.limit
         for name, value, least in (
             ("max_number", self.max_number, 0),
@@ -102,7 +107,10 @@ class PrepareSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
-        return {**asdict(self), "grid": list(self.grid), "templates": list(self.templates)}
+        content = {**asdict(self), "grid": list(self.grid), "templates": list(self.templates)}
+        if self.image_mode == "squash":  # as folders say it that were prepared before there was pad
+            del content["image_mode"]
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PrepareSettings:
@@ -355,8 +363,9 @@ class Shard:
         first, last = self._first_row[index], self._first_row[index + 1]
         columns = {name: self._file.get_slice(name)[first:last] for name in _CRAYON[1:]}
         columns["row_image"] = torch.zeros_like(columns["row_image"])
-        cells = self._file.get_slice("row_index")[index : index + 1] - first
-        return CrayonMap(row_index=cells, **columns)
+        cells = self._file.get_slice("row_index")[index : index + 1]
+        # Cells of padding have no row.
+        return CrayonMap(row_index=torch.where(cells < 0, -1, cells - first), **columns)
 
     def image(self, index: int) -> PreparedImage:
         """Return what stands about one image.

@@ -26,11 +26,17 @@ from tqdm.auto import tqdm
 
 from collavo import writing
 from collavo._arguments import expect_like
+from collavo.panoptic.categories import NUM_CLASSES
 from collavo.panoptic.coco import check_folders, check_sizes
 from collavo.panoptic.coco_index import CocoFolder, CocoIndex, CocoRecord, Skipped
 from collavo.panoptic.images import read_image, read_image_size
 from collavo.panoptic.instructions import build_instructions
-from collavo.panoptic.maps import PathLike, read_panoptic_colours, read_panoptic_size
+from collavo.panoptic.maps import (
+    PanopticMap,
+    PathLike,
+    read_panoptic_colours,
+    read_panoptic_size,
+)
 from collavo.panoptic.text import detections_by_image
 from collavo.prepared.shards import (
     FORMAT,
@@ -46,6 +52,8 @@ from collavo.prepared.shards import (
     write_shard,
 )
 from collavo.prepared.streaming import skip_line
+from collavo.processing.blocks import look_up
+from collavo.processing.region import padded_grid
 from collavo_kernels import CrayonMap, panoptic_lookup
 
 _T = TypeVar("_T")
@@ -255,15 +263,18 @@ class _Builder:
 
     def look_up(self, chunk: Sequence[tuple[CocoRecord, Tensor | Skipped]]) -> CrayonMap:
         kept = [(record, one) for record, one in chunk if isinstance(one, Tensor)]
+        colours = [one for _, one in kept]
         segments = [self.index.segments(record) for record, _ in kept]
-        return panoptic_lookup(
-            [colours for _, colours in kept],
-            [torch.from_numpy(ids) for ids, _ in segments],
-            [torch.from_numpy(classes) for _, classes in segments],
-            grid=self.settings.grid,
-            max_number=self.settings.max_number,
-            reduce=self.settings.reduce,
-        )
+        ids = [torch.from_numpy(own) for own, _ in segments]
+        classes = [torch.from_numpy(own) for _, own in segments]
+        sizes: Any = {"max_number": self.settings.max_number, "reduce": self.settings.reduce}
+        if kept and self.settings.image_mode == "pad":
+            maps = map(PanopticMap, colours, ids, classes)
+            grid = self.settings.grid
+            layouts = [(padded_grid(one.shape[0], one.shape[1], grid),) for one in colours]
+            pairs = list(zip(maps, layouts, strict=True))
+            return CrayonMap.cat(look_up(pairs, num_classes=NUM_CLASSES, **sizes))
+        return panoptic_lookup(colours, ids, classes, grid=self.settings.grid, **sizes)
 
 
 def _in_order(

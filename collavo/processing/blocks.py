@@ -58,7 +58,8 @@ class Axis:
             size: The map's height or width.
         """
         places = np.array(self.cells, dtype=np.float64).reshape(-1, 2)
-        return (places - self.start) * size / self.length
+        # Whatever unit it is in, a place between two pixels is one: no rounding may move it.
+        return ((places - self.start) * size / self.length).round(9)
 
     @property
     def whole(self) -> bool:
@@ -123,7 +124,9 @@ class Axis:
         count = max(1, min(count, MAX_MAP_SIDE // len(places)))
         steps = (np.arange(count) + 0.5) / count
         lines = np.floor(seen[:, :1] + steps * lengths[:, None]).clip(0, size - 1)
-        return torch.from_numpy(lines.astype(np.int64).reshape(-1)), torch.from_numpy(lengths > 0)
+        # Where a cell ends as the picture starts, rounding must not let it see a hair of that.
+        see = lengths > 1e-9 * (places[:, 1] - places[:, 0])
+        return torch.from_numpy(lines.astype(np.int64).reshape(-1)), torch.from_numpy(see)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,21 @@ class Block:
     def all_seen(self) -> bool:
         """Whether it sees all of the picture, but for less than a cell at its ends."""
         return self.rows.all_seen and self.columns.all_seen
+
+    @property
+    def padded(self) -> bool:
+        """Whether it sees the whole picture, and perhaps what lies beside it."""
+        ends = [axis.on(1)[[0, -1], [0, 1]] for axis in (self.rows, self.columns) if axis.cells]
+        return len(ends) == 2 and all(first <= 0 and last >= 1 - 1e-9 for first, last in ends)
+
+    @property
+    def seeing(self) -> Tensor:
+        """Which cells see anything of the picture, bool ``[h, w]``."""
+        rows, columns = (
+            torch.from_numpy((axis.on(1)[:, 0] < 1) & (axis.on(1)[:, 1] > 0))
+            for axis in (self.rows, self.columns)
+        )
+        return rows[:, None] & columns
 
     @property
     def area(self) -> float:

@@ -26,7 +26,7 @@ SYSTEM = (
 )
 
 # Images come first whatever turn they belong to; the markers of their objects stand in front of
-# the first question.
+# the first question. Words that an image stood between are still two words.
 _HEAD = """\
 {%- set images = namespace(count=0) -%}
 {%- for message in messages -%}
@@ -39,7 +39,13 @@ _HEAD = """\
 {%- macro words(message) -%}
   {%- if message['content'] is string -%}{{- message['content'] -}}
   {%- else -%}
-    {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}
+    {%- set before = namespace(text='', image=false) -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'image' -%}{%- set before.image = true -%}
+      {%- elif part['type'] == 'text' -%}
+        {{- ' ' if before.image and before.text[-1:] | trim and part['text'][:1] | trim else '' -}}
+        {{- part['text'] -}}{%- set before.text = part['text'] -%}{%- set before.image = false -%}
+      {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
@@ -215,6 +221,7 @@ _MISTRAL = _TURNS | {
 }
 _LLAMA = _MISTRAL | {"USER_START": "('' if loop.first else begin) + '[INST] ' + head.text"}
 _CHATML = _TURNS | {
+    "COMMENT": f"{LLAVA_MARK}: {_STOPS_AT}'<|im_end|>'",
     "SYSTEM_START": "'<|im_start|>system\\n'",
     "SYSTEM_STOP": "'<|im_end|>'",
     "USER_START": "'<|im_start|>user\\n'",
@@ -295,16 +302,17 @@ def names_objects(template: str) -> bool:
     Args:
         template: Any; LLaVA's do not.
     """
-    return not template.startswith("{#- " + LLAVA_MARK)
+    return "{#- " + LLAVA_MARK not in template
 
 
 def stop_string(template: str) -> str | None:
-    """Return what an answer stops at where that is no token, which generation has to be told.
+    """Return what an answer stops at where that is not the stop token, which generation is to know.
 
     Args:
-        template: Any; LLaVA's ``v0``, ``v0_mmtag`` and ``plain`` have one.
+        template: Any; LLaVA's ``plain``, ``v0``, ``v0_mmtag``, ``mpt`` and ``chatml_direct`` have
+            one.
     """
-    found = re.match(rf"{{#- {LLAVA_MARK}:.*{_STOPS_AT}'(.*?)' -#}}", template)
+    found = re.search(rf"{{#- {LLAVA_MARK}:.*{_STOPS_AT}'(.*?)' -#}}", template)
     return found[1].replace("\\n", "\n") if found else None
 
 

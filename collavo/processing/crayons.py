@@ -90,11 +90,11 @@ def check_crayon(
     """
     (block, *others) = layout
     cells = block.places
-    if others or not block.whole or cells != block.grid[0] * block.grid[1]:
+    if others or not block.padded or cells != block.grid[0] * block.grid[1]:
         raise ValueError(
             f"{where}: expected a PanopticMap, since the image processor crops this image of "
-            f"{size[1]}x{size[0]}, pads it or cuts it into tiles, and its map has to follow, got a "
-            "CrayonMap; use a processor that squashes (make_image_processor)"
+            f"{size[1]}x{size[0]} or cuts it into tiles, and its map has to follow, got a "
+            "CrayonMap; use a processor that squashes or pads (make_image_processor)"
         )
     if crayon.device.type != "cpu":
         raise ValueError(f"{where}: expected a CrayonMap on the CPU, got {crayon.device}")
@@ -119,9 +119,17 @@ def check_crayon(
                 f"{where}: expected {name} to be at most {most}, as the processor's "
                 f"crayon has it, got {int(values.max())}"
             )
+        if values is crayon.row_index:
+            values = values[:, block.seeing.reshape(-1)]
         if values.numel() and int(values.min()) < 0:
             raise ValueError(
                 f"{where}: expected {name} to be at least 0, got {int(values.min())}; look the map "
                 "up again"
             )
+    if bool((crayon.row_index[:, ~block.seeing.reshape(-1)] != -1).any()):
+        raise ValueError(
+            f"{where}: expected -1 in the cells of padding, since the image processor pads this "
+            f"image of {size[1]}x{size[0]} to a square, got rows; look the map up for that square "
+            "(collavo prepare --image-mode pad)"
+        )
     return crayon

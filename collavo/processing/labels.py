@@ -96,7 +96,7 @@ class AnswerTokenizer:
         made = Sequences([], [], [], [])
         for pieces, runs, name in zip(samples, image_tokens, names, strict=True):
             ids, labels, ends, images = self._joined(pieces, runs)
-            before, behind = self.encode.framed(ids) if self.apart else self.encode.frame
+            before, behind = self.encode.framed(ids)
             whole = len(ids)
             if max_length is not None and len(before) + whole + len(behind) > max_length:
                 room = max_length - len(before) - len(behind)
@@ -232,4 +232,24 @@ def check_not_cut(expected: int, image_token_id: int, ids: Sequence[int], name: 
         raise ValueError(
             f"{name}: expected {expected} image tokens after tokenizing, got {found}; a "
             "truncation must not cut images"
+        )
+
+
+def check_left_images(
+    left: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], name: str
+) -> None:
+    """Raise unless the images before a cut have the tokens that they had beside those behind it.
+
+    Args:
+        left: The tokens of those before the cut, without the others.
+        whole: The tokens of all.
+        name: What to call the prompt in messages.
+
+    Raises:
+        OverlongError: naming the prompt.
+    """
+    if list(map(list, left)) != list(map(list, whole[: len(left)])):
+        raise OverlongError(
+            f"{name}: expected to be cut behind an answer, but its images have other tokens where "
+            "those behind the cut are left out; allow longer sequences, or leave it out"
         )

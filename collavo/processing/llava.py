@@ -120,6 +120,9 @@ class CollavoLlavaProcessor(CollavoProcessor):
         return self._own_inputs(texts, pictures, return_tensors=return_tensors, **kwargs)
 
     def _own_inputs(self, texts: list[str], pictures: Pictures, **kwargs: Any) -> dict[str, Any]:
+        begin = self.tokenizer.bos_token
+        if begin and all(text.startswith(begin) for text in texts):
+            kwargs = {"add_special_tokens": False, **kwargs}  # the chat template has written it
         if not any(pictures.by_prompt):
             return dict(self.tokenizer(texts, return_token_type_ids=False, **kwargs))
         kind = self.family.images

@@ -30,9 +30,9 @@ from collavo.processing.batch import (
 from collavo.processing.blocks import Layout
 from collavo.processing.box_frames import check_box_frame
 from collavo.processing.box_frames import object_text as text_of_objects
-from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, names_objects
+from collavo.processing.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN
 from collavo.processing.crayons import crayons_of
-from collavo.processing.labels import IGNORE_INDEX, check_not_cut, padded_batch
+from collavo.processing.labels import IGNORE_INDEX, check_left_images, check_not_cut, padded_batch
 from collavo.processing.pixels import from_pillow
 from collavo.processing.prompts import count_images
 from collavo.processing.region import even_grid, frame, make_image_processor
@@ -72,9 +72,10 @@ class CollavoProcessor(TextProcessor):
             image processor resizes in another way, or boxes of padded images are asked for where
             images are cropped.
 
-    A ``CrayonMap`` given in a map's place must have been looked up with this processor's grid and
-    reduction: it tells the number of its cells alone, which is all that can be checked here (7x5
-    passes for 5x7). ``PreparedDataset.check_crayon`` checks the rest.
+    A ``CrayonMap`` given in a map's place must have been looked up with this processor's grid,
+    reduction and padding: it tells the number of its cells and which are of padding, which is all
+    that can be checked here (7x5 passes for 5x7). ``PreparedDataset.check_processor`` checks the
+    rest.
 
     Source: released code (35x35 grid, squashed images, prompt protocol).
     """
@@ -115,7 +116,7 @@ class CollavoProcessor(TextProcessor):
         self.box_frame = box_frame
         self.behind_image = ""
         template = CHAT_TEMPLATES["demo"] if chat_template is None else chat_template
-        self.object_text = names_objects(template) if object_text is None else object_text
+        self.object_text = object_text
         super().__init__(image_processor, tokenizer, chat_template=template)  # type: ignore[no-untyped-call]
         check_box_frame(box_frame, self._layout(1, 2))  # it refuses what it cannot follow
 
@@ -305,7 +306,10 @@ class CollavoProcessor(TextProcessor):
                 samples, image_tokens, names, max_length=max_length, overlong=overlong
             )
             if found.images != pictures.counts:
-                made, _ = self._image_tokens(pictures.first(found.images), return_tensors, pixels)
+                left = pictures.first(found.images)
+                made, kept = self._image_tokens(left, return_tensors, pixels)
+                for own, whole, name in zip(kept, image_tokens, names, strict=True):
+                    check_left_images(own, whole, name)
             padded = padded_batch(found, self.tokenizer, pad_to_multiple_of=pad_to_multiple_of)
             return {**padded, **made}, found.images
 
@@ -315,6 +319,17 @@ class CollavoProcessor(TextProcessor):
     def one_grid(self) -> bool:
         """Whether every image has image tokens on ``grid``, whatever its size."""
         return True
+
+    @property
+    def image_mode(self) -> str:
+        """What becomes of an image: ``"squash"``, ``"pad"`` (to a square), ``"crop"``, ``"tiles"``.
+
+        The first two show all of it.
+        """
+        (block, *others) = self._layout(1, 2)
+        if others or not self.one_grid:
+            return "tiles"
+        return "squash" if block.whole else "pad" if block.padded else "crop"
 
     def _batch(
         self,
@@ -334,7 +349,7 @@ class CollavoProcessor(TextProcessor):
         nested = images_per_prompt(images)
         counts = count_images(samples, names, self.image_token, len(pictures), nested)
         bounds = [0, *accumulate(counts)]
-        wanted = switch_by_prompt(object_text, self.object_text, len(samples))
+        wanted = switch_by_prompt(object_text, self.names_objects, len(samples))
         together = [1] * len(pictures) if nested is None else [n for n in nested for _ in range(n)]
         crayons = self._crayons(pictures, maps, together)
         by_prompt = [crayons[first:last] for first, last in pairwise(bounds)]

@@ -170,6 +170,18 @@ def _before(resized: int, kept: int, name: str) -> int:
     return (resized - kept) // 2
 
 
+def padded_grid(height: int, width: int, grid: tuple[int, int]) -> Block:
+    """Return the image tokens of a picture that is padded to a square, whatever the square's size.
+
+    Args:
+        height: Of the picture, in pixels.
+        width: Of the picture.
+        grid: Rows and columns.
+    """
+    top, left, side = square(height, width)
+    return even_grid(Frame(side, side, top, left, height, width), grid)
+
+
 def even_grid(placed: Frame, grid: tuple[int, int]) -> Block:
     """Return the image tokens of a frame that an even grid covers.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 import collavo._requirements  # noqa: F401  (before what it checks)
@@ -15,6 +16,10 @@ from collavo.processing.chat_templates import WORDS_LEFT_OUT
 from collavo.processing.stretches import Conversation
 
 Spans = list[tuple[int, int]]
+# Who speaks, and the types of the parts; None where the content is a string.
+_Form = tuple[str, tuple[str, ...] | None]
+# Words that no template has; digits stay as they are where it trims or changes case.
+_PROBE = "90718{:04}{:04}26354"
 
 
 class FilledTemplate:
@@ -97,17 +102,26 @@ class FilledTemplate:
         return text, spans
 
     def _fill(self, conversation: Conversation, where: str, **options: bool) -> tuple[str, Spans]:
-        text, spans = self._fill_once(conversation, where, options)
-        lost = self._lost_words(conversation, text)
+        lost = self._never_taken(conversation)
         if lost is not None:  # a template that reads parts finds none in a string, without a word
-            text, spans = self._fill_once(_in_parts(conversation), where, options)
-            lost = self._lost_words(conversation, text)
+            conversation = _in_parts(conversation)
+            lost = self._never_taken(conversation)
+        text, spans = self._fill_once(conversation, where, options)
+        lost = self._lost_words(conversation, text) if lost is None else lost
         if lost is not None:
             raise ValueError(
                 f"{where}: expected a chat template that takes what every turn says, but it leaves "
                 f"out the words of turn {lost}"
             )
         return text, spans
+
+    def _never_taken(self, conversation: Conversation) -> int | None:
+        """Return the first turn that the template leaves out, whatever it says.
+
+        Its words alone do not tell: a short answer may stand in what somebody else says.
+        """
+        variables = tuple(sorted((name, str(value)) for name, value in self.variables.items()))
+        return _never_taken(self.template, variables, tuple(map(_form, conversation)))
 
     def _fill_once(
         self, conversation: Conversation, where: str, options: dict[str, bool]
@@ -145,3 +159,29 @@ def _in_parts(conversation: Conversation) -> Conversation:
         else message
         for message in conversation
     ]
+
+
+def _form(message: Mapping[str, Any]) -> _Form:
+    content = message["content"]
+    parts = None if isinstance(content, str) else tuple(str(part.get("type")) for part in content)
+    return message["role"], parts
+
+
+@lru_cache(maxsize=512)
+def _never_taken(
+    template: str, variables: tuple[tuple[str, str], ...], forms: tuple[_Form, ...]
+) -> int | None:
+    filled = FilledTemplate(template, dict(variables))
+    conversation: list[dict[str, Any]] = []
+    for turn, (role, kinds) in enumerate(forms):
+        content: Any = _PROBE.format(turn, 0)
+        if kinds is not None:
+            content = [
+                {"type": kind, "text": _PROBE.format(turn, part)} for part, kind in enumerate(kinds)
+            ]
+        conversation.append({"role": role, "content": content})
+    try:
+        text, _ = filled._fill_once(conversation, "template", {})
+    except ValueError:  # what it refuses is said of the conversation itself
+        return None
+    return filled._lost_words(conversation, text)

@@ -69,7 +69,7 @@ def cut_tags(conversation: Conversation, tags: Iterable[str]) -> tuple[Conversat
             text = pattern.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", text)
         return text
 
-    return [{**m, "content": _with_texts(m["content"], cut)} for m in conversation], mark
+    return [{**m, "content": _with_texts(m["content"], cut, mark)} for m in conversation], mark
 
 
 @lru_cache(maxsize=16)
@@ -85,13 +85,19 @@ def _texts(content: Any) -> Iterator[str]:
         yield from (part["text"] for part in content if part.get("type") == "text")
 
 
-def _with_texts(content: Any, change: Callable[[str], str]) -> Any:
+def _with_texts(content: Any, cut: Callable[[str], str], mark: str) -> Any:
     if isinstance(content, str):
-        return change(content)
-    return [
-        {**part, "text": change(part["text"])} if part.get("type") == "text" else part
-        for part in content
-    ]
+        return cut(content)
+    # A template may write the parts one behind the other, so that a word begins in one of them.
+    rest = cut("".join(_texts(content)))
+    parts = []
+    for part in content:
+        if part.get("type") == "text":
+            words = re.match(rf"(?:{mark}?[^{mark}]){{{len(part['text'])}}}", rest, re.DOTALL)
+            part = {**part, "text": words[0] if words else rest}
+            rest = rest[len(part["text"]) :]
+        parts.append(part)
+    return parts
 
 
 def split_answers(text: str, spans: Sequence[tuple[int, int]], mark: str) -> list[Piece]:

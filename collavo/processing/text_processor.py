@@ -12,8 +12,14 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 from transformers.processing_utils import ProcessorMixin
 
 from collavo.panoptic.text import object_prefix
-from collavo.processing.chat_templates import OBJECTS_MARKER, stop_string
-from collavo.processing.labels import IGNORE_INDEX, AnswerTokenizer, Measured, Sequences
+from collavo.processing.chat_templates import OBJECTS_MARKER, names_objects, stop_string
+from collavo.processing.labels import (
+    IGNORE_INDEX,
+    AnswerTokenizer,
+    Measured,
+    Sequences,
+    check_left_images,
+)
 from collavo.processing.prompts import count_images, with_objects
 from collavo.processing.rendering import FilledTemplate
 from collavo.processing.stretches import (
@@ -25,6 +31,8 @@ from collavo.processing.stretches import (
 )
 from collavo.processing.tokens import special_texts, tokenizer_state
 
+_SOME_SIZE = (64, 64)  # of a picture that is never seen
+
 
 class TextProcessor(ProcessorMixin):
     """The part of a processor that reads conversations and tokenizes them.
@@ -34,15 +42,22 @@ class TextProcessor(ProcessorMixin):
         image_token_id: The token that an image has many of.
         behind_image: What closes an image, where something does.
         grid: Height and width of an image in tokens.
-        object_text: Whether prompts name the image's objects.
+        object_text: Whether prompts name the image's objects; None takes the chat template's way.
     """
 
     image_token: str
     image_token_id: int
     behind_image: str
     grid: tuple[int, int]
-    object_text: bool
+    object_text: bool | None
     _apart = True  # what stands between images is tokenized by itself
+
+    @property
+    def names_objects(self) -> bool:
+        """Whether prompts name the image's objects where a call does not say."""
+        if self.object_text is None:
+            return names_objects(str(self.chat_template))
+        return self.object_text
 
     def prompt(self, question: str | Conversation, *, num_images: int = 1) -> str:
         """Return the prompt of a question, up to where the model's answer starts.
@@ -60,6 +75,19 @@ class TextProcessor(ProcessorMixin):
         """Return what ``generate`` has to know of the chat template's stop: nothing for a token."""
         stop = stop_string(str(self.chat_template))
         return {} if stop is None else {"stop_strings": [stop], "tokenizer": self.tokenizer}
+
+    def stop_token(self) -> int | None:
+        """Return the special token that ends an answer; None where a text does."""
+        asked = [{"type": "image"}, {"type": "text", "text": "a"}]
+        turns: Conversation = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": "a"},
+        ]
+        (labels,) = self.sequence(turns, [_SOME_SIZE]).labels
+        stop = next(label for label in reversed(labels) if label != IGNORE_INDEX)
+        # A text may have a template's other endings, such as a line break.
+        special = stop in self.tokenizer.added_tokens_decoder
+        return int(stop) if special and stop != self.tokenizer.unk_token_id else None
 
     def answer(self, tokens: Any) -> str:
         """Return what generated tokens say, without stop and blanks around.
@@ -130,14 +158,19 @@ class TextProcessor(ProcessorMixin):
         """
         pieces = self._render(place_images(conversation, len(sizes)), name, self._tags)
         count_images([pieces], [name], self.image_token, len(sizes), [len(sizes)])
-        prefix = object_prefix([]) if self.object_text else ""
-        return self._answers.sequences(
+        prefix = object_prefix([]) if self.names_objects else ""
+        tokens = self._tokens_of_sizes(sizes)
+        found = self._answers.sequences(
             [self._with_objects(pieces, [prefix] * len(sizes), name)],
-            [self._tokens_of_sizes(sizes)],
+            [tokens],
             [name],
             max_length=max_length,
             overlong=overlong,
         )
+        if found.images[0] < len(sizes):
+            left = self._tokens_of_sizes(sizes[: found.images[0]])
+            check_left_images(left, tokens, name)
+        return found
 
     def fingerprint(self) -> str:
         """Return what differs where another processor would make other ids, labels or lengths."""
@@ -146,7 +179,7 @@ class TextProcessor(ProcessorMixin):
             "chat_template": self.chat_template,
             "tokenizer": tokenizer_state(self.tokenizer),
             "images": self._image_facts(),
-            "object_text": self.object_text,
+            "object_text": self.names_objects,
         }
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -178,5 +211,5 @@ class TextProcessor(ProcessorMixin):
 
     def _render(self, conversation: Conversation, name: str, tags: set[str]) -> list[Piece]:
         words, mark = cut_tags(conversation, tags)
-        text, spans = self._filled.with_answers(words, name, special_texts(self.tokenizer))
+        text, spans = self._filled.with_answers(words, name, tags)
         return split_answers(text, spans, mark)

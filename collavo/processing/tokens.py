@@ -74,13 +74,15 @@ class TextEncoder:
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def framed(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return what the tokenizer puts around the ids of a text, its start token once.
+        """Return what the tokenizer puts around the ids of a text, its start tokens once.
 
         Args:
-            ids: A text's own. A chat template may have written the start token.
+            ids: A text's own. A chat template may have written the start tokens, or the last ones.
         """
         before, behind = self.frame
-        return (before[:-1] if before and [*ids[:1]] == before[-1:] else before), behind
+        counts = range(len(before), 0, -1)
+        written = next((n for n in counts if [*ids[:n]] == before[-n:]), 0)
+        return before[: len(before) - written], behind
 
 
 def _core_of(tokenizer: Any) -> Tokenizer | None:
@@ -111,6 +113,7 @@ def tokenizer_state(tokenizer: Any) -> Any:
         "class": type(tokenizer).__name__,
         "special": {key: str(text) for key, text in tokenizer.special_tokens_map.items()},
         "added": {k: repr(v) for k, v in tokenizer.added_tokens_decoder.items()},
+        "split": tokenizer.split_special_tokens,
     }
     if (core := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return {**facts, "vocabulary": tokenizer.get_vocab()}

@@ -30,6 +30,16 @@ _OF_THE_STAGE = (
     "global_batch",
 )
 
+# What a resumed optimizer has from its checkpoint, whatever the run says.
+_KEPT = (
+    "learning_rate",
+    "projector_learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
+
 
 @dataclass
 class CollavoTrainingArguments(TrainingArguments):
@@ -67,7 +77,8 @@ class CollavoTrainingArguments(TrainingArguments):
     Raises:
         ValueError: for an unknown stage, preset or part, a global batch that does not divide, a
             probability outside 0 to 1, or options under which the streams of samples could not be
-            kept apart (``ignore_data_skip``, ``auto_find_batch_size``, ``split_batches``).
+            kept apart (``ignore_data_skip``, ``auto_find_batch_size``, ``split_batches``) or the
+            loss would be another (``label_smoothing_factor``, ``average_tokens_across_devices``).
 
     Example:
         >>> args = CollavoTrainingArguments(output_dir="out", stage="cit", use_cpu=True)
@@ -158,24 +169,26 @@ class CollavoTrainingArguments(TrainingArguments):
         """Fill in what depends on stage and preset, then let transformers check the rest."""
         require("accelerate", "1.1", "CollavoTrainer")
         stage = stage_of(self.stage)
-        if not 0.0 <= self.vl_probability <= 1.0:
-            raise ValueError(f"vl_probability: expected 0 to 1, got {self.vl_probability}")
-        if self.ignore_data_skip:
-            raise ValueError(
-                "ignore_data_skip: expected False; a resumed run continues its streams of samples"
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size: expected False; a step's samples are counted out for one "
-                "batch size"
-            )
+        self._check_options(stage)
+        own_rate = self.projector_learning_rate
         self._fill_in(stage)
-        parts_of(self.stage, self.parts, self.adapters)
+        parts = parts_of(self.stage, self.parts, self.adapters)
+        if own_rate is not None and "projector" not in parts:
+            raise ValueError(
+                "projector_learning_rate: expected none, since the parts to train are "
+                f"{', '.join(parts)}, got {own_rate}; add projector to them (parts=, on the "
+                "command line --parts)"
+            )
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             # Not ``min_lr``: transformers divides that by what DeepSpeed's optimizers do not have.
             peak = self.learning_rate or 0.0
             lowest = min(self.min_learning_rate, peak)
             self.lr_scheduler_kwargs = {"min_lr_rate": lowest / peak if peak else 0.0}
+        if self.max_steps <= 0 and not float(self.num_train_epochs or 0.0) > 0.0:
+            raise ValueError(
+                f"num_train_epochs: expected above 0, got {self.num_train_epochs}, with which "
+                "nothing is trained"
+            )
         self._choose_checkpointing()
         micro_batch, micro_batches = (
             self.per_device_train_batch_size,
@@ -189,6 +202,31 @@ class CollavoTrainingArguments(TrainingArguments):
             raise ValueError("accelerator_config: split_batches is not supported; leave it False")
         devices = int(self.world_size) * max(1, int(self.n_gpu))
         self._divide(stage, devices, micro_batch, micro_batches)
+
+    def _check_options(self, stage: Stage) -> None:
+        """Raise for options by which the streams or the loss would be others, and nobody see it."""
+        if not 0.0 <= self.vl_probability <= 1.0:
+            raise ValueError(f"vl_probability: expected 0 to 1, got {self.vl_probability}")
+        if self.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip: expected False; a resumed run continues its streams of samples"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: expected False; a step's samples are counted out for one "
+                "batch size"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; "
+                "transformers does not shift the labels for models of images and text, which would "
+                "learn to repeat each token"
+            )
+        if not (stage.drawn or self.average_tokens_across_devices):
+            raise ValueError(
+                "average_tokens_across_devices: expected True, got False; a device without a "
+                "sample of a smaller step would divide by its own number of tokens, which is 0"
+            )
 
     def _fill_in(self, stage: Stage) -> None:
         """Take what is not given from the preset, or else the stage."""
@@ -219,6 +257,13 @@ class CollavoTrainingArguments(TrainingArguments):
     ) -> None:
         """Let global batch, devices, micro-batch and their number follow from each other."""
         usual = int(stage.settings["per_device_train_batch_size"])
+        for name, given in (
+            ("per_device_train_batch_size", micro_batch),
+            ("gradient_accumulation_steps", micro_batches),
+            ("global_batch", self.global_batch),
+        ):
+            if given is not None and given < 1:
+                raise ValueError(f"{name}: expected at least 1, got {given}")
         if self.global_batch is None:
             micro_batch, micro_batches = micro_batch or usual, micro_batches or 1
             self.global_batch = devices * micro_batch * micro_batches
@@ -275,4 +320,10 @@ class CollavoTrainingArguments(TrainingArguments):
             facts["parts"] = sorted(self.trained_parts)
         if self.adapters:
             facts["adapters"] = list(self.adapters)
-        return facts if stage.drawn else {**facts, "group": self.group}
+        if stage.drawn:  # earlier versions have sealed checkpoints of these
+            return facts
+        # Optimizer and schedule come back with those that they had.
+        kept = {name: getattr(self, name) for name in _KEPT}
+        kept["optim"] = str(getattr(self.optim, "value", self.optim))
+        kept["precision"] = "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+        return {**facts, "group": self.group, **kept}

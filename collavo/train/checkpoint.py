@@ -21,6 +21,20 @@ from collavo_kernels.nn import DualQLoRALinear
 STREAMS = "collavo_streams.json"
 RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 _NOT_WHOLE = "it is not a whole checkpoint, resume from an older one"
+# Of an image processor's settings those that pixels follow from.
+_OF_PICTURES = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_pad",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
 _STEP = re.compile(r"checkpoint-[0-9]+")
 _log = logging.getLogger(__name__)
 
@@ -107,37 +121,63 @@ def check_resume(folder: Path, facts: Mapping[str, Any]) -> None:
         FileNotFoundError: naming the missing file.
         ValueError: naming the file that is not whole, or the argument that differs.
     """
-    saved = check_whole(folder)
+    check_whole(folder)
     for name in RESUME_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name}: missing; a checkpoint of save_only_model cannot be resumed"
             )
     read_object(folder / "trainer_state.json", utf8=True)
-    for name, value in facts.items():
-        if saved.get(name) != value:
+    check_same_run(folder, facts)
+
+
+def check_same_run(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint says that it belongs to a run with other streams of samples.
+
+    Args:
+        folder: A ``checkpoint-N`` folder, whole or not.
+        facts: As for :func:`check_resume`.
+
+    Raises:
+        ValueError: naming the argument that differs.
+    """
+    path = folder / STREAMS
+    saved = read_object(path, utf8=True) if path.is_file() else dict(facts)
+    for name in {**saved, **facts}:
+        there, here = saved.get(name), facts.get(name)
+        if there != here and name != "files":
             raise ValueError(
-                f"{name}: the checkpoint {folder} was trained with {saved.get(name)!r}, "
-                f"this run has {value!r}; resume with the same value"
+                f"{name}: the checkpoint {folder} was trained with {there!r}, this run has "
+                f"{here!r}; resume with the same value"
             )
 
 
 def data_facts(dataset: object, collator: object) -> dict[str, Any]:
-    """Return what a resumed run has to share of its records, and of how they become tokens.
+    """Return what a resumed run has to share of its records, and of how they become tensors.
 
     Args:
-        dataset: Its ``fingerprint()`` counts, if it has one and that is known.
-        collator: The ``fingerprint()`` of its ``processor`` counts, and its ``max_length``.
+        dataset: Its ``fingerprint()``, and that of its maps, count where they are known.
+        collator: The ``fingerprint()`` of its ``processor`` counts, what that makes of pictures,
+            and its ``max_length``.
 
     Example:
         >>> data_facts([], None)
         {}
     """
-    sources = {"records": dataset, "processor": getattr(collator, "processor", None)}
-    found = {
+    processor = getattr(collator, "processor", None)
+    maps = getattr(dataset, "panoptic", None)
+    sources = {"records": dataset, "processor": processor, "maps": maps}
+    found: dict[str, Any] = {
         name: one.fingerprint() for name, one in sources.items() if hasattr(one, "fingerprint")
     }
+    if maps is not None:  # of one's own making it tells its kind alone
+        found.setdefault("maps", type(maps).__name__)
     found["max_length"] = getattr(collator, "max_length", None)
+    found |= {name: getattr(processor, name, None) for name in ("box_frame", "reduce")}
+    images: Any = getattr(processor, "image_processor", None)
+    if hasattr(images, "to_json_string"):
+        said = json.loads(images.to_json_string())
+        found |= {f"image_processor.{name}": said.get(name) for name in _OF_PICTURES}
     return {name: value for name, value in found.items() if value is not None}
 
 

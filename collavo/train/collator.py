@@ -95,7 +95,7 @@ class CrayonCollator:
             images.append(own_images)
             maps += own_maps
             conversations.append(place_images(record["conversation"], len(own_images)))
-        default = self.processor.object_text if self.object_text is None else self.object_text
+        default = self.processor.names_objects if self.object_text is None else self.object_text
         batch = self.processor.training_batch(
             conversations,
             images,

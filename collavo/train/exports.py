@@ -17,11 +17,12 @@ from collavo import writing
 from collavo._arguments import expect_path
 from collavo.configuration import PROJECTOR_TYPES
 from collavo.model.files import weight_patterns
-from collavo.model.projector import OWN_PROJECTOR, projector_names
+from collavo.model.projector import OWN_PROJECTOR, PROJECTOR_FILE, projector_names
 from collavo_kernels.nn import DualQLoRALinear, save_peft_adapter
 
-PROJECTOR = "mm_projector.bin"
 ADAPTERS = "adapters"
+# What a save replaces of an earlier one's parts, which would lie beside another model.
+PARTS_PATTERNS = (PROJECTOR_FILE, f"{ADAPTERS}/*/adapter_model.safetensors")
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +53,7 @@ def export(model: Any, processor: Any, folder: str | os.PathLike[str]) -> None:
         TypeError: folder: expected the path of the export, got int
     """
     expect_path("folder", folder, "the export")
-    with writing.written_folder(folder, weight_patterns()) as partial:
+    with writing.written_folder(folder, (*weight_patterns(), *PARTS_PATTERNS)) as partial:
         model.save_pretrained(partial)
         if processor is not None:
             processor.save_pretrained(partial)
@@ -70,13 +71,27 @@ def write_parts(model: nn.Module, folder: Path) -> None:
         OSError: naming the file that could not be written.
         ValueError: if an adapter's name can be no folder's.
     """
+    check_names(model)
     for name in adapter_names(model):
-        if Path(name).name != name:
-            raise ValueError(f"adapters: {name!r} can be no folder's name; rename the adapter")
         save_peft_adapter(model, folder / ADAPTERS / name, name)
     tensors = projector_tensors(model)
     if tensors:
-        torch.save(tensors, folder / PROJECTOR)
+        torch.save(tensors, folder / PROJECTOR_FILE)
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise if an adapter could have no folder.
+
+    Args:
+        model: As for :func:`export`.
+
+    Raises:
+        ValueError: naming the adapter.
+    """
+    for module in model.modules():
+        for name in module.adapter_names if isinstance(module, DualQLoRALinear) else ():
+            if Path(name).name != name:
+                raise ValueError(f"adapters: {name!r} can be no folder's name; rename the adapter")
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -106,7 +121,7 @@ def projector_tensors(model: nn.Module) -> dict[str, Tensor]:
         names = projector_names(kind, bias=any(name.endswith(".bias") for name in own))
         if own.keys() == names.keys():
             return {names[name]: value.detach().cpu().clone() for name, value in own.items()}
-    _log.warning("%s is not written: LLaVA has no file for this model's projector", PROJECTOR)
+    _log.warning("%s is not written: LLaVA has no file for this model's projector", PROJECTOR_FILE)
     return {}
 
 
@@ -137,7 +152,7 @@ def check_export(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         writing.settle(folder)
-        writing.check_file(folder / PROJECTOR)
+        writing.check_file(folder / PROJECTOR_FILE)
         whole = sum(one.numel() * one.element_size() for one in model.parameters())
         writing.check_size(folder, whole + parts_size(model), whole)
     finally:

@@ -82,6 +82,18 @@ def _adapter(model: CrayonModel, name: str) -> list[nn.Parameter]:
         raise ValueError(f"model: the model has no {name!r}") from error
 
 
+def parameters_of_images(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield what a batch without an image gives gradients of zero: no token of it is reached.
+
+    Args:
+        model: A CoLLaVO model, wrapped or not.
+    """
+    inner = crayon_model(model)
+    yield from inner.crayon_parameters()
+    for name in getattr(getattr(inner, "model", None), "crayon_image_adapters", ()):
+        yield from inner.adapter_parameters(name)
+
+
 _MISSING = {
     "crayon": "its crayon_mode is 'none'",
     "adapters": "no adapter was named (adapters=, on the command line --adapters)",

@@ -85,6 +85,10 @@ class PictureMaps:
         """Return in one line how many of the pictures found a map."""
         return f"{len(self._index)} of {self.num_pictures} pictures found a map in {self.source}"
 
+    def fingerprint(self) -> str:
+        """Return how many of how many pictures have a map."""
+        return f"maps of {len(self._index)} of {self.num_pictures} pictures"
+
     def _check_size(self, path: Path, index: int) -> None:
         """Raise if a picture and its map differ in size, by their headers."""
         samples = self.samples

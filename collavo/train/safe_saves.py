@@ -15,9 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from collavo import writing
 from collavo.model.files import weight_patterns
+from collavo.model.projector import PROJECTOR_FILE
 from collavo.train import checkpoint, trained_only
 from collavo.train.arguments import CollavoTrainingArguments
-from collavo.train.exports import PROJECTOR, check_export, write_parts
+from collavo.train.exports import PARTS_PATTERNS, check_export, check_names, write_parts
 from collavo.train.saving import SaveError, check_saving, in_a_line, rescue
 from collavo.train.sharding import full_state_dict
 
@@ -67,6 +68,8 @@ class SafeSaves(Trainer):
 
     def _try_saving(self, folder: Path) -> None:
         if self.args.should_save:
+            if self.args.export or self.args.save_trained_only:
+                check_names(cast(nn.Module, self.model))
             check_saving(cast(nn.Module, self.model), self.args, self.state, self._save_trial)
             if self.args.export:
                 check_export(cast(nn.Module, self.model), Path(self.args.export))
@@ -78,7 +81,7 @@ class SafeSaves(Trainer):
         super()._save(folder, tensors)
         if self.args.save_trained_only:
             trained_only.write_trained(tensors, self._base_fingerprint(), Path(folder))
-            (Path(folder) / PROJECTOR).touch()
+            (Path(folder) / PROJECTOR_FILE).touch()
 
     def _trained_model(self) -> nn.Module:
         return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
@@ -110,7 +113,8 @@ class SafeSaves(Trainer):
             super()._save(str(target), state_dict)
             return
         try:
-            with writing.written_folder(target, weight_patterns()) as partial:
+            replaces = (*weight_patterns(), *PARTS_PATTERNS)
+            with writing.written_folder(target, replaces) as partial:
                 self._write(partial, state_dict, is_checkpoint=checkpoint.is_checkpoint(target))
         except KeyboardInterrupt as interrupt:
             try:
@@ -184,6 +188,8 @@ class SafeSaves(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
+        # Of tensors that differ because an argument does, the argument is named.
+        checkpoint.check_same_run(folder, self._facts())
         alone = trained_only.holds_trained_only(folder)
         if not alone:
             checkpoint.check_weights(folder, cast(nn.Module, self.model))

@@ -15,7 +15,14 @@ from typing import cast
 import torch
 from torch import nn
 
-from collavo.train.parts import PARTS, CrayonModel, Part, crayon_model, part_parameters
+from collavo.train.parts import (
+    PARTS,
+    CrayonModel,
+    Part,
+    crayon_model,
+    parameters_of_images,
+    part_parameters,
+)
 from collavo.train.presets import TUNING, Settings
 from collavo.train.schedule import STEP_KINDS
 
@@ -264,15 +271,15 @@ def _own_parameters(model: CrayonModel) -> Iterator[nn.Parameter]:
 def drop_unreached_gradients(model: nn.Module, kind: str) -> None:
     """Take away the gradients, all zero, of what a step's samples do not reach.
 
-    In a step without images that is the crayon: an optimizer would move it by its momentum. Call it
-    as :func:`drop_idle_gradients`.
+    In a step without images those are the crayon and adapters of image tokens alone: an optimizer
+    would move them by its momentum. Call it as :func:`drop_idle_gradients`.
 
     Args:
         model: A CoLLaVO model, wrapped or not.
         kind: The step's kind.
     """
     if kind == "text":
-        for parameter in crayon_model(model).crayon_parameters():
+        for parameter in parameters_of_images(model):
             parameter.grad = None
 
 

@@ -12,7 +12,7 @@ import collavo._requirements  # noqa: F401  (before what it checks)
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler
 from transformers import ProcessorMixin
 
 from collavo._arguments import expect_like
@@ -22,6 +22,7 @@ from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator
 from collavo.train.dataset import CrayonInstructionDataset
 from collavo.train.exports import export
+from collavo.train.grouping import GroupedSchedule
 from collavo.train.held_out import HeldOutLoss
 from collavo.train.parts import part_parameters
 from collavo.train.safe_saves import SafeSaves
@@ -41,20 +42,28 @@ from collavo.train.stages import (
 from collavo.train.streams import DrawnStreams, GroupedStreams, expect_images
 
 
-def _check_crayons(dataset: Dataset[Any] | None, collator: object) -> None:
+def _check_crayons(dataset: Any, collator: object) -> None:
+    """Raise for a data set whose crayons are of other image tokens than the collator's."""
     # A crayon does not tell of which grid its cells are; what was prepared does.
-    if not (isinstance(dataset, CrayonInstructionDataset) and isinstance(collator, CrayonCollator)):
+    if not isinstance(collator, CrayonCollator):
+        return
+    if isinstance(dataset, dict | ConcatDataset):
+        parts = dataset.values() if isinstance(dataset, dict) else dataset.datasets
+        for part in parts:
+            _check_crayons(part, collator)
         return
     processor = collator.processor
-    if processor.box_frame != "image":
+    if isinstance(dataset, CrayonInstructionDataset) and processor.box_frame != "image":
         raise ValueError(
             "box_frame: expected 'image' for crayon instructions, whose boxes are fractions of the "
             f"image, got {processor.box_frame!r}; make the processor without it"
         )
-    if isinstance(dataset.samples, PreparedDataset):
-        dataset.samples.check_crayon(
-            grid=processor.grid, max_number=processor.max_number, reduce=processor.reduce
-        )
+    for samples in (
+        getattr(dataset, "samples", None),
+        getattr(getattr(dataset, "panoptic", None), "samples", None),
+    ):
+        if isinstance(samples, PreparedDataset):
+            samples.check_processor(processor)
 
 
 _log = logging.getLogger(__name__)
@@ -120,15 +129,17 @@ class CollavoTrainer(HeldOutLoss, SafeSaves):
         prepare_stage(model, args.stage, cast(Any, args.parts), args.adapters)
         self._logged_kinds: Counter[str] = Counter()
         collator = kwargs.get("data_collator")
-        _check_crayons(train_dataset, collator)
+        for data in (train_dataset, vl_dataset, kwargs.get("eval_dataset")):
+            _check_crayons(data, collator)
         self.unusable = UnusableReport(Path(str(args.output_dir)) / "skipped_records.jsonl")
         check = getattr(collator, "check", None)
         self.streams = self._open(args, train_dataset, vl_dataset, check)
         self.schedule = self.streams.schedule
-        self.data_facts = self.streams.facts()
+        self.data_facts: dict[str, Any] = {}
         if not self.stage.drawn:  # earlier versions have sealed checkpoints of the others
             self.data_facts |= checkpoint.data_facts(train_dataset, collator)
             self.data_facts["adapter_sizes"] = checkpoint.adapter_facts(model)
+        self.data_facts |= self.streams.facts()  # last: they follow from those
         if "eval_dataset" in kwargs:
             kwargs["eval_dataset"] = self._past_unusable(kwargs["eval_dataset"], check)
         super().__init__(
@@ -195,14 +206,32 @@ class CollavoTrainer(HeldOutLoss, SafeSaves):
                     f"{name}: expected none with FSDP, whose processes hold shards; save the model "
                     "and give what load_folder makes of it to collavo.train.export"
                 )
+        held_out = (
+            self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        )
+        for data in held_out.values():
+            flags = getattr(data, "with_image", None)
+            if flags is not None and len(set(flags.tolist())) > 1:
+                raise ValueError(
+                    "eval_dataset: expected records with images or without with FSDP, got both; a "
+                    "process would wait in the vision tower for one without: give them by name, "
+                    "{'image': ..., 'text': ...}"
+                )
 
     def _check_deepspeed(self) -> None:
-        # Its engine steps inside backward, before the idle adapter's gradients can be dropped.
-        if self.is_deepspeed_enabled and self.stage.alternating:
+        # Its engine steps inside backward, before gradients can be dropped, and takes one that is
+        # missing for zero.
+        if not self.is_deepspeed_enabled:
+            return
+        moved = "the adapter that a step does not train" if self.stage.alternating else ""
+        of_images = [part for part in self.args.trained_parts if not learns_from_text([part])]
+        schedule = self.schedule
+        if isinstance(schedule, GroupedSchedule) and of_images and "text" in schedule.kinds:
+            moved = f"{' and '.join(of_images)} in steps without images too"
+        if moved:
             raise ValueError(
                 f"deepspeed: expected none with stage {self.args.stage}, got DeepSpeed, which "
-                "would move the adapter that a step does not train; launch with DDP (torchrun) or "
-                "fsdp"
+                f"would move {moved}; launch with DDP (torchrun) or fsdp"
             )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
@@ -225,6 +254,16 @@ class CollavoTrainer(HeldOutLoss, SafeSaves):
             model = cast(nn.Module, args[0] if args else self.model)
             give_rate(made, part_parameters(model, "projector"), rate)
         return made
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Make the schedule, and say so if all of it is warm-up, which begins with a rate of 0."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            _log.warning(
+                "all steps (%d) are warm-up, whose first has a learning rate of 0: have more steps "
+                "with a smaller global_batch, or set warmup_steps",
+                num_training_steps,
+            )
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers asks after a step whether it was the last, and so trains one more when a run

@@ -33,9 +33,9 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny_collavo import CollavoRecords, MixedRecords, collate, make_collavo  # noqa: E402
 
+from collavo.model.projector import PROJECTOR_FILE  # noqa: E402
 from collavo.train import checkpoint  # noqa: E402
 from collavo.train.arguments import CollavoTrainingArguments  # noqa: E402
-from collavo.train.exports import PROJECTOR  # noqa: E402
 from collavo.train.trainer import CollavoTrainer  # noqa: E402
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
@@ -231,8 +231,8 @@ def launch(work: Callable[[], None], processes: int, out: Path, kill: Kill | Non
 def result(out: Path) -> tuple[Tensors, Any]:
     """Read what a run has left: its weights, its projector's file, and its losses."""
     weights = load_file(out / "model.safetensors")
-    if (out / PROJECTOR).is_file():
-        weights |= torch.load(out / PROJECTOR, weights_only=True)
+    if (out / PROJECTOR_FILE).is_file():
+        weights |= torch.load(out / PROJECTOR_FILE, weights_only=True)
     return weights, json.loads((out / "losses.json").read_text())
 
 

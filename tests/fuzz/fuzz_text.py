@@ -37,7 +37,8 @@ CORPUS = [
     "an <image> tag, <objects>, </s> ends; \u5927\u5bb6\u597d \u0645\u0631\u062d \U0001f600",
 ] * 4
 TURN_ENDS = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
-SPECIAL = ("<unk>", "<pad>", "<s>", "</s>", "<image>", "[CLS]", "[SEP]", *TURN_ENDS)
+LLAVA_ENDS = ("<|im_start|>", "<|im_end|>")
+SPECIAL = ("<unk>", "<pad>", "<s>", "</s>", "<image>", "[CLS]", "[SEP]", *TURN_ENDS, *LLAVA_ENDS)
 ODD = [
     "\u0301", "e\u0301", "\u00e9", "\u200b", "\u200d", "\u202e", "\u0645\u0631\u062d\u0628\u0627",
     "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\ufe0f", "\r\n", "\n",
@@ -47,6 +48,7 @@ ODD = [
     "{{", "%}",
 ]  # fmt: skip
 TAGS = ["<image>", "</s>", "<s>", "<objects>", "[SEP]", "<unk>", "<image", "image>"]
+LLAVAS = ("v1", "llama_2", "mistral_instruct", "mpt")
 _TURNS = (
     "{{%- for m in messages -%}}{{%- set text = m['content'] if m['content'] is string else "
     "(m['content'] | selectattr('type', 'eq', 'text') | map(attribute='text') | join) -%}}"
@@ -64,6 +66,8 @@ TEMPLATES = {
     "bare": _TURNS.format(user="", start=""),
     "letters": _TURNS.format(user="Q", start="A"),
     "lines": _TURNS.format(user="\\n", start="\\n"),
+    # Those of LLaVA that stop with a token; a caption takes no conversation.
+    **{name: CHAT_TEMPLATES[name] for name in LLAVAS},
 }
 NORMALIZERS: dict[str, Any] = {
     "none": lambda: None,
@@ -245,7 +249,9 @@ def check(case: Case) -> None:
     tokenizer = processor.tokenizer
     turns = [{"role": role, "content": text} for role, text in case.turns]
     other = [{"role": "user", "content": "What"}, {"role": "assistant", "content": "yes " * 9}]
-    images = [Image.new("RGB", (8, 8))] if case.image else []
+    # LLaVA's templates leave an image in its turn, and an answer has none.
+    places = case.turns[0][0] == "user" or case.template not in LLAVAS
+    images = [Image.new("RGB", (8, 8))] if case.image and places else []
     if images:  # there a tag on a line of its own would be an image's place, and is refused
         turns[0]["content"] = [{"type": "image"}, {"type": "text", "text": turns[0]["content"]}]
     record = {"conversation": turns, "image": images, "object_text": False}
@@ -255,19 +261,20 @@ def check(case: Case) -> None:
     assert (batch["labels"][0][~kept] == -100).all(), "padding is labelled"
     cells = 4 * len(images)
     assert ids.count(processor.image_token_id) == cells, "image tokens are not the image's"
-    stop = TURN_ENDS[0] if case.template == "eval" else "</s>"
+    stop = {"eval": TURN_ENDS[0], "mpt": LLAVA_ENDS[1]}.get(case.template, "</s>")
     stop_id = tokenizer.convert_tokens_to_ids(stop)
     runs = list(_runs(labels, stop_id))
     answers = [text for role, text in case.turns if role == "assistant"]
     assert len(runs) == len(answers), f"{len(runs)} stretches for {len(answers)} answers"
     control = {tokenizer.convert_tokens_to_ids(one) for one in SPECIAL} - {tokenizer.unk_token_id}
-    space = " " if case.template == "demo" else ""
+    space = "" if case.template not in ("demo", *LLAVAS[:-1]) else " "
+    behind = " " if case.template in ("llama_2", "mistral_instruct") else ""
     for (start, end), answer in zip(runs, answers, strict=True):
         spoken = ids[start:end]
         assert labels[start:end] == spoken, "labels are no tokens of the sequence"
         assert spoken[-1] == stop_id, f"the last label is {spoken[-1]}, not the stop token"
         assert not (control | {stop_id}) & set(spoken[:-1]), "an answer's word is a control token"
-        compare(tokenizer, ids[:start], spoken[:-1], space + answer)
+        compare(tokenizer, ids[:start], spoken[:-1], space + answer + behind)
     first = case.turns[: 1 if case.turns[0][0] == "user" else 0]
     if not any(tag in text for _, text in first for tag in TAGS[:-2]):
         place = [{"type": "image"}] * len(images)

@@ -45,7 +45,9 @@ def stage_rows(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _dense(decoder).save_pretrained(folder / "language")
+        language = _dense(decoder)
+        language.resize_token_embeddings(len(tokenizer))  # it has <image> already
+        language.save_pretrained(folder / "language")
         tokenizer.save_pretrained(folder / "language")
         build_llava(folder / "language", PARTS / VISION, folder / "built")
         model = CollavoForConditionalGeneration.from_pretrained(

@@ -20,11 +20,11 @@ class Margins:
         places_off: Questions for places, with the crayon minus without.
     """
 
-    captions_built: float = 30.0
-    captions_off: float = 15.0
-    captions_shuffled: float = 20.0
-    presence_off: float = 5.0
-    places_off: float = 0.0
+    captions_built: float = 40.0
+    captions_off: float = 30.0
+    captions_shuffled: float = 30.0
+    presence_off: float = 12.0
+    places_off: float = 5.0
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_a_list_is_the_same_in_chunks_of_any_size(
         ('[{"a": "x}, {"a": "y"}, ' + '{"a": 1}, ' * 9 + "]", r"not a JSON file \(.*, in \[0\]\)"),
         ("[" * 100_000, r"not a JSON file \(.*recursion.*, in \[0\]\)"),
         ("[" + "9" * 5000 + "]", r"not a JSON file \(.*, in \[0\]\)"),
-        (b'[{"a": "\xff\xfe\xe9"}]', "expected JSON in UTF-8, UTF-16 or UTF-32, got other bytes"),
+        (b'[{"a": "\xff\xfe\xe9"}]', "expected JSON in UTF-8, .*, got other bytes at byte 8 "),
     ],
 )
 def test_what_is_no_list_is_named(tmp_path: Path, content: Any, message: str) -> None:
@@ -111,6 +111,13 @@ def test_a_bad_line_is_one_records_fault(tmp_path: Path) -> None:
     assert seen[0].reason.startswith("expected an object in JSON on this line, got '{")
 
 
+def test_a_byte_that_is_no_text_is_counted_from_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    path.write_bytes(b'["' + b"a" * 1_800_000 + b'\xe9"]')  # beyond what is read at once
+    with pytest.raises(ValueError, match="got other bytes at byte 1800002 "):
+        read(path)
+
+
 def test_a_list_by_the_name_of_lines(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(numbered(4, 5), indent=2))
@@ -146,6 +153,7 @@ def test_several_files_with_weights(tmp_path: Path) -> None:
         ("first:25%", range(3)),  # rounded up
         ("end:200%", range(10)),
         ("first: 99", range(10)),
+        (0, []),
         ("random:4", 4),
         ("random:40%", 4),
         ("40%", 4),
@@ -158,7 +166,9 @@ def test_mixtures_in_yaml(tmp_path: Path, strategy: Any, expected: Any) -> None:
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "all.json", records)
     write(tmp_path / "more.json", numbered(50))
-    entry = {"json_path": "data/all.json"} | ({"sampling_strategy": strategy} if strategy else {})
+    entry = {"json_path": "data/all.json", "sampling_strategy": strategy}
+    if strategy is None:
+        del entry["sampling_strategy"]
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(json.dumps({"datasets": [entry, {"json_path": "more.json"}]}))
     seen: list[Any] = []
@@ -204,7 +214,12 @@ def test_braces_stand_for_several_files(tmp_path: Path, monkeypatch: pytest.Monk
             r"datasets\[0\]: expected 'sampling_strategy' as all, first:N, .* got 'half'",
         ),
         ("datasets: [{json_path: a.json, sampling_strategy: 'first:-1'}]", r"datasets\[0\]: expec"),
+        (
+            "datasets: [{json_path: a.json, sampling_strategy: false}]",
+            r"datasets\[0\]: expected 's",
+        ),
         ("datasets: [", "not a YAML file"),
+        ("made: 2024-99-99", "not a YAML file"),  # a date to YAML, and none to Python
         ("datasets: !!python/object:os.system {}", "not a YAML file"),
     ],
 )
@@ -246,3 +261,19 @@ def test_columns_go_with_records(tmp_path: Path) -> None:
     assert data.lengths is None and data.with_image.dtype == np.bool_ and data.num_cut == 0
     held = ConversationDataset([{"conversation": record} for record in [data[0]["conversation"]]])
     assert held.with_image.tolist() == [False] and held.lengths is None
+
+
+def test_a_fingerprint_differs_where_other_records_come(tmp_path: Path) -> None:
+    """By it a run knows again what it was trained on; where a file lies is nothing to it."""
+    one, two = (write(tmp_path / f"{n}.json", numbered(n, n + 1)) for n in (1, 2))
+    (tmp_path / "moved").mkdir()
+    moved = write(tmp_path / "moved" / "1.json", numbered(1, 2))
+    settings: list[tuple[Any, dict[str, Any]]] = [
+        (one, {}), (two, {}), ([one, two], {}), ([two, one], {}), ([(one, 2)], {}),
+        (one, {"image_order": "keep"}), (one, {"image_order": "random"}),
+        (one, {"image_order": "random", "seed": 1}),
+    ]  # fmt: skip
+    prints = [read(path, **options).fingerprint() for path, options in settings]
+    assert len(set(prints)) == len(prints)
+    assert read(one, seed=1).fingerprint() == read(moved).fingerprint() == prints[0]
+    assert ConversationDataset([]).fingerprint() is None

@@ -19,7 +19,7 @@ from PIL import Image
 
 from collavo.conversations import ConversationDataset, inspection
 from collavo.prepared import SkipLog
-from collavo.processing import OverlongError
+from collavo.processing import OverlongError, chat_template
 from collavo.train.collator import CrayonCollator
 
 read = ConversationDataset.from_llava_json
@@ -119,6 +119,26 @@ def test_lengths_are_those_of_batches(
     again = read(path, images=tmp_path, processor=processor, max_length=limit)
     assert again.num_cut == 2 and again.lengths is not None and data.lengths is not None
     assert again.lengths.tolist() == data.lengths.tolist() and len(looks) == 2
+
+
+def test_an_image_behind_the_cut_is_none(
+    tmp_path: Path, tiny_processor: Callable[..., Any]
+) -> None:
+    """A step of images, or a stage that trains a projector alone, must not get a batch of words."""
+    pictures(tmp_path, "a.png")
+    late = turns("Is there a yes no", "yes", "<image>\nWhat", "yes " * 30)
+    records = [{"image": "a.png", "conversations": talk} for talk in (turns("What", "yes"), late)]
+    path = write(tmp_path / "chat.json", records)
+    processor = tiny_processor(chat_template=chat_template("v1"))
+    options: dict[str, Any] = {"images": tmp_path, "processor": processor}
+    whole = read(path, **options)
+    assert whole.with_image.tolist() == [True, True] and whole.lengths is not None
+    limit = int(whole.lengths.max()) - 1
+    for _ in range(2):  # the second time from what was kept
+        data = read(path, **options, max_length=limit)
+        assert data.with_image.tolist() == [True, False]
+    collator = CrayonCollator(processor, max_length=limit)
+    assert "pixel_values" not in collator([data[1]])
 
 
 def test_what_becomes_of_a_conversation_that_is_too_long(

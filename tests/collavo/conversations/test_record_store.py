@@ -81,6 +81,19 @@ def test_a_file_that_was_just_written_is_looked_at_whole(
     assert questions(read(path)) == questions(read(path)) == ["2"] and len(reads) == 2
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """Not what somebody may be writing at this moment, on a disk without locks."""
+    path = write(tmp_path / "chat.json", numbered(1))
+    kept = tmp_path / ".collavo" / "chat.json"
+    kept.mkdir(parents=True)
+    left, fresh = (kept / f".collavo-{digit * 16}.tmp" for digit in "0f")
+    for file in (left, fresh):
+        file.write_bytes(b"half")
+    os.utime(left, (time.time() - 7200,) * 2)
+    assert questions(read(path)) == ["1"]
+    assert not left.exists() and fresh.exists()
+
+
 def test_a_process_that_has_the_old_records_keeps_them(tmp_path: Path) -> None:
     path = write(tmp_path / "chat.json", numbered(1, 2))
     old = read(path)

@@ -208,6 +208,7 @@ def test_a_projector_file_takes_the_place_of_a_folders(
     write_language(tmp_path / "llm")
     write_tower(tmp_path / "clip")
     build_llava(tmp_path / "llm", tmp_path / "clip", tmp_path / "own", quantize=quantize)
+    torch.save(projector("linear"), tmp_path / "own/mm_projector.bin")  # of an export
     save_file(projector(kind), tmp_path / "projector.safetensors")
     options = Options(projector=tmp_path / "projector.safetensors")
     convert_folder(tmp_path / "own", tmp_path / "new", options)
@@ -218,7 +219,7 @@ def test_a_projector_file_takes_the_place_of_a_folders(
         assert torch.equal(new.pop(OWN[name]), value.float())
     assert set(new) == {name for name in old if "multi_modal_projector" not in name}
     assert all(torch.equal(value, old[name]) for name, value in new.items())
-    files = {path.name for path in (tmp_path / "own").iterdir()}
+    files = {path.name for path in (tmp_path / "own").iterdir()} - {"mm_projector.bin"}
     assert files == {path.name for path in (tmp_path / "new").iterdir()}
     for name in files - {"model.safetensors", "config.json"}:
         assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()

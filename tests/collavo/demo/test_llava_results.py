@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 
 from collavo.demo.llava.report import accuracies, differences
-from collavo.demo.llava.seeds import markdown_table, read_reports, smallest_gains
+from collavo.demo.llava.seeds import (
+    captions_in_words,
+    markdown_table,
+    read_reports,
+    smallest_gains,
+)
 from collavo.demo.llava.settings import FULL
 
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "benchmarks" / "results"
 PATHS = sorted(RESULTS.glob("*/llava_seed?.json"))
 REPORTS = read_reports(PATHS)
 kept = pytest.mark.skipif(not PATHS, reason="no run is kept beside the benchmarks' results")
@@ -38,6 +44,12 @@ def test_a_kept_run_has_todays_settings_and_broke_nothing(report: dict[str, Any]
     }
     assert all(check["passed"] for check in report["checks"] if check["exact"])
     assert report["seconds"]["total"] < 360
+
+
+@kept
+def test_the_front_page_says_what_the_kept_runs_say() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert captions_in_words(REPORTS) in text
 
 
 @kept

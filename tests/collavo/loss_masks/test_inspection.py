@@ -132,6 +132,16 @@ def test_processors_of_which_nothing_is_known(build: Callable[[], Any]) -> None:
     assert report.ways["copy"].wrong.image_tokens == 9
 
 
+def test_a_template_that_has_no_place_for_images_is_named() -> None:
+    """Another model's writes no placeholder that the processor knows: the picture would be lost."""
+    texts = records(TWO_TURNS, image=True) + records(ONE_TURN)
+    report = inspect_labels(gemma3(), texts, template=CHAT_TEMPLATES["v1"])
+    assert (report.conversations, report.images) == (1, 0)
+    assert "expected one '<boi>' for each of 1 images, got 0; is the chat template another" in (
+        report.skipped[0].reason
+    )
+
+
 @pytest.mark.parametrize("build", [characters, tiny_tokenizer, composing])
 @pytest.mark.parametrize("template", [PLAIN_CHATML, MARKED_CHATML])
 def test_tokenizers_alone(build: Callable[[], Any], template: str) -> None:
@@ -334,3 +344,18 @@ def test_bad_input(processor: Any, texts: Any, kind: type[Exception], said: str)
 def test_no_length_of_nothing() -> None:
     with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
         inspect_labels(tiny_processor(), records(ONE_TURN), max_length=0)
+
+
+def test_what_another_class_raises_is_a_fault_of_its_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One picture that a processor cannot take does not end the look at all the others."""
+    processor = idefics2()
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("tile")
+
+    monkeypatch.setattr(type(processor), "__call__", fails)
+    report = inspect_labels(processor, records(TWO_TURNS, image=True) + records(ONE_TURN))
+    assert report.passed and report.conversations == 1
+    assert report.skipped[0].reason == "Idefics2Processor takes no such picture ('tile')"

@@ -16,7 +16,7 @@ from cache_worker import by_brightness, die_while_writing, hammer, picture, same
 from PIL import Image
 from tiny_segmenters import save
 
-from collavo.panoptic import CachedSegmenter, PanopticMap, TransformersSegmenter
+from collavo.panoptic import CachedMaps, CachedSegmenter, PanopticMap, TransformersSegmenter
 
 PICTURE = picture(0)
 
@@ -308,3 +308,30 @@ def test_no_threshold_and_no_weight_gets_an_old_map(tmp_path):
     fresh.model.forward = None
     again = CachedSegmenter(fresh, tmp_path / "maps")
     assert same(again(PICTURE), first) and (again.hits, again.misses) == (1, 0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_maps_without_their_segmenter(tmp_path, counted):
+    """Training reads what a segmenter has kept; an image that it has not seen has no map."""
+    with pytest.raises(FileNotFoundError, match="expected maps that a CachedSegmenter of this"):
+        CachedMaps(tmp_path)
+    cached = CachedSegmenter(counted, tmp_path, settings="v1")
+    made = cached(PICTURE)
+    maps = pickle.loads(pickle.dumps(CachedMaps(tmp_path)))
+    assert same(maps(PICTURE), made) and maps(picture(1)) is None and len(counted.seen) == 1
+    (path,) = files(tmp_path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"npz: the cached map is unreadable .* remove it, and"):
+        maps(PICTURE)
+    CachedSegmenter(counted, tmp_path, settings="v2")(PICTURE)
+    with pytest.raises(ValueError, match="of one segmenter and its settings, found those of 2"):
+        CachedMaps(tmp_path)
+
+
+def test_a_folder_of_an_older_version_is_told_its_settings(tmp_path, counted):
+    """One look at what is kept is enough: no map has to be made again."""
+    made = CachedSegmenter(counted, tmp_path, settings="v1")(PICTURE)
+    (facts,) = files(tmp_path, "settings-*.json")
+    facts.unlink()
+    CachedSegmenter(counted, tmp_path, settings="v1")(PICTURE)
+    assert same(CachedMaps(tmp_path)(PICTURE), made) and len(counted.seen) == 1

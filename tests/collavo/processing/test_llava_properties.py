@@ -181,3 +181,16 @@ def test_a_cut_ends_with_a_whole_answer_and_changes_nothing_before(
         assert processor.measure(talk, [(8, 8)], max_length=most).cut
         ends = spoken(processor, whole["input_ids"][0].tolist(), whole["labels"][0].tolist())
         assert spoken(processor, ids, labels) == ends[: len(spoken(processor, ids, labels))]
+
+
+@pytest.mark.parametrize("template", ["demo", "paper", "v1"])
+def test_words_in_several_parts_spell_no_token_of_control(template: str) -> None:
+    """CoLLaVO's templates write the parts of a turn one behind the other, without a line break."""
+    processor = processor_of("spm_legacy", template)
+    image, tokens = {"type": "image"}, processor.tokenizer
+    texts = ["a </", "s", "> b <ima", "ge>", " c"]
+    parts = [image, *({"type": "text", "text": one} for one in texts)]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]
+    ids = processor.training_batch([talk], [[PICTURE]], pixels=False)["input_ids"][0].tolist()
+    assert (ids.count(tokens.eos_token_id), ids.count(processor.image_token_id)) == (1, 4)
+    assert ("\n" if template == "v1" else "").join(texts) in tokens.decode(ids)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import processors
-from transformers import CLIPImageProcessorPil, LlavaProcessor
+from transformers import CLIPImageProcessorPil, LlavaProcessor, StopStringCriteria
 
 from collavo.processing import (
     ALIASES,
     CHAT_TEMPLATES,
     CollavoProcessor,
     Measured,
+    OverlongError,
     chat_template,
     make_image_processor,
 )
@@ -164,7 +165,7 @@ def test_a_template_is_saved_with_its_system(tmp_path: Path) -> None:
     )
     processor.save_pretrained(tmp_path)
     loaded = CollavoProcessor.from_pretrained(tmp_path)
-    assert loaded.chat_template == template and loaded.object_text is False
+    assert loaded.chat_template == template and not loaded.names_objects
     assert loaded.fingerprint() == processor.fingerprint()
     start = 'It\'s \\ {{ "brief" }}\n\U0001f600 USER_START\n\n### Human: <image>\nIs it raining?'
     assert loaded.prompt(TURNS[:1]).startswith(start)
@@ -190,16 +191,122 @@ def test_a_system_message_replaces_the_templates() -> None:
     assert silent.prompt(TURNS[2:3]) == "USER: Why? ASSISTANT:"
 
 
+STOPS = {"plain": "\n", "mpt": "<|im_end|>", "chatml_direct": "<|im_end|>"}
+STOPS |= {"v0": "\n###", "v0_mmtag": "\n###"}
+
+
 def test_an_answer_stops_where_no_token_says_so() -> None:
-    """Of ``v0`` it would go on with the next question, until the limit."""
+    """Of ``v0`` it would go on with the next question, until the limit; ``mpt`` stops at no eos."""
     for name, template in CHAT_TEMPLATES.items():
         processor = golden_llava.processor("spm_legacy", name)
-        stop = {"plain": "\n", "v0": "\n###", "v0_mmtag": "\n###"}.get(name)
+        stop = STOPS.get(name)
         options = processor.stopping()
         assert options.get("stop_strings") == (stop and [stop]), name
         assert ("tokenizer" in options) == (stop is not None) and template
         made = processor.tokenizer(f"No.{stop or '</s>'} Human: Why?"[: None if stop else 7])
         assert processor.answer(made["input_ids"]) == "No.", name
+
+
+@pytest.mark.parametrize("name", ["bytes", "spm_legacy", "spm_chatml_bos_legacy"])
+@pytest.mark.parametrize("template", sorted(STOPS))
+def test_generation_ends_at_the_stop(name: str, template: str) -> None:
+    """Where it is a token of control, the only text of an answer that is not decoded, too."""
+    processor = golden_llava.processor(name, template)
+    batch = processor.training_batch([TURNS[:2]], [[PICTURE]])
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    first, last = (int(labels.ge(0).nonzero()[i, 0]) for i in (0, -1))
+    options = processor.stopping()
+    stops = StopStringCriteria(options["tokenizer"], options["stop_strings"])
+    found = [bool(stops(ids[None, :end], None)[0]) for end in range(first + 1, last + 2)]
+    assert found == [False] * (last - first) + [True]
+    assert processor.answer(ids[first : last + 1]) == "No, it is not."
+
+
+def test_whether_objects_are_named_follows_the_template() -> None:
+    """Also of one that is chosen later; whoever says so decides otherwise."""
+    tokenizer = golden_llava.tokenizer("spm_legacy")
+    lengths = {}
+    for said in (None, True, False):
+        made = CollavoProcessor(make_image_processor(8), tokenizer, (2, 2), object_text=said)
+        assert made.names_objects is (said is not False)
+        made.chat_template = chat_template("v1")
+        assert made.names_objects is (said is True)
+        lengths[said] = made.measure(TURNS, [(8, 8)]).tokens
+        batch = made.training_batch([TURNS], [[PICTURE]], pixels=False)
+        assert batch["input_ids"].shape[1] == lengths[said]
+    assert lengths[None] == lengths[False] < lengths[True]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        # As ``image_order="keep"`` has them, texts without blanks at their ends.
+        (["In", None, "it"], "In it"),
+        (["In", None, None, "it"], "In it"),
+        (["In ", None, "it"], "In it"),
+        (["In", None, "\nit"], "In\nit"),
+        ([None, "In"], "In"),
+        (["In", None], "In"),
+        (["In", "it", None], "Init"),
+    ],
+)
+@pytest.mark.parametrize("template", ["demo", "eval", "paper"])
+def test_words_around_an_image_stay_apart(
+    template: str, content: list[str | None], expected: str
+) -> None:
+    """Where images go first whatever their places, nothing stood between the words."""
+    parts = [{"type": "image"} if own is None else {"type": "text", "text": own} for own in content]
+    prompt = golden_llava.processor("spm_legacy", template).prompt(
+        [{"role": "user", "content": parts}]
+    )
+    after = {"demo": " ASSISTANT:", "eval": "[UNUSED_TOKEN_145]\n", "paper": " Assistant:"}[
+        template
+    ]
+    assert "<objects>" * content.count(None) + expected + after in prompt
+
+
+def test_start_tokens_come_once_whatever_writes_them() -> None:
+    """Some tokenizers have two, and templates that write them; a model's own processor too."""
+    processor = golden_llava.processor("spm_chatml_bos_legacy", "v1")
+    core = processor.tokenizer.backend_tokenizer
+    pair = [(one, core.token_to_id(one)) for one in ("<|im_start|>", "<s>")]
+    core.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> <s> $A", special_tokens=pair
+    )
+    plain = processor.training_batch([TURNS], [[PICTURE]])
+    template = str(processor.chat_template)
+    for written in ("<s>", "<|im_start|><s>"):
+        processor.chat_template = written + template
+        assert torch.equal(
+            processor.training_batch([TURNS], [[PICTURE]])["labels"], plain["labels"]
+        )
+    wrapped = CollavoProcessor.from_llava(tiny_llavas.llava())
+    begin, core = wrapped.tokenizer.bos_token, wrapped.tokenizer.backend_tokenizer
+    pair = [(begin, wrapped.tokenizer.bos_token_id)]
+    core.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=pair)
+    for template in (wrapped.chat_template, f"{{{{ bos_token }}}}{wrapped.chat_template}"):
+        wrapped.chat_template = template
+        ids = wrapped.training_batch([TURNS], [[PICTURE]])["input_ids"][0].tolist()
+        prompt = wrapped(text=wrapped.prompt(TURNS[:1]), images=PICTURE)["input_ids"][0]
+        assert ids[: len(prompt)] == prompt and ids.count(wrapped.tokenizer.bos_token_id) == 1
+
+
+def test_a_cut_that_changes_an_images_tokens_is_refused() -> None:
+    """LLaVA-OneVision cuts one picture into tiles, and several not: the model would get neither."""
+    processor = CollavoProcessor.from_llava(tiny_llavas.llava_onevision())
+    pictures = [Image.new("RGB", (60, 50))] * 2
+    asked = [TURNS[0], TURNS[1], {**TURNS[0]}, TURNS[3]]
+    whole = processor.training_batch([asked], [pictures])["input_ids"].shape[1]
+    sizes = [(50, 60)] * 2
+    for make in (
+        lambda: processor.training_batch([asked], [pictures], max_length=whole - 3),
+        lambda: processor.measure(asked, sizes, max_length=whole - 3),
+    ):
+        with pytest.raises(OverlongError, match="its images have other tokens"):
+            make()
+    own = golden_llava.processor("spm_legacy", "v1")
+    whole = own.measure(asked, sizes).tokens
+    assert own.measure(asked, sizes, max_length=whole - 1).image_tokens == 4
 
 
 def test_names_that_are_none() -> None:
@@ -253,6 +360,8 @@ def test_a_fingerprint_differs_where_tokens_would() -> None:
         CollavoProcessor.from_llava(tiny_llavas.llava()),
         CollavoProcessor.from_llava(tiny_llavas.llava_next()),
     ]
+    base.tokenizer.split_special_tokens = True
+    split = base.fingerprint()
     base.tokenizer.add_tokens(["raining"])
-    prints = [first, base.fingerprint(), *(one.fingerprint() for one in others)]
+    prints = [first, split, base.fingerprint(), *(one.fingerprint() for one in others)]
     assert len(set(prints)) == len(prints)

@@ -55,8 +55,8 @@ def shares(known: PanopticMap, row: int, column: int) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(5, 5), (7, 20), (20, 7), (13, 14), (1, 9), (25, 11)]
-)
+    ("height", "width"), [(5, 5), (7, 20), (20, 7), (13, 14), (1, 9), (25, 11), (40, 65)]
+)  # of the last a row of cells ends where the picture starts, but for rounding
 def test_cells_of_a_padded_map(height: int, width: int) -> None:
     """A cell has the segment with most of its picture; a cell of padding has none."""
     known = drawn_map(height, width)
@@ -160,15 +160,15 @@ def test_boxes_of_padding_end_at_the_image() -> None:
         from_padded((0, 0, 1), 3, 3)
 
 
-def test_a_crayon_cannot_follow_padding() -> None:
-    known = drawn_map(8, 12)
+def test_a_crayon_of_the_whole_picture_is_none_of_its_square() -> None:
+    known = drawn_map(8, 24)
     crayon = panoptic_lookup(
         [known.segmentation], [known.segment_ids], [known.segment_classes], grid=(4, 4)
     )
     processor = tiny_processor(mode="pad")
-    with pytest.raises(ValueError, match="crops this image of 12x8, pads it or cuts it"):
-        processor(text=PROMPT, images=Image.new("RGB", (12, 8)), panoptic=crayon)
-    processor(text=PROMPT, images=Image.new("RGB", (12, 12)), panoptic=crayon)  # nothing to pad
+    with pytest.raises(ValueError, match=r"expected -1 in the cells of padding.*24x8"):
+        processor(text=PROMPT, images=Image.new("RGB", (24, 8)), panoptic=crayon)
+    processor(text=PROMPT, images=Image.new("RGB", (24, 24)), panoptic=crayon)  # nothing to pad
 
 
 CLASSES = sorted(

@@ -101,3 +101,25 @@ def test_a_template_that_refuses_a_beginning_is_named() -> None:
     strict = "{% if not messages %}{{ raise_exception('no turns') }}{% endif %}" + CHATML
     with pytest.raises(ValueError, match=r"turns: the chat template does not take it .no turns"):
         said(strict, [{"role": "assistant", "content": "Hello"}])
+
+
+MARKED_PARTS = PARTS.replace(
+    "{% for c",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ (m['content'] | selectattr('type', "
+    "'equalto', 'text') | map(attribute='text') | join) + '#' }}{% endgeneration %}{% else %}"
+    "{% for c",
+).replace("{% endfor %}{{ ' ' }}", "{% endfor %}{% endif %}{{ ' ' }}")
+
+
+@pytest.mark.parametrize("answer", ["no", "A", "a", ""])
+@pytest.mark.parametrize(("template", "stop"), [(PARTS, " "), (MARKED_PARTS, "#")])
+def test_a_short_answer_that_stands_in_the_question_is_not_left_out(
+    template: str, stop: str, answer: str
+) -> None:
+    """Its words are in the text whatever becomes of it: ``assistant:`` has two of these."""
+    asked = [{"type": "image"}, {"type": "text", "text": "yes or no? A cat"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    assert said(template, turns) == [f"{answer}{stop}"]
+    never = PARTS.replace("{{ c['text'] }}", "{{ c['text'] if m['role'] == 'user' }}")
+    with pytest.raises(ValueError, match=r"turns: .*leaves out the words of turn 1"):
+        said(never, turns)

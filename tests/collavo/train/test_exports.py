@@ -14,8 +14,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from collavo import load_pretrained
 from collavo.configuration import CollavoConfig
 from collavo.model.llava import CollavoForConditionalGeneration
+from collavo.model.projector import PROJECTOR_FILE
 from collavo.train import CollavoTrainer, CollavoTrainingArguments, exports
-from collavo.train.exports import ADAPTERS, PROJECTOR, export, projector_tensors
+from collavo.train.exports import ADAPTERS, export, projector_tensors
 from collavo.train.saving import SaveError
 
 
@@ -36,7 +37,7 @@ def test_stock_llava_computes_the_same_with_the_parts(tmp_path: Path) -> None:
     """The base, PEFT's adapter and the projector's file are all that it takes, and all needed."""
     model = llava()
     export(model, None, tmp_path / "out")
-    projector = torch.load(tmp_path / "out" / PROJECTOR, weights_only=True)
+    projector = torch.load(tmp_path / "out" / PROJECTOR_FILE, weights_only=True)
     names = {f"model.mm_projector.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
     assert projector.keys() == names
     stock = LlavaForConditionalGeneration(
@@ -79,7 +80,7 @@ def test_the_whole_folder_gives_the_same_bits(tmp_path: Path, kind: str) -> None
     loaded = load_pretrained(tmp_path / "out")
     one, two = model.state_dict(), loaded.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    projector = torch.load(tmp_path / "out" / PROJECTOR, weights_only=True)
+    projector = torch.load(tmp_path / "out" / PROJECTOR_FILE, weights_only=True)
     own = [p for n, p in model.named_parameters() if "multi_modal_projector" in n]
     assert all(any(torch.equal(value, p) for p in own) for value in projector.values())
     assert len(projector) == len(own) == {"linear": 2, "mlp2x_gelu": 4}[kind]
@@ -100,7 +101,7 @@ def test_a_run_exports_at_its_end(tmp_path: Path) -> None:
     files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
     own = {"adapter_config.json", "adapter_model.safetensors"}
     adapters = {f"{ADAPTERS}/{name}/{file}" for name in ("image", "vl") for file in own}
-    assert adapters | {PROJECTOR, "config.json", "model.safetensors"} <= files
+    assert adapters | {PROJECTOR_FILE, "config.json", "model.safetensors"} <= files
     moved = load_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(v, moved[n]) for n, v in run.model.state_dict().items())  # type: ignore[union-attr]
 
@@ -112,13 +113,13 @@ def test_the_last_checkpoint_and_the_run_hold_the_parts(tmp_path: Path) -> None:
     for folder in (tmp_path / "run", tmp_path / "run/checkpoint-2"):
         assert (folder / ADAPTERS / "vl/adapter_config.json").is_file()
         assert (
-            torch.load(folder / PROJECTOR, weights_only=True).keys()
+            torch.load(folder / PROJECTOR_FILE, weights_only=True).keys()
             == projector_tensors(
                 run.model  # type: ignore[arg-type]
             ).keys()
         )
         load_pretrained(folder)
-    assert not (tmp_path / "run/checkpoint-1" / PROJECTOR).exists()
+    assert not (tmp_path / "run/checkpoint-1" / PROJECTOR_FILE).exists()
 
 
 def test_a_place_that_takes_no_export_is_said_before_the_first_step(tmp_path: Path) -> None:
@@ -157,3 +158,19 @@ def test_adapters_of_image_tokens_alone_stay_in_the_whole_folder(
     exports.write_parts(model, tmp_path)
     assert {path.name for path in (tmp_path / ADAPTERS).iterdir()} == {"image"}
     assert "'vl' acts on image tokens alone" in caplog.text
+
+
+def test_parts_of_an_earlier_model_do_not_stay_beside_another(tmp_path: Path) -> None:
+    """A projector or an adapter of another model would be taken for this one's."""
+    export(llava(), None, tmp_path / "out")
+    other = make_collavo("none", adapters=False).add_dual_qlora(("other",), rank=2, quantize=False)
+    other.model.multi_modal_projector.extra = torch.nn.Linear(2, 2)  # LLaVA has no file for such
+    (tmp_path / "out/adapters/mine.txt").write_text("a note")
+    export(other, None, tmp_path / "out")
+    found = {p.parent.name for p in (tmp_path / "out").rglob("adapter_model.safetensors")}
+    assert found == {"other"} and not (tmp_path / "out" / PROJECTOR_FILE).exists()
+    assert (tmp_path / "out/adapters/mine.txt").is_file()
+    (tmp_path / "run").mkdir()
+    torch.save({}, tmp_path / "run" / PROJECTOR_FILE)
+    trainer(tmp_path).save_model()
+    assert not (tmp_path / "run" / PROJECTOR_FILE).exists()

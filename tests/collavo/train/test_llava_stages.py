@@ -330,3 +330,26 @@ def test_saved_tensors_are_those_of_the_model(tmp_path: Path) -> None:
     names = load_file(tmp_path / "model.safetensors")
     assert any("lora_B.mine" in name for name in names)
     assert load_pretrained(tmp_path).decoder_settings().adapters == ("mine", "other")
+
+
+def test_an_adapter_may_have_the_name_of_a_module() -> None:
+    """The part of a tensor's name that is the adapter's tells whose it is, not any part."""
+    model = make_collavo(adapters=False).add_dual_qlora(("mine", "layers", "0"), rank=2)
+    own = {name: list(model.adapter_parameters(name)) for name in ("mine", "layers", "0")}
+    assert len({id(p) for ps in own.values() for p in ps}) == sum(map(len, own.values()))
+    assert len(own["layers"]) == len(own["0"]) == len(own["mine"])
+
+
+def test_a_run_that_is_all_warm_up_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of one step, 3 % are a step: data that are fewer than the global batch train nothing."""
+    for steps, said in ((1, True), (2, False)):
+        caplog.clear()
+        trainer = make_trainer(
+            make_collavo(adapters=False), tmp_path, max_steps=steps, warmup_steps=0.03
+        )
+        before = snapshot(trainer.model)
+        trainer.train()
+        assert ("all steps (1) are warm-up" in caplog.text) is said
+        assert bool(changed(before, snapshot(trainer.model))) is not said

@@ -18,6 +18,7 @@ from collavo import apply_to_llava, load_pretrained
 from collavo.cli import main
 from collavo.model.patched import CollavoLlavaForConditionalGeneration
 from collavo.train.arguments import CollavoTrainingArguments
+from collavo.train.stages import prepare_stage
 from collavo.train.trainer import CollavoTrainer
 
 
@@ -142,3 +143,20 @@ def test_adapters_may_come_later_and_go_with_the_rest() -> None:
     after = handle.undo().state_dict()
     assert list(after) == list(stock)
     assert all(torch.equal(after[name], value) for name, value in stock.items())
+
+
+def test_undo_after_training_leaves_what_was_kept_its_dtype() -> None:
+    """Training makes float32 of the projector, which is no cast of the model; a cast is one."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = make_patched().undo().to(torch.bfloat16)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        handle = apply_to_llava(model, quantize="nf4")
+        prepare_stage(model, "align")
+        if dtype != torch.bfloat16:
+            model.to(dtype)
+        after = handle.undo().state_dict()
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            if "projector" not in name:
+                assert after[name].dtype == dtype, name
+                assert torch.equal(after[name], value.to(dtype)), name

@@ -26,7 +26,9 @@ from collavo.panoptic import (
 from collavo.panoptic.coco_index import CocoFolder
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.collator import CrayonCollator
-from collavo.train.dataset import CrayonInstructionDataset
+from collavo.train.dataset import ConversationDataset, CrayonInstructionDataset
+from collavo.train.picture_maps import PictureMaps
+from collavo.train.sampler import JoinedDataset
 from collavo.train.trainer import CollavoTrainer
 
 
@@ -174,3 +176,30 @@ def test_a_map_of_uncovered_segments_raises_from_pngs_and_is_left_out_of_shards(
 def test_a_copy_shares_its_epoch_with_workers_too(shards: PreparedDataset) -> None:
     copied = copy.deepcopy(CrayonInstructionDataset(shards))
     assert copied._epoch.is_shared()
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_shards_of_whole_pictures_are_refused_where_pictures_are_not(
+    shards: PreparedDataset,
+    coco_folder: Path,
+    tmp_path: Path,
+    tiny_processor: Callable[..., Any],
+    mode: str,
+) -> None:
+    """One by one all pictures but squares would be left out, and a run be trained on the rest."""
+    turns = [{"role": "user", "content": "What"}, {"role": "assistant", "content": "yes"}]
+    path = coco_folder / "images" / "001.png"
+    talks = ConversationDataset([{"conversation": turns, "image": str(path)}])
+    talks.panoptic = PictureMaps(shards, [path])
+    args = CollavoTrainingArguments(
+        output_dir=str(tmp_path / "run"), stage="align", parts=["crayon"], use_cpu=True
+    )
+    collator = CrayonCollator(tiny_processor(mode=mode))
+    message = {
+        "pad": r"out: was prepared with image_mode 'squash', the processor has 'pad'",
+        "crop": r"out: was prepared for processors that show all of an image, .*--panoptic",
+    }[mode]
+    for data in (talks, JoinedDataset([talks])):
+        with pytest.raises(ValueError, match=message):
+            CollavoTrainer(make_toy(), args, data, data_collator=collator)
+    CollavoTrainer(make_toy(), args, talks, data_collator=CrayonCollator(tiny_processor()))

@@ -96,11 +96,18 @@ def test_trained_only_resumed_and_exported(words: list[str], tmp_path: Path) -> 
 
 OTHERS = [
     (["--seed", "7"], "stream_seed: the checkpoint"),
-    (["--template", "plain"], "(order|processor): the checkpoint"),
+    (["--template", "plain"], "processor: the checkpoint"),
     (["--lora-rank", "2"], "adapter_sizes: .*rank 4.*rank 2"),
     (["--lora-alpha", "64"], "adapter_sizes: .*alpha 256.*alpha 64"),
     (["--adapters", "other"], "adapters: the checkpoint"),
     (["--data", "other.json"], "records: the checkpoint"),
+    (["--bf16", "false"], "precision: the checkpoint"),
+    (["--learning_rate", "0.1"], "learning_rate: .*0.0002, this run has 0.1"),
+    (["--projector_learning_rate", "0.1"], "projector_learning_rate: .*2e-05, this run has 0.1"),
+    (["--preset", "llava-1.5-lora"], r"image_processor\.size: .* this run has"),
+    (["--adam_beta2", "0.9"], "adam_beta2: .* this run has 0.9"),
+    (["--optim", "sgd"], "optim: .* this run has 'sgd'"),
+    (["--parts", "adapters"], r"parts: the checkpoint .* this run has \['adapters'\]"),
 ]
 
 

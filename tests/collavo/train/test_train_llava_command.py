@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_tokenizer
 from tiny_collavo import make_collavo
+from transformers import LlavaProcessor
 
 from collavo.cli import main
+from collavo.cli.train_llava import _take_image_mode
 from collavo.loading import load_folder
 from collavo.panoptic import CachedSegmenter, PanopticMap
+from collavo.processing import CollavoProcessor, make_image_processor
 from collavo.processing.chat_templates import chat_template
 from collavo.train.trainer import CollavoTrainer
 
@@ -68,7 +73,11 @@ def changed(one: Path, other: Path) -> set[str]:
 
 
 def test_align_then_instruct_with_adapters_over_four_bits(
-    words: list[str], model_folder: Path, tmp_path: Path, coco_folder: Path
+    words: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    coco_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What ``align`` saved is what ``instruct`` starts from; templates are saved with the model."""
     images, out = str(tmp_path / "images.json"), tmp_path / "out"
@@ -93,6 +102,9 @@ def test_align_then_instruct_with_adapters_over_four_bits(
     assert sorted(steps) == [(0, 1), (0, 1), (1, 0), (1, 0)]
     assert len([log for log in state["log_history"] if "eval_loss" in log]) == 2
 
+    again = [*words, "--model", str(tuned), "--stage", "instruct", "--adapters", "instruct"]
+    assert main([*again, "--output_dir", str(tmp_path / "again"), "--lora-rank", "8"]) == 2
+    assert "has an adapter 'instruct' already, with 4, got 8" in capsys.readouterr().err
     final = (tuned / "model.safetensors").read_bytes()
     (tuned / "model.safetensors").unlink()
     for file in sorted((tuned / "checkpoint-4").iterdir()):
@@ -164,8 +176,17 @@ def halves(image: Image.Image) -> PanopticMap:
     return PanopticMap.from_segments(ids, [1], [17])
 
 
-def test_presets_set_how_images_are_placed(words: list[str], tmp_path: Path) -> None:
-    """LLaVA-1.5 crops to align and pads to instruct; what the command line says wins."""
+def test_presets_set_how_images_are_placed(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLaVA-1.5 crops to align and pads to instruct; what the command line says wins.
+
+    What is changed of the model's processor, and was not asked for, is said. A model whose prompts
+    named objects is trained without, so it is saved so.
+    """
+    processor = load_folder(tmp_path / "model")[1]
+    processor.object_text = True
+    processor.save_pretrained(tmp_path / "model")
     words += ["--data", str(tmp_path / "images.json"), "--save_strategy", "no", "--max_steps", "1"]
     for stage, pads in (("align", False), ("instruct", True)):
         out = str(tmp_path / stage)
@@ -173,7 +194,81 @@ def test_presets_set_how_images_are_placed(words: list[str], tmp_path: Path) -> 
         assert main([*words, *more]) == 0
         processor = load_folder(out)[1]
         assert bool(getattr(processor.image_processor, "do_pad", False)) is pads
-        assert processor.chat_template == chat_template("v1")
+        assert processor.chat_template == chat_template("v1") and not processor.names_objects
+        said = capsys.readouterr().out
+        assert f"preset: image_mode is {'pad' if pads else 'crop'} from now on" in said
+        assert "preset: image_size is 336 there, and 8 in the model; it stays" in said
+        assert "template:" not in said
+    assert main([*words, "--stage", "instruct"]) == 0
+    assert "template: vicuna_v1, the stage's, in the place of" in capsys.readouterr().out
+
+
+def test_a_preset_sets_the_pixels_of_transformers_processors_too() -> None:
+    """One around LLaVA's own processor has its pixels from that one."""
+    inner = LlavaProcessor(
+        make_image_processor(8, mode="crop"), tiny_tokenizer(), patch_size=4,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=chat_template("v1"),
+    )  # fmt: skip
+    processor = CollavoProcessor.from_llava(inner)
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(image_size=8)))
+    _take_image_mode(processor, model, {"image_mode": "pad"})
+    picture = Image.new("RGB", (8, 16), "red")
+    made = processor(text=["<image>"], images=[picture], return_tensors="pt")["pixel_values"]
+    padded = make_image_processor(8, mode="pad")(picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(made, padded) and len(made.unique()) > 3
+    processor.box_frame = "padded"
+    with pytest.raises(ValueError, match="--preset: crops images, whose boxes"):
+        _take_image_mode(processor, model, {"image_mode": "crop"})
+
+
+def test_what_is_asked_later_is_what_was_trained(
+    words: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    """A folder whose prompts name objects was trained without them: chat and eval must not.
+
+    A template's stop has to stop answers, or they run on to their longest.
+    """
+    _, processor = load_folder(model_folder)
+    assert processor.names_objects
+    processor.tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    processor.save_pretrained(model_folder)
+    model = make_collavo(
+        adapters=False, classes=133, numbers=20, vocabulary=len(processor.tokenizer)
+    )
+    model.config.image_token_index = processor.image_token_id
+    model.save_pretrained(model_folder)
+    words += ["--stage", "instruct", "--template", "mpt", "--max_steps", "1"]
+    assert main([*words, "--save_strategy", "no"]) == 0
+    model, processor = load_folder(tmp_path / "out")
+    assert not processor.names_objects
+    assert processor.tokenizer.chat_template == processor.chat_template == chat_template("mpt")
+    stop = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stops = model.generation_config.eos_token_id
+    assert processor.stop_token() == stop and stop in (
+        stops if isinstance(stops, list) else [stops]
+    )
+
+
+def test_no_object_text_is_counted_trained_on_or_asked_with(
+    words: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of CoLLaVO names objects in prompts; what LLaVA's stages make of it does not."""
+    assert load_folder(model_folder)[1].names_objects
+    opened: list[Any] = []
+    real = CollavoTrainer.__init__
+
+    def made(self: CollavoTrainer, *args: Any, **kwargs: Any) -> None:
+        opened.append(kwargs["train_dataset"])
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(CollavoTrainer, "__init__", made)
+    seen = crayons(monkeypatch)
+    data = ["--data", str(tmp_path / "images.json"), "--stage", "align", "--save_strategy", "no"]
+    assert main([*words, *data]) == 0
+    tokens = [int(mask.sum()) for batch in seen for mask in batch["attention_mask"]]
+    assert sorted(tokens) == sorted(opened[0].lengths.tolist())
+    assert not load_folder(tmp_path / "out")[1].names_objects
 
 
 def test_weights_and_faulty_records(
@@ -215,7 +310,19 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "segmenter": (["--segmenter", "{empty}"], "expected maps that a CachedSegmenter"),
     "four bits": (["--quantize", "nf4"], "its decoder's weights are in 4 bits"),
-    "eval data": (["--eval-data", "no.json"], "--data: no.json: there is no such file"),
+    "eval data": (["--eval-data", "no.json"], "--eval-data: no.json: there is no such file"),
+    "a name of torch's": (["--adapters", "train"], "adapters: 'train' is a word of torch's own"),
+    "alpha": (
+        ["--adapters", "mine", "--lora-alpha", "nan"],
+        "lora_alpha: expected a number above 0",
+    ),
+    "epochs": (["--num_train_epochs", "0"], "num_train_epochs: expected above 0, got 0.0"),
+    "rank of no adapter": (["--lora-rank", "8"], "--lora-rank: expected with adapters to train"),
+    "negative batch": (["--global-batch", "-8"], "global_batch: expected at least 1, got -8"),
+    "adapter's folder": (
+        ["--adapters", "a/b", "--export", "exported"],
+        "adapters: 'a/b' can be no folder's name",
+    ),
 }
 
 
@@ -232,3 +339,18 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo")]
     assert len(error) == 1 and message in error[0]
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_preset_that_crops_needs_boxes_of_images(
+    words: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    tiny_processor: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A folder whose processor crops and tells boxes of padded squares could not be loaded."""
+    processor = tiny_processor(grid=(2, 2), image_size=8, mode="pad", box_frame="padded")
+    processor.save_pretrained(model_folder)
+    images = ["--data", str(tmp_path / "images.json"), "--stage", "align"]
+    assert main([*words, *images, "--preset", "llava-1.5"]) == 2
+    assert "--preset: crops images, whose boxes" in capsys.readouterr().err

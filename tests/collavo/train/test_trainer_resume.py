@@ -219,6 +219,14 @@ def test_other_streams_cannot_be_resumed(
         resume(toy_trainer, saved, **changes)
 
 
+def test_what_only_the_checkpoint_says_is_another_run_too(tmp_path: Path) -> None:
+    """A run of a stage's own parts does not name them: one of others is another all the same."""
+    facts = {"stage": "instruct", "step_size": 4}
+    checkpoint.seal(tmp_path, {**facts, "parts": ["decoder", "vision"]})
+    with pytest.raises(ValueError, match=r"^parts: .* was trained with \['decoder'.*has None"):
+        checkpoint.check_same_run(tmp_path, facts)
+
+
 def test_what_earlier_versions_sealed_is_resumed(toy_trainer: Build, saved: Path) -> None:
     """Their seal has four facts; a fifth that cpt and cit must share would end such runs."""
     path = saved / checkpoint.STREAMS

@@ -52,6 +52,12 @@ def test_the_command_line_parses_the_stage(tmp_path: Path) -> None:
         ({"ignore_data_skip": True}, "ignore_data_skip: expected False"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: expected False"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches is not supported"),
+        # transformers gives its smoother labels that are not shifted.
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0, got 0.1"),
+        (
+            {"stage": "align", "average_tokens_across_devices": False},
+            "average_tokens_across_devices: expected True",
+        ),
     ],
 )
 def test_bad_values_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -161,7 +167,10 @@ def test_micro_batches_follow_from_the_global_batch(
     [
         ({"global_batch": 10, "per_device_train_batch_size": 4}, "1 devices x 4 samples .* got 10"),
         ({"global_batch": 10, "gradient_accumulation_steps": 4}, "x 4 micro-batches, got 10"),
-        ({"global_batch": 0}, "got 0"),
+        ({"global_batch": 0}, "global_batch: expected at least 1, got 0"),
+        ({"global_batch": -8}, "global_batch: expected at least 1, got -8"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: .* got 0"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps: .* got -1"),
         (
             {
                 "global_batch": 8,
@@ -173,6 +182,10 @@ def test_micro_batches_follow_from_the_global_batch(
         ({"preset": "llava"}, "preset: expected one of 'llava-1', .* got 'llava'"),
         ({"parts": ["head"]}, "parts: expected some of crayon, .* got 'head'"),
         ({"parts": []}, "parts: expected some of crayon, .* got none"),
+        (
+            {"parts": ["vision"], "projector_learning_rate": 1e-3},
+            "projector_learning_rate: expected none, .* to train are vision, got 0.001",
+        ),
         ({"adapters": ["a"]}, r"adapters: got \['a'\], but the parts to train are projector"),
         ({"stage": "cit", "adapters": ["a"]}, "stage 'cit' trains 'image' and 'vl'"),
         ({"stage": "cit", "preset": "llava-1"}, "for the stages 'align' or 'instruct', got stage"),
