@@ -138,7 +138,7 @@ def check_png(tree: Tree, draw: random.Random) -> str:
 
 def check_data_set(tree: Tree, draw: random.Random) -> str:
     """Pictures of another data set, with and without the folder that the JSON describes."""
-    from collavo.cli.train import datasets
+    from collavo.cli.train_crayon import datasets
 
     folder = draw.choice((None, None, "coco", "x", "coco/val"))
     expected, clash = expected_maps(tree, folder)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from collavo.cli import main
-from collavo.cli.train import datasets
+from collavo.cli.train_crayon import datasets
 from collavo.panoptic import CocoPanopticDataset, PreparedDataset
 from collavo.train import PictureMaps
 
