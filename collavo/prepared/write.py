@@ -52,8 +52,6 @@ from collavo.prepared.shards import (
     write_shard,
 )
 from collavo.prepared.streaming import skip_line
-from collavo.processing.blocks import look_up
-from collavo.processing.region import padded_grid
 from collavo_kernels import CrayonMap, panoptic_lookup
 
 _T = TypeVar("_T")
@@ -269,6 +267,10 @@ class _Builder:
         classes = [torch.from_numpy(own) for _, own in segments]
         sizes: Any = {"max_number": self.settings.max_number, "reduce": self.settings.reduce}
         if kept and self.settings.image_mode == "pad":
+            # A processor's geometry comes with transformers, which other shards do not need.
+            from collavo.processing.blocks import look_up
+            from collavo.processing.region import padded_grid
+
             maps = map(PanopticMap, colours, ids, classes)
             grid = self.settings.grid
             layouts = [(padded_grid(one.shape[0], one.shape[1], grid),) for one in colours]
