@@ -15,6 +15,9 @@ from collavo.prepared.read import PreparedDataset
 from collavo.train.arguments import CollavoTrainingArguments
 from collavo.train.stages import learns_from_text, trainable_parameters, without_text
 
+# Pictures of which one at least has to have a map in a cache.
+_LOOKED_AT = 16
+
 
 def open_llava(args: argparse.Namespace, training: CollavoTrainingArguments) -> Opened:
     """Open the conversations of a stage, and the model with what it trains.
@@ -211,15 +214,16 @@ def _maps(
     args: argparse.Namespace, training: CollavoTrainingArguments, processor: Any, data: list[Any]
 ) -> Callable[[Path], Any] | None:
     """Return what gives a picture its panoptic map, if anything was named."""
-    from collavo.panoptic.segmenter_cache import CachedMaps
     from collavo.train.picture_maps import PictureMaps
 
+    first = training.process_index == 0
+    pictures = [path for one in data for path in one.pictures()]
     alone = args.prepared is not None and args.coco_images is None and args.panoptic is None
     samples = PreparedDataset(args.prepared) if alone else coco_samples(args)
     if samples is None:
         if args.vl_coco_images is not None:
             raise ValueError("--vl-coco-images: expected with panoptic maps, which it is about")
-        return None if args.segmenter is None else CachedMaps(args.segmenter)
+        return None if args.segmenter is None else _cached_maps(args.segmenter, pictures, first)
     if isinstance(samples, PreparedDataset):
         samples.check_processor(processor)
     if args.segmenter is not None:
@@ -227,9 +231,24 @@ def _maps(
     folder = args.vl_coco_images
     if folder is not None and args.images is not None:
         folder = args.images / folder
-    pictures = [path for one in data for path in one.pictures()]
-    first = training.process_index == 0
     maps = PictureMaps(samples, pictures, folder=folder, sizes=first)
     if first:
         print(maps.summary())
+    return maps
+
+
+def _cached_maps(folder: Path, pictures: list[Path], first: bool) -> Callable[[Path], Any]:
+    """Open a segmenter's cache, and see by some of the pictures that it is of these."""
+    from collavo.panoptic.segmenter_cache import CachedMaps
+
+    maps = CachedMaps(folder)
+    some = pictures[:: max(1, len(pictures) // _LOOKED_AT)][:_LOOKED_AT]
+    found = sum(maps(path) is not None for path in some)
+    if some and not found:
+        raise ValueError(
+            f"--segmenter: {folder} has a map of none of {len(some)} pictures looked at, such as "
+            f"{some[0]}; it knows a picture by its pixels: let the segmenter see these files"
+        )
+    if first:
+        print(f"{found} of {len(some)} pictures looked at have a map in {folder}")
     return maps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,19 @@ def test_instruction_tuning_with_the_crayon(
     assert len(tokens) == 3  # one for each question, whatever its picture
     moved = changed(tmp_path / "model", tmp_path / "out")
     assert any("crayon" in name for name in moved) and any("lora_A.mine" in n for n in moved)
+
+
+def test_a_cache_of_other_pictures_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every picture would be one unknown segment, and nothing would say so."""
+    cached = CachedSegmenter(halves, tmp_path / "cache", settings="halves")
+    cached(Image.new("RGB", (5, 7)))
+    more = ["--stage", "align", "--data", str(tmp_path / "images.json")]
+    assert main([*words, *more, "--segmenter", str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"--segmenter: \S*cache has a map of none of \d+ pictures looked at", said)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def halves(image: Image.Image) -> PanopticMap:
