@@ -18,6 +18,8 @@ from collavo.writing import PathLike
 
 _STRATEGY = re.compile(r"(?:(first|end|random):)?\s*([0-9]+)(%?)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# More than anybody means: every repetition is a number in memory.
+_MOST = 1000
 _YAML = (".yaml", ".yml")
 
 
@@ -69,6 +71,10 @@ def read_sources(
         if not number or not 0 < weight < math.inf:
             raise ValueError(
                 f"path: expected the weight of {name} as a number above 0, got {shown(weight)}"
+            )
+        if weight > _MOST:
+            raise ValueError(
+                f"path: expected a weight of {name} of at most {_MOST}, got {shown(weight)}"
             )
         for file in _expanded(os.fspath(name)):
             mixed = file.suffix.lower() in _YAML

@@ -237,6 +237,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         ([("a.json", "2")], "path: expected the weight of a.json as a number above 0, got '2'"),
         ([("a.json", float("nan"))], "expected the weight of a.json as a number above 0, got nan"),
         ([("a.json", float("inf"))], "expected the weight of a.json as a number above 0, got inf"),
+        ([("a.json", 1e300)], "path: expected a weight of a.json of at most 1000, got 1e"),
         ([["a.json", 1]], "path: expected a file, or a pair of a file and its weight"),
         (5, "path: expected a file, or a pair"),
     ):

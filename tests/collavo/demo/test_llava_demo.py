@@ -115,3 +115,12 @@ def test_ablations_are_the_other_demos(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_questions_for_places_are_of_one_kind(scenes: Scenes) -> None:
     assert {question.kind for question in place_questions(scenes)} == {"b2c"}
+
+
+@pytest.mark.slow
+def test_the_quick_run_reaches_its_margins(tmp_path: Path) -> None:
+    # About a minute on two cores. The margins leave room for how processors round.
+    out = tmp_path / "run"
+    assert main(["demo", "--llava", "--quick", "--no-progress", "--output", str(out)]) == 0
+    checks = json.loads((out / "report.json").read_text())["checks"]
+    assert len(checks) == 7 and all(check["passed"] for check in checks)
